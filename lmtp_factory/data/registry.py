@@ -1,0 +1,104 @@
+"""Dataset names that work without `dataset_dir`: the demo's rows and those of the authors' release."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lmtp_factory.errors import LMTPError
+
+if TYPE_CHECKING:
+    from llamafactory.data.parser import DatasetAttr
+
+DATA_DIR_VARIABLE = "LMTP_DATA_DIR"
+"""Environment variable: a directory of downloaded release files."""
+
+RELEASE_REPOSITORY = "xiao-hao/self-distillation-LLMs"
+_INFO = "dataset_info.json"
+
+
+def data_dir() -> Path:
+    """The directory of the datasets that come with the package (installed, or a source checkout).
+
+    Raises:
+        LMTPError: neither has it, which is a broken installation.
+    """
+    installed = importlib.util.find_spec("lmtp_factory.datasets")
+    directories = [Path(location) for location in installed.submodule_search_locations] if installed else []
+    directories.append(Path(__file__).resolve().parents[2] / "data")
+    for directory in directories:
+        if (directory / _INFO).is_file():
+            return directory
+    raise LMTPError("the datasets that come with lmtp_factory are missing: install the package again.")
+
+
+def dataset_info() -> dict[str, dict[str, Any]]:
+    """Name -> LLaMA-Factory entry of every dataset that this package knows (`file_name` relative)."""
+    return json.loads((data_dir() / _INFO).read_text(encoding="utf-8"))
+
+
+def find_datasets(
+    names: Sequence[str] | None,
+    dataset_dir: str | dict[str, Any],
+    upstream_get_dataset_list: Callable[[Sequence[str] | None, str | dict[str, Any]], list[DatasetAttr]],
+) -> list[DatasetAttr]:
+    """LLaMA-Factory's `get_dataset_list`, with this package's names known everywhere.
+
+    A name in the user's own dataset_info.json wins. Order is kept. With `dataset_dir: ONLINE` every name is a hub
+    dataset, as upstream has it.
+
+    Args:
+        names: dataset names.
+        dataset_dir: a directory, `ONLINE`, `REMOTE:<hub id>`, or the content of a dataset_info.json.
+        upstream_get_dataset_list: LLaMA-Factory's function, called for every name that is not ours.
+
+    Raises:
+        LMTPError: a name is ours, but its file has not been downloaded.
+        ValueError: upstream's own, for a name that nobody knows.
+    """
+    ours = dataset_info()
+    if not names or dataset_dir == "ONLINE" or not any(name in ours for name in names):
+        return upstream_get_dataset_list(names, dataset_dir)
+
+    found: list[DatasetAttr] = []
+    for name in names:
+        if name in ours and not _user_has(name, dataset_dir, upstream_get_dataset_list):
+            entry = ours[name] | {"file_name": str(_locate(name, ours[name]["file_name"], dataset_dir))}
+            found += upstream_get_dataset_list([name], {name: entry})
+        else:
+            found += upstream_get_dataset_list([name], dataset_dir)
+    return found
+
+
+def _user_has(name: str, dataset_dir: str | dict[str, Any], upstream_get_dataset_list: Callable) -> bool:
+    if isinstance(dataset_dir, dict):
+        return name in dataset_dir
+    if not dataset_dir.startswith("REMOTE:") and not os.path.exists(os.path.join(dataset_dir, _INFO)):
+        return False
+    try:
+        upstream_get_dataset_list([name], dataset_dir)
+    except ValueError as error:
+        if "Undefined dataset" in str(error):
+            return False
+        raise
+    return True
+
+
+def _locate(name: str, file_name: str, dataset_dir: str | dict[str, Any]) -> Path:
+    directories = [data_dir()]
+    if variable := os.environ.get(DATA_DIR_VARIABLE):
+        directories.insert(0, Path(variable))
+    if isinstance(dataset_dir, str) and not dataset_dir.startswith("REMOTE:"):
+        directories.insert(0, Path(dataset_dir))
+    for directory in directories:
+        if (directory / file_name).is_file():
+            return (directory / file_name).resolve()
+    raise LMTPError(
+        f"dataset `{name}` is known, but its file is not here: get it with `hf download {RELEASE_REPOSITORY} "
+        f"{file_name} --repo-type dataset --local-dir DIR` and set `dataset_dir: DIR` (or {DATA_DIR_VARIABLE}=DIR), "
+        "or make rows of your own with `lmtp-cli distill MODEL --name NAME`."
+    )

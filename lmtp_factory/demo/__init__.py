@@ -1,0 +1,1 @@
+"""The demonstration's parts: a small real model from the package index."""

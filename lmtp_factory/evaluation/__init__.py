@@ -1,0 +1,1 @@
+"""What training brought: head accuracy, perplexity, plots."""

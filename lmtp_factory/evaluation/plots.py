@@ -1,0 +1,34 @@
+"""Figures, drawn without a display."""
+
+from collections.abc import Mapping, Sequence
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+
+def draw_head_curves(curves: Mapping[str, Sequence[tuple[int, float]]], path: str) -> None:
+    """Losses on the left, top-1 accuracies on the right, a colour a head; evaluation dashed with dots.
+
+    Args:
+        curves: metric name (``loss_head_1``, ``eval_acc_head_2``, ...) to (step, value) points.
+        path: of the PNG file to write.
+    """
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2)
+    for name, points in curves.items():
+        head = int(name.rsplit("_", 1)[1])
+        is_accuracy, is_eval = "acc_head" in name, name.startswith("eval_")
+        panels[int(is_accuracy)].plot(
+            *zip(*points),
+            color=f"C{head}",
+            linestyle="--" if is_eval else "-",
+            marker="o" if is_eval else None,
+            label=f"head {head}{' (evaluation)' if is_eval else ''}",
+        )
+    for panel, title in zip(panels, ("loss", "top-1 accuracy")):
+        panel.set(xlabel="step", ylabel=title)
+        panel.grid(alpha=0.3)
+        if panel.lines:
+            panel.legend()
+    figure.savefig(path, dpi=100)

@@ -1,0 +1,14 @@
+"""Leap heads on a causal LM: the modules, the loss, attaching, saving and loading. Needs torch and transformers only."""
+
+from transformers import AutoConfig, AutoModel
+
+from ..config import LMTPConfig
+from .checkpoint import load_heads, load_model, save_heads
+from .heads import LeapHeads
+from .lmtp import LeapOutput, attach_heads, heads_of
+
+
+AutoConfig.register(LMTPConfig.model_type, LMTPConfig, exist_ok=True)
+AutoModel.register(LMTPConfig, LeapHeads, exist_ok=True)
+
+__all__ = ["LMTPConfig", "LeapHeads", "LeapOutput", "attach_heads", "heads_of", "load_heads", "load_model", "save_heads"]

@@ -1,0 +1,217 @@
+"""A causal LM with leap heads: the loaded model's instance gets a subclass that knows the leap-MTP loss.
+
+The subclass keeps the base's name and ``config.model_type``, so that everything that keys on them (Liger, gradient
+checkpointing, LLaMA-Factory's tables, ``save_pretrained``'s ``architectures``) goes on as before.
+"""
+
+import copy
+import functools
+import inspect
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ..config import LMTPConfig
+from ..errors import LMTPError
+from .checkpoint import HEADS_FOLDER, check_base, save_heads
+from .heads import LeapHead, LeapHeads
+from .loss import IGNORE_INDEX, head_weights, leap_targets
+from .zero3 import fetch_together, gathered
+
+
+HEADS_PREFIX = "leap_heads."
+# Arguments of the language-model wrapper that its backbone does not take.
+_WRAPPER_ONLY = ("labels", "num_items_in_batch", "logits_to_keep", "use_cache", "output_hidden_states", "return_dict")
+
+
+@dataclass
+class LeapOutput(CausalLMOutputWithPast):
+    """Output of a training or evaluation forward; every tensor is (heads,), head 0 first in stage 2.
+
+    Attributes:
+        loss: scalar, the stage's weighted loss.
+        losses: unweighted mean loss of every head trained.
+        loss_sums, hits, counts: summed loss, top-1 hits and valid targets, for exact averages over batches and ranks.
+    """
+
+    losses: Tensor | None = None
+    loss_sums: Tensor | None = None
+    hits: Tensor | None = None
+    counts: Tensor | None = None
+
+
+class LeapModel:
+    """Mixin in front of a ``*ForCausalLM`` class; see :func:`attach_heads`."""
+
+    leap_heads: LeapHeads
+    leap_stage: int | None
+    head_weight: float
+    head_decay: float
+
+    def leap_offsets(self) -> tuple[int, ...]:
+        """Offsets of the heads that this stage trains, in the order of the losses."""
+        offsets = self.leap_heads.config.offsets
+        return offsets[1:] if self.leap_stage == 1 else offsets
+
+    def leap_loss(self, labels: Tensor, num_items_in_batch: Tensor | None = None, **inputs) -> LeapOutput:
+        """Losses of the stage's heads.
+
+        Args:
+            labels: (batch, length), -100 where masked.
+            num_items_in_batch: what each head's loss sum is divided by: (heads,) valid targets of the whole
+                accumulated and distributed batch, or one number for all heads. None: this batch's own counts.
+            inputs: the backbone's arguments; ``position_ids`` that restart mark packed documents.
+        """
+        frozen_backbone = self.leap_stage == 1
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen_backbone):
+            hidden = self.base_model(**inputs, use_cache=False).last_hidden_state
+        hidden = hidden.flatten(0, 1)
+
+        heads = list(self.leap_heads.heads) if frozen_backbone else [self.next_token_head, *self.leap_heads.heads]
+        lm_head, softcap = self.get_output_embeddings(), softcap_of(self)
+        sums, hits, counts = [], [], []
+        for head, offset in zip(heads, self.leap_offsets(), strict=True):
+            targets = leap_targets(labels, offset, inputs.get("position_ids")).flatten()
+            loss_sum, head_hits = head(hidden, targets, lm_head, softcap)
+            sums.append(loss_sum)
+            hits.append(head_hits)
+            counts.append((targets != IGNORE_INDEX).sum())
+        sums, hits, counts = torch.stack(sums), torch.stack(hits), torch.stack(counts)
+
+        items = counts if num_items_in_batch is None else num_items_in_batch
+        items = torch.as_tensor(items, device=sums.device).clamp(min=1)
+        weights = head_weights(self.leap_heads.config.num_heads, self.leap_stage, self.head_weight, self.head_decay)
+        loss = (sums / items * sums.new_tensor(weights)).sum()
+        losses = (sums / counts.clamp(min=1)).detach()
+        return LeapOutput(loss=loss, losses=losses, loss_sums=sums.detach(), hits=hits, counts=counts)
+
+    def save_pretrained(self, save_directory, state_dict: dict | None = None, **kwargs) -> None:
+        """The base model as it always is saved (none of it in stage 1: it is frozen), and the heads in ``lmtp/``.
+
+        With a ``state_dict`` only what it holds is written: no heads in it, no ``lmtp/``.
+        """
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        heads = {k.removeprefix(HEADS_PREFIX): v for k, v in state_dict.items() if k.startswith(HEADS_PREFIX)}
+        if self.leap_stage != 1:
+            base = {k: v for k, v in state_dict.items() if not k.startswith(HEADS_PREFIX)}
+            super().save_pretrained(save_directory, state_dict=base, **kwargs)
+        if heads and kwargs.get("is_main_process", True):
+            save_heads(self.leap_heads, os.path.join(save_directory, HEADS_FOLDER), heads)
+
+    def load_state_dict(self, state_dict, strict: bool = True, **kwargs):
+        """As always, but a checkpoint of stage 1 holds no backbone, and that is no error."""
+        if self.leap_stage == 1 and any(key.startswith(HEADS_PREFIX) for key in state_dict):
+            strict = False
+        return super().load_state_dict(state_dict, strict=strict, **kwargs)
+
+
+@functools.cache
+def _leap_class(base: type[PreTrainedModel]) -> type:
+    parameters = list(inspect.signature(base.forward).parameters)[1:]
+
+    @functools.wraps(base.forward)  # generate() reads the signature to see what the model takes
+    def forward(self, *args, **kwargs):
+        kwargs.update(zip(parameters, args))
+        if self.leap_stage is None or kwargs.get("labels") is None:
+            return base.forward(self, **kwargs)
+        labels, items = kwargs["labels"], kwargs.get("num_items_in_batch")
+        inputs = {name: value for name, value in kwargs.items() if name not in _WRAPPER_ONLY and value is not None}
+        if "token_type_ids" in parameters and "token_type_ids" not in inputs and "input_ids" in inputs:
+            inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])  # Gemma 3 trains on nothing else
+        return self.leap_loss(labels, items, **inputs)
+
+    namespace = {"forward": forward, "__module__": base.__module__, "__qualname__": base.__qualname__}
+    return type(base.__name__, (LeapModel, base), namespace)
+
+
+def attach_heads(
+    model: nn.Module,
+    config: LMTPConfig | None = None,
+    stage: int | None = None,
+    *,
+    heads: LeapHeads | None = None,
+    head_weight: float = 0.1,
+    head_decay: float = 1.0,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Give leap heads to a loaded causal LM, in place.
+
+    Args:
+        model: a transformers causal LM (or image-text model with an LM head), or a PEFT model around one.
+        config: geometry and kind of fresh heads; default :class:`LMTPConfig`.
+        stage: 1 freezes everything but the heads and trains them alone; 2 trains the heads together with whatever of
+            the backbone requires gradients; None attaches them for inference.
+        heads: trained heads to attach instead of fresh ones.
+        head_weight: beta of stage 2.
+        head_decay: w_i = head_decay ** (i - 1).
+        dtype: of the heads' parameters; default the LM head's.
+
+    Returns:
+        ``model``. Given ``labels`` its forward returns a :class:`LeapOutput` with the stage's ``loss``.
+
+    Raises:
+        LMTPError: heads of another base model; a base whose logits are scaled; an LM head that cannot be copied.
+    """
+    base = base_of(model)
+    if isinstance(base, LeapModel):
+        raise LMTPError("This model has leap heads already: attach them once.")
+    for scale in ("logit_scale", "logits_scaling"):
+        if getattr(base.config.get_text_config(), scale, None) is not None:
+            raise LMTPError(f"{type(base).__name__} multiplies its logits by {scale}, which leap heads do not support.")
+    if heads is None:
+        heads = fresh_heads(base, config or LMTPConfig())
+    else:
+        check_base(heads.config, base.config)
+
+    weight = base.get_output_embeddings().weight
+    device = weight.device if weight.device.type != "meta" else torch.device("cpu")
+    base.__class__ = _leap_class(type(base))
+    base.leap_heads = heads.to(device=device, dtype=dtype or (weight.dtype if weight.is_floating_point() else None))
+    base.next_token_head = LeapHead(heads.config.hidden_size, heads.config.vocab_size, layers=0, own_unembedding=False)
+    base.leap_stage, base.head_weight, base.head_decay = stage, head_weight, head_decay
+    if stage == 1:
+        base.requires_grad_(False)
+    base.leap_heads.requires_grad_(stage is not None)
+    base.leap_heads.train(model.training)
+
+    fetch_together(base.next_token_head, [weight])
+    for head in base.leap_heads.heads:
+        fetch_together(head, [] if head.unembed else [weight])
+    return model
+
+
+def fresh_heads(base: PreTrainedModel, config: LMTPConfig) -> LeapHeads:
+    """Untrained heads for ``base``: identity blocks and, for ``own``, copies of its LM head."""
+    text_config, lm_head = base.config.get_text_config(), base.get_output_embeddings()
+    if lm_head is None:
+        raise LMTPError(f"{type(base).__name__} has no LM head, so it cannot have leap heads.")
+    config = copy.deepcopy(config)
+    config.hidden_size, config.vocab_size = text_config.hidden_size, text_config.vocab_size
+    config.base_model = config.base_model or base.config.name_or_path
+    heads = LeapHeads(config)
+    if config.head_kind == "own":
+        if not lm_head.weight.is_floating_point():
+            raise LMTPError("The LM head is quantised and cannot be copied into the heads: write head_kind: shared.")
+        with gathered([lm_head.weight]), torch.no_grad():
+            for head in heads.heads:
+                head.unembed.weight.copy_(lm_head.weight)
+    return heads
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The transformers model inside PEFT wrappers, or ``model`` itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def heads_of(model: nn.Module) -> LeapHeads | None:
+    """The leap heads of ``model``, or None where it has none."""
+    return getattr(base_of(model), "leap_heads", None)
+
+
+def softcap_of(base: PreTrainedModel) -> float | None:
+    """The base model's ``final_logit_softcapping``, which applies to every head that predicts tokens."""
+    return getattr(base.config.get_text_config(), "final_logit_softcapping", None)

@@ -1,0 +1,111 @@
+"""Leap-MTP loss: cross-entropy of every head against its own target, without building full logits.
+
+Head ``i`` at position ``s`` is trained on ``labels[s + offsets[i]]`` where that index lies inside the sequence, inside
+the same packed document, and is not masked. Each head is averaged over its own valid targets (L-MTP, arXiv 2505.17505,
+equations 4 and 5):
+
+    stage 1:  L = sum_{i>=1} w_i CE_i                          w_i = head_decay ** (i - 1)
+    stage 2:  L = CE_0 + head_weight * sum_{i>=1} w_i CE_i
+
+Two implementations compute the same sums; callers choose one, neither falls back to the other:
+
+======================= ============================ ===================================================
+function                peak memory of the logits    gradient
+======================= ============================ ===================================================
+eager_cross_entropy     rows x vocabulary            autograd keeps the logits
+chunked_cross_entropy   chunk x vocabulary           logits of a chunk are recomputed in the backward
+======================= ============================ ===================================================
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+IGNORE_INDEX = -100
+
+# One chunk holds its logits three times at the peak: the projection's output, its fp32 copy, and the gradient. With a
+# vocabulary of 152,064 a row takes 3 * 4 * 152,064 bytes = 1.8 MB, so 256 MB admit 147 rows; with 49,152, 455 rows.
+LOGIT_BYTES = 256 * 2**20
+
+
+def chunk_rows(vocab_size: int) -> int:
+    """Rows of logits that fit into :data:`LOGIT_BYTES`."""
+    return max(1, LOGIT_BYTES // (3 * 4 * vocab_size))
+
+
+def leap_targets(labels: Tensor, offset: int, position_ids: Tensor | None = None) -> Tensor:
+    """Targets of a head that predicts ``offset`` tokens ahead.
+
+    Args:
+        labels: (batch, length), -100 where masked.
+        offset: 1 or more.
+        position_ids: (batch, length) or (axes, batch, length), restarting at 0 with every packed document; None where
+            each row is one document.
+
+    Returns:
+        (batch, length), -100 where the head has no valid target.
+    """
+    targets = torch.full_like(labels, IGNORE_INDEX)
+    if offset >= labels.shape[-1]:
+        return targets
+    ahead = labels[:, offset:]
+    if position_ids is not None:
+        positions = position_ids[0] if position_ids.dim() == 3 else position_ids
+        # Inside one document positions rise with the index. Across a border they cannot: the later document's position
+        # is below `offset`, the earlier one's plus `offset` is not.
+        inside = positions[:, offset:] - positions[:, :-offset] == offset
+        ahead = ahead.masked_fill(~inside, IGNORE_INDEX)
+    targets[:, :-offset] = ahead
+    return targets
+
+
+def count_targets(labels: Tensor, offsets: Sequence[int], position_ids: Tensor | None = None) -> Tensor:
+    """Valid targets of every head, (heads,)."""
+    return torch.stack([(leap_targets(labels, o, position_ids) != IGNORE_INDEX).sum() for o in offsets])
+
+
+def head_weights(num_extra: int, stage: int, head_weight: float, head_decay: float) -> list[float]:
+    """Weights of the heads trained: the extra ones in stage 1; the LM head first, weight 1, in stage 2."""
+    leap = [head_decay**i for i in range(num_extra)]
+    return leap if stage == 1 else [1.0, *(head_weight * w for w in leap)]
+
+
+def eager_cross_entropy(rows: Tensor, targets: Tensor, project: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy and count of top-1 hits, all logits at once: the readable twin.
+
+    Args:
+        rows: (rows, hidden) inputs of ``project``.
+        targets: (rows,), -100 where masked.
+        project: (rows, hidden) -> (rows, vocabulary) logits.
+
+    Returns:
+        Scalar fp32 loss sum (with gradient) and scalar int64 hits.
+    """
+    logits = project(rows).float()
+    loss = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    return loss, (logits.detach().argmax(-1) == targets).sum()
+
+
+def chunked_cross_entropy(
+    rows: Tensor, targets: Tensor, project: Callable[[Tensor], Tensor], rows_per_chunk: int
+) -> tuple[Tensor, Tensor]:
+    """:func:`eager_cross_entropy` over valid rows only, ``rows_per_chunk`` at a time, recomputed in the backward.
+
+    A batch without a valid target still runs one masked row: its loss and gradients are exactly zero, but every
+    parameter takes part in the graph, which distributed gradient reduction relies on.
+    """
+    valid = (targets != IGNORE_INDEX).nonzero().squeeze(-1)
+    if valid.numel() == 0:
+        valid = valid.new_zeros(1)
+    loss, hits = rows.new_zeros((), dtype=torch.float32), targets.new_zeros(())
+    for row_chunk, target_chunk in zip(rows[valid].split(rows_per_chunk), targets[valid].split(rows_per_chunk)):
+        # Reentrant checkpointing would run one backward a chunk, and gradient hooks (DDP, ZeRO) would fire for each.
+        chunk_loss, chunk_hits = checkpoint(
+            eager_cross_entropy, row_chunk, target_chunk, project, use_reentrant=False, preserve_rng_state=False
+        )
+        loss, hits = loss + chunk_loss, hits + chunk_hits
+    return loss, hits

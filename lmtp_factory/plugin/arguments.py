@@ -1,0 +1,149 @@
+"""The L-MTP keys of YAML files, command line and web UI (``llamafactory.hparams.finetuning_args``)."""
+
+from dataclasses import dataclass, field, fields, make_dataclass
+from types import ModuleType
+from typing import Any, Literal, get_args, get_type_hints
+
+from .. import geometry
+from ..config import LMTPConfig, resolve_offsets
+from ..errors import LMTPError
+from . import hooks
+from .stages import STAGES
+
+
+EXPORTS = ("ntp", "heads")
+
+
+@dataclass
+class LMTPArguments:
+    """Arguments pertaining to leap multi-token prediction (L-MTP).
+
+    A key that is left out takes its default, or in stage 2 the value that the stage-1 heads were trained with.
+    """
+
+    mtp_type: str | None = field(
+        default=None,
+        metadata={"help": "The stage in the spelling of the authors' release: `lmtp1` or `lmtp2` beside `stage: sft`."},
+    )
+    num_heads: int | None = field(
+        default=None,
+        metadata={"help": "The number of extra heads, the LM head not counted (default: 3)."},
+    )
+    leap_stride: int | None = field(
+        default=None,
+        metadata={"help": "The number of tokens that each head leaps; 1 is ordinary multi-token prediction (default: 2)."},
+    )
+    leap_offsets: str | None = field(
+        default=None,
+        metadata={"help": "Instead of num_heads and leap_stride: the extra heads' rising offsets, e.g. `2,3,6`."},
+    )
+    head_layers: int | None = field(
+        default=None,
+        metadata={"help": "The number of residual blocks in each head (default: 1)."},
+    )
+    head_kind: str | None = field(
+        default=None,
+        metadata={"help": "`own`: an unembedding for each head; `shared`: the LM head's (default: own)."},
+    )
+    head_weight: float = field(
+        default=0.1,
+        metadata={"help": "The weight of the extra heads' losses beside the next-token loss in stage 2."},
+    )
+    head_decay: float = field(
+        default=1.0,
+        metadata={"help": "The factor by which each extra head's loss weighs less than the one before."},
+    )
+    stage1_pretrained_path: str | None = field(
+        default=None,
+        metadata={"help": "The directory or hub id whose `lmtp/` folder holds the heads to start from."},
+    )
+    train_lm_head: bool = field(
+        default=False,
+        metadata={"help": "Whether or not to tune the backbone's LM head too in stage 2 with LoRA or freeze."},
+    )
+    lmtp_export: str = field(
+        default="ntp",
+        metadata={"help": "What `export` writes: `ntp` leaves the heads out, `heads` keeps them in `lmtp/`."},
+    )
+
+    @property
+    def lmtp_stage(self) -> int | None:
+        """1, 2, or None where this is no L-MTP stage."""
+        return next((stage for stage, name in STAGES.items() if self.mtp_type == name), None)
+
+    def __post_init__(self):
+        # From here on upstream sees an ordinary SFT stage, so that packing, prediction, chat and Liger all apply, and
+        # the arguments survive being written out and parsed again.
+        if self.stage in STAGES.values():
+            if self.mtp_type not in (None, self.stage):
+                raise LMTPError(f"stage says {self.stage} but mtp_type says {self.mtp_type}: leave one of them out.")
+            self.stage, self.mtp_type = "sft", self.stage
+        if self.mtp_type == "vanilla":  # the release's word for plain training
+            self.mtp_type = None
+        if self.mtp_type not in (None, *STAGES.values()):
+            raise LMTPError(f"mtp_type is {self.mtp_type!r}, but it has to be one of {', '.join(STAGES.values())}.")
+        if self.lmtp_export not in EXPORTS:
+            raise LMTPError(f"lmtp_export is {self.lmtp_export!r}, but it has to be one of {', '.join(EXPORTS)}.")
+        if self.lmtp_stage is not None:
+            if self.stage != "sft":
+                raise LMTPError(f"mtp_type {self.mtp_type} goes with stage: sft, not with stage: {self.stage}.")
+            self._check_numbers()
+            hooks.require_all()
+        super().__post_init__()
+
+    def _check_numbers(self) -> None:
+        self.heads_config()
+        if self.head_weight < 0 or self.head_decay <= 0:
+            raise LMTPError(
+                f"head_weight {self.head_weight} and head_decay {self.head_decay} weigh losses: write numbers of 0 or more, "
+                "head_decay above 0."
+            )
+
+    def offsets_given(self) -> tuple[int, ...] | None:
+        """``leap_offsets`` as full offsets; None where it was not written."""
+        if self.leap_offsets is None:
+            return None
+        written = self.leap_offsets if isinstance(self.leap_offsets, (list, tuple)) else str(self.leap_offsets).split(",")
+        try:
+            return geometry.check_offsets([int(offset) for offset in written])
+        except (TypeError, ValueError) as error:
+            if isinstance(error, LMTPError):
+                raise
+            raise LMTPError(f"leap_offsets is {self.leap_offsets!r}: write whole numbers like 2,3,6.") from None
+
+    def heads_config(self, **base: Any) -> LMTPConfig:
+        """Configuration of fresh heads; ``base`` holds facts about the base model."""
+        offsets = resolve_offsets(self.num_heads, self.leap_stride, self.offsets_given())
+        kind = {"head_layers": self.head_layers, "head_kind": self.head_kind}
+        return LMTPConfig(offsets=offsets, **{k: v for k, v in kind.items() if v is not None}, **base)
+
+    def contradicts(self, config: LMTPConfig) -> str | None:
+        """How the keys that were written differ from trained heads, or None where they agree."""
+        if self.offsets_given() not in (None, config.offsets):
+            return f"leap_offsets {self.leap_offsets}, the heads have {','.join(map(str, config.offsets[1:]))}"
+        written = {
+            "leap_stride": (self.leap_stride, config.stride),
+            "num_heads": (self.num_heads, config.num_heads),
+            "head_layers": (self.head_layers, config.head_layers),
+            "head_kind": (self.head_kind, config.head_kind),
+        }
+        for key, (ours, theirs) in written.items():
+            if ours is not None and ours != theirs:
+                return f"{key} {ours}, the heads have {theirs}"
+        return None
+
+
+def extend_finetuning_args(module: ModuleType) -> None:
+    """Replace ``FinetuningArguments`` by a subclass with the L-MTP keys, under the same name (it gets pickled)."""
+    upstream = hooks.expect(module, "FinetuningArguments")
+    inherited = next(f for f in fields(upstream) if f.name == "stage")
+    stage = Literal[(*get_args(get_type_hints(upstream)["stage"]), *STAGES.values())]
+    redeclared = field(default=inherited.default, metadata=dict(inherited.metadata))
+    module.FinetuningArguments = make_dataclass(
+        upstream.__name__,
+        [("stage", stage, redeclared)],
+        bases=(LMTPArguments, upstream),
+        namespace={"__module__": upstream.__module__, "__doc__": upstream.__doc__},
+    )
+
+

@@ -1,0 +1,172 @@
+"""Bad input, refused in one sentence after parsing and before anything loads (``llamafactory.hparams.parser``)."""
+
+import functools
+import os
+import tempfile
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from .. import geometry
+from ..data.rows import TEMPLATE_NAME, is_self_distilled
+from ..errors import LMTPError
+from ..modeling import checkpoint
+from . import hooks
+from .stages import STAGES
+from .start import locate_exported_heads, starting_heads
+
+
+def extend_parser(parser: ModuleType) -> None:
+    """Check between upstream's parsing and its own checks, whose advice would be to install what cannot be used."""
+    parser._parse_train_args = _checked(hooks.expect(parser, "_parse_train_args", "args"), check_training)
+    parser._parse_infer_args = _checked(hooks.expect(parser, "_parse_infer_args", "args"), check_inference)
+    parser._parse_train_mca_args = _refusing_megatron(parser, hooks.expect(parser, "_parse_train_mca_args", "args"))
+    hooks.expect(parser, "read_args", "args")
+
+
+def _checked(parse: Callable, check: Callable) -> Callable:
+    @functools.wraps(parse)
+    def parse_and_check(args=None):
+        parsed = parse(args)
+        check(*parsed)
+        return parsed
+
+    return parse_and_check
+
+
+def _refusing_megatron(parser: ModuleType, parse: Callable) -> Callable:
+    @functools.wraps(parse)
+    def parse_and_check(args=None):
+        written = parser.read_args(args)
+        values = list(written.values()) if isinstance(written, dict) else list(written)
+        if any(str(value).split("=")[-1] in STAGES.values() for value in values):
+            raise LMTPError("L-MTP stages do not run on Megatron (USE_MCA=1): unset USE_MCA and use deepspeed instead.")
+        return parse(args)
+
+    return parse_and_check
+
+
+def check_training(model_args, data_args, training_args, finetuning_args, generating_args=None) -> None:
+    """Everything about an L-MTP stage that can be known before tokenizer, data and model load.
+
+    Raises:
+        LMTPError: one sentence that says what is wrong and what to write instead.
+    """
+    if training_args.do_train:
+        _check_datasets(data_args)
+    stage = finetuning_args.lmtp_stage
+    if stage is None:
+        return
+    _check_backends(model_args, training_args, finetuning_args)
+    _check_method(stage, training_args, finetuning_args)
+    reach = geometry.reach(finetuning_args.heads_config().offsets)
+    heads = starting_heads(model_args, finetuning_args)
+    if heads is not None:
+        config = checkpoint.verify_heads(heads)
+        reach = geometry.reach(config.offsets)
+        difference = finetuning_args.contradicts(config)
+        if difference:
+            raise LMTPError(
+                f"The heads in {heads} do not fit what was written ({difference}): leave the key out to take the heads' "
+                "own value, or train stage 1 again."
+            )
+        checkpoint.check_base_files(config, model_args.model_name_or_path, model_args.trust_remote_code)
+    if data_args.cutoff_len <= reach:
+        raise LMTPError(
+            f"cutoff_len {data_args.cutoff_len} leaves the farthest head (+{reach} tokens) without a target: write "
+            f"cutoff_len: {reach + 1} or more."
+        )
+    if training_args.should_save:
+        _check_writable(training_args.output_dir)
+
+
+def _check_backends(model_args, training_args, finetuning_args) -> None:
+    refused = {
+        "use_unsloth": model_args.use_unsloth,
+        "use_kt (KTransformers)": model_args.use_kt,
+        "mixture_of_depths": model_args.mixture_of_depths is not None,
+        "use_hyper_parallel": finetuning_args.use_hyper_parallel,
+        "use_mca (Megatron)": finetuning_args.use_mca,
+        "fsdp": bool(training_args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true",
+    }
+    for backend, asked in refused.items():
+        if asked:
+            raise LMTPError(
+                f"L-MTP stages do not run with {backend}, which replaces the model that the heads attach to: leave it "
+                "out, and use deepspeed for several GPUs."
+            )
+    if training_args.deepspeed and "LOCAL_RANK" not in os.environ:
+        raise LMTPError(
+            "deepspeed needs torchrun: start with FORCE_TORCHRUN=1 llamafactory-cli train, also for one process."
+        )
+
+
+def _check_method(stage: int, training_args, finetuning_args) -> None:
+    losses = {
+        "use_asft_loss": finetuning_args.use_asft_loss,
+        "use_dft_loss": finetuning_args.use_dft_loss,
+        "use_eaft_loss": finetuning_args.use_eaft_loss,
+        "label_smoothing_factor": bool(training_args.label_smoothing_factor),
+    }
+    for loss, asked in losses.items():
+        if asked:
+            raise LMTPError(f"{loss} replaces the loss that L-MTP stages train: leave it out.")
+    method = finetuning_args.finetuning_type
+    if stage == 1 and method != "full":
+        raise LMTPError(
+            f"Stage 1 trains only the heads, so finetuning_type: {method} has nothing to adapt: write finetuning_type: "
+            "full (the backbone stays frozen)."
+        )
+    if stage == 2 and method not in ("full", "lora", "freeze"):
+        raise LMTPError(f"Stage 2 does not run with finetuning_type: {method}: write lora, full or freeze.")
+    if finetuning_args.train_lm_head and stage == 1:
+        raise LMTPError("Stage 1 keeps the LM head frozen: leave train_lm_head out, or train stage 2.")
+    if finetuning_args.compute_accuracy:
+        raise LMTPError("L-MTP stages report every head's accuracy by themselves: leave compute_accuracy out.")
+
+
+def _check_datasets(data_args) -> None:
+    if data_args.tokenized_path is not None:
+        return
+    from llamafactory.data.parser import get_dataset_list
+
+    names = [*(data_args.dataset or []), *(data_args.eval_dataset or [])]
+    for name, attr in zip(names, get_dataset_list(names, data_args.dataset_dir), strict=True):
+        if is_self_distilled(attr) and data_args.template != TEMPLATE_NAME:
+            raise LMTPError(
+                f"Dataset {name} holds the token ids that a model read and wrote, which template: {data_args.template} "
+                f"would train as text: write template: {TEMPLATE_NAME}."
+            )
+
+
+def _check_writable(output_dir: str) -> None:
+    try:
+        os.makedirs(output_dir, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        raise LMTPError(f"output_dir {output_dir} cannot be written ({error.strerror}): name another one.") from None
+
+
+def check_inference(model_args, data_args, finetuning_args, generating_args: Any = None) -> None:
+    """What an export with or without heads needs.
+
+    Raises:
+        LMTPError: no heads to keep, or heads in the target that an NTP export would leave lying there.
+    """
+    if model_args.export_dir is None:
+        return
+    if finetuning_args.lmtp_export == "heads":
+        heads = locate_exported_heads(model_args, finetuning_args)
+        if heads is None:
+            raise LMTPError(
+                "lmtp_export: heads asks for leap heads, but neither the adapter nor the model directory has an lmtp/ "
+                "folder: name the stage-1 output in stage1_pretrained_path or write lmtp_export: ntp."
+            )
+        config = checkpoint.verify_heads(heads)
+        checkpoint.check_base_files(config, model_args.model_name_or_path, model_args.trust_remote_code)
+    elif os.path.isdir(os.path.join(model_args.export_dir, checkpoint.HEADS_FOLDER)):
+        raise LMTPError(
+            f"export_dir {model_args.export_dir} already holds leap heads, which an export without heads would leave "
+            "beside other weights: name another export_dir or write lmtp_export: heads."
+        )

@@ -1,0 +1,191 @@
+"""Post-import hooks on LLaMA-Factory's modules, and the record of which of them ran.
+
+Each seam names a module of LLaMA-Factory and a function of ours that extends it. The function runs right after the
+module's own code, before any importer can copy a name out of it. Whatever goes wrong is recorded and told on stderr,
+but leaves LLaMA-Factory working; :func:`require_all` then refuses L-MTP stages (they never train plain SFT instead).
+
+Standard library only: see :mod:`.autoload`.
+"""
+
+import importlib
+import importlib.abc
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from types import ModuleType
+
+from ..errors import LMTPError
+
+
+PACKAGE = "llamafactory"
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One place where LLaMA-Factory is extended.
+
+    Attributes:
+        module: LLaMA-Factory's module, without the package's name.
+        extend: ``module:function`` of this package; called with the imported module.
+        purpose: what the seam is for, as ``lmtp-cli doctor`` prints it.
+        late: the extension changes objects in place, so it may also run after others have imported the module.
+    """
+
+    module: str
+    extend: str
+    purpose: str
+    late: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{PACKAGE}.{self.module}"
+
+
+SEAMS = (
+    Seam("extras.constants", "stages:extend_constants", "the stages' names, heads as checkpoints", late=True),
+    Seam("hparams.finetuning_args", "arguments:extend_finetuning_args", "the L-MTP keys of YAML and command line"),
+    Seam("hparams.parser", "checks:extend_parser", "bad input refused before a model loads", late=True),
+    Seam("data.template", "datasets:extend_template", "the template of self-distilled data", late=True),
+    Seam("data.parser", "datasets:extend_parser", "dataset names that need no dataset_dir"),
+    Seam("model.loader", "loading:extend_loader", "heads attached to the loaded model, export"),
+    Seam("train.callbacks", "logs:extend_callbacks", "per-head metrics in trainer_log.jsonl"),
+    Seam("train.sft.workflow", "workflow:extend_workflow", "training of the two stages"),
+)
+
+_seams = {seam.name: seam for seam in SEAMS}
+_attached: set[str] = set()
+_failures: dict[str, str] = {}
+_waiting: list[Seam] = []  # modules that were being imported when we were installed
+
+
+class _ExtendingLoader(importlib.abc.Loader):
+    """The module's own loader, followed by our extension."""
+
+    def __init__(self, loader: importlib.abc.Loader, seam: Seam):
+        self._loader, self._seam = loader, seam
+
+    def __getattr__(self, name: str):  # resource readers, source inspection
+        return getattr(self._loader, name)
+
+    def create_module(self, spec):
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        _extend(self._seam, module)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Wraps the loaders of the seams' modules; leaves every other import alone."""
+
+    def find_spec(self, fullname, path=None, target=None):
+        if _waiting:
+            _extend_waiting()
+        seam = _seams.get(fullname)
+        if seam is None or fullname in _attached:
+            return None
+        for finder in sys.meta_path:
+            spec = None if finder is self else finder.find_spec(fullname, path, target)
+            if spec is not None:
+                spec.loader = _ExtendingLoader(spec.loader, seam)
+                return spec
+        return None
+
+
+def install() -> None:
+    """Put the hooks in place, once per process."""
+    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        return
+    sys.meta_path.insert(0, _Finder())
+    for seam in SEAMS:
+        module = sys.modules.get(seam.name)
+        if module is None:
+            continue
+        if not seam.late:
+            _fail(seam, "it was imported before torch")
+        elif getattr(module.__spec__, "_initializing", False):
+            _waiting.append(seam)
+        else:
+            _extend(seam, module)
+
+
+def _extend_waiting() -> None:
+    for seam in list(_waiting):
+        module = sys.modules.get(seam.name)
+        if module is not None and not getattr(module.__spec__, "_initializing", False):
+            _waiting.remove(seam)
+            _extend(seam, module)
+
+
+def _extend(seam: Seam, module: ModuleType) -> None:
+    try:
+        file, function = seam.extend.split(":")
+        extend: Callable[[ModuleType], None] = getattr(importlib.import_module(f".{file}", __package__), function)
+        extend(module)
+    except Exception as error:
+        _fail(seam, f"{type(error).__name__}: {error}")
+    else:
+        _attached.add(seam.name)
+        _failures.pop(seam.name, None)
+
+
+def _fail(seam: Seam, reason: str) -> None:
+    _failures[seam.name] = reason
+    print(
+        f"lmtp_factory: cannot extend {seam.name} of LLaMA-Factory {version()} ({reason}); L-MTP stages are off.",
+        file=sys.stderr,
+    )
+
+
+def version() -> str:
+    """LLaMA-Factory's installed version."""
+    try:
+        return metadata.version(PACKAGE)
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def attach_all() -> dict[str, str | None]:
+    """Import every seam's module. Each seam's name with None where it is attached, else the reason why not."""
+    for seam in SEAMS:
+        if seam.name in _attached or seam.name in _failures:
+            continue
+        try:
+            importlib.import_module(seam.name)
+            _extend_waiting()
+        except Exception as error:
+            _failures[seam.name] = f"{type(error).__name__}: {error}"
+        if seam.name not in _attached:
+            _failures.setdefault(seam.name, "its hook did not run")
+    return {seam.name: None if seam.name in _attached else _failures[seam.name] for seam in SEAMS}
+
+
+def require_all() -> None:
+    """Refuse to go on unless every seam is attached.
+
+    Raises:
+        LMTPError: naming LLaMA-Factory's version and each seam that is missing.
+    """
+    missing = [f"{name} ({reason})" for name, reason in attach_all().items() if reason is not None]
+    if missing:
+        raise LMTPError(
+            f"L-MTP cannot run with LLaMA-Factory {version()}, because it could not extend {', '.join(missing)}: "
+            "install llamafactory==0.9.5 or run lmtp-cli doctor."
+        )
+
+
+def expect(module: ModuleType, name: str, *parameters: str):
+    """The attribute ``name`` of an upstream module, checked to take ``parameters``.
+
+    Raises:
+        AttributeError, TypeError: the layout is not the one that this package was written for.
+    """
+    import inspect
+
+    value = getattr(module, name)
+    missing = set(parameters) - set(inspect.signature(value).parameters) if parameters else ()
+    if missing:
+        raise TypeError(f"{name} no longer takes {', '.join(sorted(missing))}")
+    return value

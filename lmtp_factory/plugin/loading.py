@@ -1,0 +1,147 @@
+"""Leap heads on the model that LLaMA-Factory loads (``llamafactory.model.loader``)."""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from ..modeling import attach_heads, load_heads
+from ..modeling.checkpoint import base_fingerprint, check_base
+from ..modeling.lmtp import base_of, fresh_heads
+from . import hooks
+from .start import locate_exported_heads, starting_heads
+
+
+@contextmanager
+def replaced(module: ModuleType, **attributes: Any) -> Iterator[None]:
+    """Module attributes set to other values inside the context."""
+    before = {name: getattr(module, name) for name in attributes}
+    vars(module).update(attributes)
+    try:
+        yield
+    finally:
+        vars(module).update(before)
+
+
+def extend_loader(loader: ModuleType) -> None:
+    """Attach heads between upstream's ``init_adapter`` and its count of trainable parameters."""
+    upstream = hooks.expect(loader, "load_model", "tokenizer", "model_args", "finetuning_args", "is_trainable")
+    init_adapter = hooks.expect(loader, "init_adapter", "config", "model", "model_args", "finetuning_args", "is_trainable")
+
+    @functools.wraps(upstream)
+    def load_model(*args, **kwargs):
+        with replaced(loader, init_adapter=functools.partial(_init_adapter, init_adapter)):
+            return upstream(*args, **kwargs)
+
+    loader.load_model = load_model
+
+
+def _init_adapter(upstream, config, model, model_args, finetuning_args, is_trainable):
+    exporting = model_args.export_dir is not None
+    stage = None if exporting else finetuning_args.lmtp_stage
+    if stage is not None:
+        _cast_backbone(model, model_args, frozen=stage == 1)
+    if stage == 1:
+        # Not upstream's full tuning, which would make fp32 masters of the frozen backbone.
+        return _attach_for_training(model, model_args, finetuning_args, is_trainable)
+    if stage == 2 and finetuning_args.train_lm_head and finetuning_args.finetuning_type == "lora":
+        _save_lm_head_with_adapter(model, finetuning_args)
+    model = upstream(config, model, model_args, finetuning_args, is_trainable)
+    if stage == 2:
+        return _attach_for_training(model, model_args, finetuning_args, is_trainable)
+    heads = locate_exported_heads(model_args, finetuning_args) if exporting else None
+    if heads is not None:
+        _keep_untied_lm_head(model)
+        if finetuning_args.lmtp_export == "heads":
+            _info(f"Exporting with the leap heads of {heads}.")
+            attach_heads(model, heads=load_heads(heads.parent))
+        else:
+            _info(f"Exporting without the leap heads of {heads}.")
+    return model
+
+
+def _attach_for_training(model: nn.Module, model_args, finetuning_args, is_trainable: bool) -> nn.Module:
+    base, start = base_of(model), starting_heads(model_args, finetuning_args)
+    fingerprint = base_fingerprint(model_args.model_name_or_path, model_args.trust_remote_code)
+    if start is not None:
+        heads = load_heads(start.parent)
+        check_base(heads.config, base.config, fingerprint)
+        _warn_if_renamed(heads.config.base_model, model_args.model_name_or_path, start)
+        _info(f"Leap heads start from {start}.")
+    else:
+        facts = {"base_model": model_args.model_name_or_path, "tokenizer_fingerprint": fingerprint}
+        heads = fresh_heads(base, finetuning_args.heads_config(**facts))
+        if finetuning_args.lmtp_stage == 2:
+            _warn(
+                "Stage 2 starts from fresh leap heads, which disturbs the backbone: train stage 1 first and name its "
+                "output in stage1_pretrained_path."
+            )
+    attach_heads(
+        model,
+        stage=finetuning_args.lmtp_stage,
+        heads=heads,
+        head_weight=finetuning_args.head_weight,
+        head_decay=finetuning_args.head_decay,
+        dtype=_trainable_dtype(base, model_args, finetuning_args) if is_trainable else None,
+    )
+    if finetuning_args.train_lm_head and finetuning_args.finetuning_type == "freeze":
+        base.get_output_embeddings().requires_grad_(True)
+    _info(f"Leap heads predict {', '.join(f'+{offset}' for offset in heads.config.offsets[1:])} beside the LM head's +1.")
+    return model
+
+
+def _cast_backbone(model: nn.Module, model_args, frozen: bool) -> None:
+    """The backbone in the dtype that it computes in; sharded and quantised weights stay as they are.
+
+    Only a frozen one loses nothing by it, except on a CPU, where a bf16 backward takes minutes a step.
+    """
+    if is_deepspeed_zero3_enabled() or getattr(model, "quantization_method", None) is not None:
+        return
+    if frozen or (model.device.type == "cpu" and model_args.compute_dtype == torch.float32):
+        model.to(model_args.compute_dtype)
+
+
+def _trainable_dtype(base: nn.Module, model_args, finetuning_args) -> torch.dtype | None:
+    """What upstream does with trainable parameters: fp32 masters, unless something else keeps them."""
+    keeps_dtype = finetuning_args.pure_bf16 or finetuning_args.use_badam
+    if keeps_dtype or (is_deepspeed_zero3_enabled() and model_args.quantization_bit is None):
+        return base.dtype
+    return torch.float32
+
+
+def _save_lm_head_with_adapter(model: nn.Module, finetuning_args) -> None:
+    lm_head = model.get_output_embeddings()
+    name = next(name for name, module in model.named_modules() if module is lm_head).split(".")[-1]
+    finetuning_args.additional_target = sorted({*(finetuning_args.additional_target or []), name})
+
+
+def _keep_untied_lm_head(model: nn.Module) -> None:
+    """An LM head tuned beside LoRA is no longer the embedding that it was tied to: say so, or saving would drop it."""
+    lm_head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if model.config.get_text_config().tie_word_embeddings and lm_head.weight is not embeddings.weight:
+        for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+            config.tie_word_embeddings = False
+        _info("The tuned LM head differs from the embeddings now: the export is saved with tie_word_embeddings: false.")
+
+
+def _warn_if_renamed(trained_on: str | None, base: str, heads: Path) -> None:
+    if trained_on and Path(trained_on).name != Path(base).name:
+        _warn(f"The leap heads in {heads} were trained on {trained_on}; they fit {base} in shape and tokenizer only.")
+
+
+def _info(message: str) -> None:
+    from llamafactory.extras import logging
+
+    logging.get_logger(__name__).info_rank0(message)
+
+
+def _warn(message: str) -> None:
+    from llamafactory.extras import logging
+
+    logging.get_logger(__name__).warning_rank0(message)

@@ -1,0 +1,72 @@
+"""The two stages, run by upstream's own SFT workflow with our Trainer in it (``llamafactory.train.sft.workflow``)."""
+
+import functools
+from itertools import islice
+from types import ModuleType
+
+import torch
+
+from .. import geometry
+from ..errors import LMTPError
+from ..modeling.checkpoint import read_config
+from ..modeling.loss import count_targets
+from . import hooks
+from .loading import replaced
+from .start import starting_heads
+
+
+def extend_workflow(workflow: ModuleType) -> None:
+    """Replace ``run_sft`` by one that puts our parts into upstream's while an L-MTP stage runs."""
+    upstream = hooks.expect(workflow, "run_sft", "model_args", "data_args", "training_args", "finetuning_args")
+    for name in ("CustomSeq2SeqTrainer", "get_dataset", "plot_loss"):
+        hooks.expect(workflow, name)
+
+    @functools.wraps(upstream)
+    def run_sft(model_args, data_args, training_args, finetuning_args, *args, **kwargs):
+        if finetuning_args.lmtp_stage is None:
+            return upstream(model_args, data_args, training_args, finetuning_args, *args, **kwargs)
+        from .plots import plot_head_metrics
+        from .trainer import LeapTrainer
+
+        def get_dataset(*dataset_args, **dataset_kwargs):
+            module = workflow_get_dataset(*dataset_args, **dataset_kwargs)
+            check_targets(module, farthest_offset(model_args, finetuning_args))
+            return module
+
+        def plot_loss(save_dictionary, keys=("loss",)):
+            workflow_plot_loss(save_dictionary, keys=list(keys))
+            plot_head_metrics(save_dictionary)
+
+        workflow_get_dataset, workflow_plot_loss = workflow.get_dataset, workflow.plot_loss
+        ours = {"CustomSeq2SeqTrainer": LeapTrainer, "get_dataset": get_dataset, "plot_loss": plot_loss}
+        with replaced(workflow, **ours):
+            return upstream(model_args, data_args, training_args, finetuning_args, *args, **kwargs)
+
+    workflow.run_sft = run_sft
+
+
+def farthest_offset(model_args, finetuning_args) -> int:
+    """Offset of the last head, whether its heads are fresh or trained."""
+    heads = starting_heads(model_args, finetuning_args)
+    config = finetuning_args.heads_config() if heads is None else read_config(heads)
+    return geometry.reach(config.offsets)
+
+
+def check_targets(dataset_module: dict, offset: int, limit: int = 10_000) -> None:
+    """Refuse a training set whose first ``limit`` examples hold no valid target for the last head.
+
+    Raises:
+        LMTPError: every answer is masked, or every example is shorter than the head's reach.
+    """
+    dataset = dataset_module.get("train_dataset")
+    if dataset is None:
+        return
+    for example in islice(dataset, limit):
+        labels, position_ids = torch.tensor([example["labels"]]), example.get("position_ids")
+        positions = None if position_ids is None else torch.tensor([position_ids])
+        if count_targets(labels, [offset], positions).any():
+            return
+    raise LMTPError(
+        f"No training example has a valid target {offset} tokens ahead, so the last head cannot learn: use longer examples "
+        "or fewer or nearer heads (num_heads, leap_stride)."
+    )

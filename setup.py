@@ -1,0 +1,43 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+setup(
+    name="lmtp_factory",
+    version="0.1.0",
+    description="Leap multi-token prediction (L-MTP) for an unmodified LLaMA-Factory",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["lmtp_factory", "lmtp_factory.*"]), "lmtp_factory.datasets"],
+    package_dir={"lmtp_factory.datasets": "data"},
+    package_data={"lmtp_factory.datasets": ["*.json", "*.jsonl"]},
+    install_requires=[
+        "llamafactory==0.9.5",
+        # torch and torchaudio have to match, and torchaudio ends at 2.11.
+        "torch>=2.4,<2.12",
+        "torchaudio<2.12",
+        "torchvision<0.27",
+        # The flash-attention path of 5.6.0 is broken.
+        "transformers>=4.57.1,!=5.6.0",
+        "peft>=0.18",
+        "deepspeed>=0.16",
+        "safetensors",
+        "huggingface_hub",
+        "matplotlib",
+        "pyyaml",
+        "tqdm",
+        "openai>=1.40",
+    ],
+    extras_require={
+        "demo": ["gguf>=0.10"],
+        "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.8", "gguf>=0.10", "tensorboard"],
+    },
+    entry_points={
+        "console_scripts": ["lmtp-cli = lmtp_factory.cli:main"],
+        # torch's extension autoload: see lmtp_factory/plugin/autoload.py.
+        "torch.backends": ["lmtp_factory = lmtp_factory.plugin.autoload:autoload"],
+    },
+)

@@ -1,0 +1,170 @@
+"""The work file survives kills and full disks, and refuses to mix two runs."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from lmtp_factory.data.distill.journal import Journal
+from lmtp_factory.errors import LMTPError
+from lmtp_factory.files import atomic_write
+
+SETTINGS = {"model": "m", "seed": 0}
+
+
+def row(number):
+    return {"id": number, "output": f"row {number} ü"}
+
+
+def write(path, numbers):
+    with Journal(path, SETTINGS) as journal:
+        journal.append([row(number) for number in numbers])
+
+
+def read(path):
+    with Journal(path, SETTINGS) as journal:
+        return list(journal.rows.values())
+
+
+def test_rows_come_back(tmp_path):
+    path = tmp_path / "raw.jsonl"
+    write(path, [0, 2])
+    write(path, [1])
+    assert read(path) == [row(0), row(2), row(1)]
+
+
+def test_any_torn_end_costs_at_most_the_row_that_it_tore(tmp_path):
+    path = tmp_path / "raw.jsonl"
+    write(path, [0, 1, 2])
+    whole = path.read_bytes()
+    ends = [index + 1 for index, byte in enumerate(whole) if byte == ord("\n")]
+    for cut in range(len(whole)):
+        path.write_bytes(whole[:cut])
+        survivors = max(0, sum(end <= cut for end in ends) - 1)  # less the header
+        assert read(path) == [row(number) for number in range(survivors)]
+        write(path, [7])
+        assert read(path) == [*map(row, range(survivors)), row(7)]
+
+
+def test_other_settings_are_refused_by_name(tmp_path):
+    path = tmp_path / "raw.jsonl"
+    write(path, [0])
+    with pytest.raises(LMTPError, match=r"seed = 0, now it is 1"):
+        Journal(path, SETTINGS | {"seed": 1})
+    with pytest.raises(LMTPError, match=r"extra = None, now it is 5"):
+        Journal(path, SETTINGS | {"extra": 5})
+    assert read(path) == [row(0)]
+
+
+@pytest.mark.parametrize("damage", ["x\n", '{"no": "id"}\n', "[1]\n"])
+def test_damage_inside_is_named_by_its_line(tmp_path, damage):
+    path = tmp_path / "raw.jsonl"
+    write(path, [0])
+    with path.open("a") as file:
+        file.write(damage + json.dumps(row(1)) + "\n")
+    with pytest.raises(LMTPError, match="line 3"):
+        read(path)
+
+
+def test_a_file_of_something_else(tmp_path):
+    path = tmp_path / "raw.jsonl"
+    path.write_text('{"id": 1}\n')
+    with pytest.raises(LMTPError, match="line 1"):
+        read(path)
+
+
+def test_two_runs_do_not_share_a_file(tmp_path):
+    path = tmp_path / "raw.jsonl"
+    with Journal(path, SETTINGS), pytest.raises(LMTPError, match="another run"):
+        Journal(path, SETTINGS)
+    assert read(path) == []
+
+
+def test_a_place_that_cannot_be_written(tmp_path):
+    with pytest.raises(LMTPError, match="--output-dir"):
+        Journal(tmp_path / "no" / "raw.jsonl", SETTINGS)
+
+
+def run_with_file_limit(code, tmp_path, limit):
+    """Run code in a process whose files cannot grow beyond `limit` bytes: a write takes a part, the next fails."""
+    preamble = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+    return subprocess.run(
+        [sys.executable, "-c", preamble + textwrap.dedent(code)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_full_disk_leaves_whole_rows(tmp_path):
+    result = run_with_file_limit(
+        f"""
+        from lmtp_factory.data.distill.journal import Journal
+        from lmtp_factory.errors import LMTPError
+        with Journal("raw.jsonl", {SETTINGS}) as journal:
+            try:
+                for number in range(100):
+                    journal.append([{{"id": number, "output": f"row {{number}} ü"}}])
+            except LMTPError as error:
+                print(len(journal.rows), error)
+        """,
+        tmp_path,
+        1000,
+    )
+    assert result.returncode == 0, result.stderr
+    count = int(result.stdout.split()[0])
+    assert 5 < count < 100
+    assert "make room" in result.stdout
+    assert (tmp_path / "raw.jsonl").read_bytes().endswith(b"}\n")
+    assert read(tmp_path / "raw.jsonl") == [row(number) for number in range(count)]
+
+
+def test_a_full_disk_keeps_the_dataset_that_was_there(tmp_path):
+    from lmtp_factory.data.distill.dataset import write_dataset
+
+    write_dataset(tmp_path, "d", [row(0)])
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    result = run_with_file_limit(
+        """
+        from pathlib import Path
+        from lmtp_factory.data.distill.dataset import write_dataset
+        from lmtp_factory.errors import LMTPError
+        try:
+            write_dataset(Path(), "d", [{"id": number} for number in range(1000)])
+        except LMTPError as error:
+            print(error)
+        """,
+        tmp_path,
+        1000,
+    )
+    assert "make room" in result.stdout, result.stderr
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_atomic_write_is_all_or_nothing(tmp_path):
+    path = tmp_path / "f"
+    with atomic_write(path) as file:
+        file.write("a\r\nb")
+    assert path.read_bytes() == b"a\r\nb"
+    with pytest.raises(RuntimeError), atomic_write(path, "wb") as file:
+        file.write(b"half")
+        raise RuntimeError
+    assert path.read_bytes() == b"a\r\nb"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["f"]
+
+
+def test_a_dataset_entry_joins_those_that_are_there(tmp_path):
+    from lmtp_factory.data.distill.dataset import write_dataset
+
+    (tmp_path / "dataset_info.json").write_text('{"mine": {"file_name": "mine.json"}}')
+    write_dataset(tmp_path, "d", [row(0)])
+    info = json.loads((tmp_path / "dataset_info.json").read_text())
+    assert info["mine"] == {"file_name": "mine.json"}
+    assert info["d"]["file_name"] == "d.jsonl"
+    (tmp_path / "dataset_info.json").write_text("{")
+    with pytest.raises(LMTPError, match="mend it"):
+        write_dataset(tmp_path, "e", [row(0)])
+    assert (tmp_path / "dataset_info.json").read_text() == "{"

@@ -1,0 +1,253 @@
+"""The server engine against a small real HTTP server that speaks the protocol, and against a real one if given."""
+
+import json
+import os
+import socket
+import threading
+import time
+
+import pytest
+from conftest import parse
+
+from lmtp_factory.data.distill import cli
+from lmtp_factory.data.distill.engine import Request, Sampling
+from lmtp_factory.data.distill.server_engine import ServerEngine
+from lmtp_factory.data.rows import parse_ids
+from lmtp_factory.errors import LMTPError
+
+EOS = 2
+SAMPLING = Sampling(max_new_tokens=16, stop_ids=(EOS, 60))
+
+
+class FakeServer:
+    """An OpenAI-compatible completions server; its answer to prompt ids is `answer(ids)` -> (ids, finish_reason)."""
+
+    def __init__(self, answer, *, tokenizer=None, send_ids=True, failures=0, status=503, delay=0.0, extra=None):
+        self.answer, self.tokenizer, self.send_ids = answer, tokenizer, send_ids
+        self.failures, self.status, self.delay, self.extra = failures, status, delay, extra or {}
+        self.requests, self.under_way, self.most_at_once, self.keys = [], 0, 0, set()
+
+    def app(self):
+        import asyncio
+
+        from fastapi import FastAPI
+        from fastapi import Request as HTTPRequest
+        from fastapi.responses import JSONResponse
+
+        app = FastAPI()
+
+        @app.get("/v1/models")
+        async def models():
+            return {"object": "list", "data": [{"id": "served", "object": "model", "created": 0, "owned_by": "us"}]}
+
+        @app.post("/v1/completions")
+        async def completions(request: HTTPRequest):
+            if self.failures > 0:
+                self.failures -= 1
+                return JSONResponse({"error": {"message": "not today"}}, status_code=self.status)
+            body = await request.json()
+            self.keys.add(request.headers["authorization"])
+            self.requests.append(body)
+            self.under_way += 1
+            self.most_at_once = max(self.most_at_once, self.under_way)
+            await asyncio.sleep(self.delay * (1 + body["prompt"][0] % 3))
+            self.under_way -= 1
+            ids, finish_reason = self.answer(body["prompt"])
+            choice = {"index": 0, "text": "", "finish_reason": finish_reason, "logprobs": None, **self.extra}
+            if self.send_ids:
+                choice["token_ids"] = ids
+            else:
+                choice["text"] = self.tokenizer.decode(ids)
+            return {"id": "c", "object": "text_completion", "created": 0, "model": "served", "choices": [choice]}
+
+        return app
+
+    def __enter__(self):
+        import uvicorn
+
+        sock = socket.socket()
+        sock.bind(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{sock.getsockname()[1]}/v1"
+        self.server = uvicorn.Server(uvicorn.Config(self.app(), log_level="error"))
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [sock]}, daemon=True)
+        self.thread.start()
+        until = time.monotonic() + 10
+        while not self.server.started:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        return self
+
+    def __exit__(self, *exception):
+        self.server.should_exit = True
+        self.thread.join(timeout=10)
+
+
+def echo(ids):
+    return [*ids, EOS], "stop"
+
+
+def collect(urls, tokenizer, requests=None, *, done=(), sampling=SAMPLING, **options):
+    rows = {}
+
+    def on_rows(generations):
+        for generation in generations:
+            assert generation.id not in rows
+            rows[generation.id] = generation
+
+    requests = requests or [Request(number, (number, 7)) for number in range(20)]
+    engine = ServerEngine(urls, tokenizer, max_retries=options.pop("max_retries", 3), **options)
+    engine.generate(requests, sampling, done=done, on_tokens=lambda count: None, on_rows=on_rows)
+    return rows
+
+
+def test_the_servers_read_and_return_token_ids(tokenizer):
+    with FakeServer(echo) as server:
+        rows = collect([server.url], tokenizer, api_key="secret")
+    assert {number: row.output_ids for number, row in rows.items()} == {
+        n: (n, 7, EOS) for n in range(20) if n != EOS
+    } | {EOS: (EOS,)}
+    assert server.keys == {"Bearer secret"}
+    for body in server.requests:
+        assert body["model"] == "served"
+        assert body["return_token_ids"] is True
+        assert body["stop_token_ids"] == [EOS, 60]
+        assert (body["max_tokens"], body["temperature"], body["repetition_penalty"], body["top_k"]) == (
+            16,
+            0.0,
+            1.0,
+            -1,
+        )
+    assert len({body["seed"] for body in server.requests}) == 20
+
+
+def test_work_is_shared_bounded_and_finished_rows_are_left_out(tokenizer):
+    with FakeServer(echo, delay=0.02) as one, FakeServer(echo, delay=0.02) as two:
+        rows = collect([one.url, two.url], tokenizer, done={0, 5}, concurrency=4)
+    assert set(rows) == set(range(20)) - {0, 5}
+    assert len(one.requests) == len(two.requests) == 9
+    assert one.most_at_once + two.most_at_once <= 4 + 1  # maxima of different moments
+    assert one.most_at_once + two.most_at_once > 2
+
+
+def test_failures_are_retried(tokenizer):
+    with FakeServer(echo, failures=3) as server:
+        assert len(collect([server.url], tokenizer)) == 20
+
+
+def test_another_server_takes_over(tokenizer):
+    with FakeServer(echo, failures=10**6, status=500) as broken, FakeServer(echo) as good:
+        assert len(collect([broken.url, good.url], tokenizer, max_retries=0)) == 20
+    assert len(good.requests) == 20
+
+
+def test_a_server_that_breaks_down_keeps_what_it_finished(tokenizer, tiny, prompts_file, tmp_path):
+    count = 0
+
+    def answer(ids):
+        nonlocal count
+        count += 1
+        if count == 6:
+            server.failures = 10**6
+        return [50, 51, EOS], "stop"
+
+    options = [
+        "--engine",
+        "server",
+        "--prompts",
+        prompts_file,
+        "--name",
+        "s",
+        "--output-dir",
+        tmp_path,
+        "--min-tokens",
+        1,
+    ]
+    options += ["--concurrency", 1, "--max-retries", 0]
+    with FakeServer(answer) as server, pytest.raises(LMTPError, match=f"{server.url}.*finished rows are kept"):
+        cli.run(parse(tiny, "--base-url", server.url, *options))
+    assert len((tmp_path / "s.raw.jsonl").read_text().splitlines()) == 1 + 6
+    with FakeServer(lambda ids: ([50, 51, EOS], "stop")) as server:
+        assert cli.run(parse(tiny, "--base-url", server.url, *options)) == 0
+    assert len(server.requests) == 14 - 6
+    rows = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows] == list(range(14))
+    assert {row["output_ids"] for row in rows} == {"50 51 2"}
+
+
+def test_a_server_without_token_ids_gets_its_text_tokenized(tokenizer, caplog):
+    ids = tokenizer("tell me about tokens", add_special_tokens=False)["input_ids"]
+    requests = [Request(number, (10,)) for number in range(3)]
+    with FakeServer(lambda _: (ids, "stop"), tokenizer=tokenizer, send_ids=False) as server:
+        rows = collect([server.url], tokenizer, requests)
+    assert {row.output_ids for row in rows.values()} == {(*ids, EOS)}
+    assert {row.finish_reason for row in rows.values()} == {"stop"}
+    assert sum("sends no token ids" in record.message for record in caplog.records) == 1
+    with FakeServer(lambda _: (ids, "length"), tokenizer=tokenizer, send_ids=False) as server:
+        rows = collect([server.url], tokenizer, requests)
+    assert {(row.output_ids, row.finish_reason) for row in rows.values()} == {(tuple(ids), "length")}
+
+
+@pytest.mark.parametrize(
+    ("ids", "extra", "expected"),
+    [
+        ([5, 6], {}, (5, 6, EOS)),
+        ([5, 6], {"stop_reason": None}, (5, 6, EOS)),
+        ([5, 6], {"stop_reason": 60}, (5, 6, 60)),
+        ([5, 6], {"matched_stop": 60}, (5, 6, 60)),
+        ([5, 6, 60], {"stop_reason": 60}, (5, 6, 60)),
+        ([5, 60, 7], {}, (5, 60)),
+    ],
+)
+def test_the_end_token_is_there_once(tokenizer, ids, extra, expected):
+    with FakeServer(lambda _: (ids, "stop"), extra=extra) as server:
+        (row,) = collect([server.url], tokenizer, [Request(0, (9,))]).values()
+    assert (row.output_ids, row.finish_reason) == (expected, "stop")
+
+
+def test_a_server_that_is_down_is_named(tokenizer):
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{sock.getsockname()[1]}/v1"
+        with pytest.raises(LMTPError, match=f"no OpenAI-compatible server answers at {url}"):
+            collect([url], tokenizer)
+
+
+def test_a_model_that_is_not_served(tokenizer):
+    with FakeServer(echo) as server, pytest.raises(LMTPError, match=r"does not serve `other`.*\(served\)"):
+        collect([server.url], tokenizer, model="other")
+
+
+def test_a_refused_request_is_told_in_the_servers_words(tokenizer):
+    with FakeServer(echo, failures=10**6, status=400) as server, pytest.raises(LMTPError, match="not today"):
+        collect([server.url], tokenizer)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("LMTP_TEST_SERVER" not in os.environ, reason="LMTP_TEST_SERVER names no server with SmolLM2")
+def test_a_real_server(smollm2, tmp_path, distil):
+    """Set LMTP_TEST_SERVER=http://host:port/v1 to a vLLM or SGLang server that serves SmolLM2 in float32."""
+    from transformers import AutoTokenizer
+
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps(["What is the capital of France?", "Name two colours.", "What is 12 + 30?"]))
+    options = [
+        "--prompts",
+        prompts,
+        "--max-new-tokens",
+        24,
+        "--min-tokens",
+        1,
+        "--keep-truncated",
+        "--output-dir",
+        tmp_path,
+    ]
+    remote = ["--engine", "server", "--base-url", os.environ["LMTP_TEST_SERVER"]]
+    there = distil(smollm2, "--name", "there", *remote, *options)["there"]
+    here = distil(smollm2, "--name", "here", *options)["here"]
+    assert [row["prompt_ids"] for row in there] == [row["prompt_ids"] for row in here]
+    # two engines may part where two tokens are nearly tied, not at the first word
+    assert [parse_ids(row["output_ids"])[:3] for row in there] == [parse_ids(row["output_ids"])[:3] for row in here]
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    for row in there:
+        ids = parse_ids(row["output_ids"])
+        assert (ids[-1] == tokenizer.eos_token_id) == (row["finish_reason"] == "stop")
