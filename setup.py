@@ -3,6 +3,9 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 
+# Top-level folders that travel inside the wheel: lmtp_factory/resources.py finds them.
+RESOURCES = {"lmtp_factory.datasets": "data", "lmtp_factory.configs": "configs"}
+
 setup(
     name="lmtp_factory",
     version="0.1.0",
@@ -11,9 +14,9 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",
-    packages=[*find_packages(include=["lmtp_factory", "lmtp_factory.*"]), "lmtp_factory.datasets"],
-    package_dir={"lmtp_factory.datasets": "data"},
-    package_data={"lmtp_factory.datasets": ["*.json", "*.jsonl"]},
+    packages=[*find_packages(include=["lmtp_factory", "lmtp_factory.*"]), *RESOURCES],
+    package_dir=RESOURCES,
+    package_data={name: ["*.json", "*.jsonl", "*/*.json", "*/*.yaml"] for name in RESOURCES},
     install_requires=[
         "llamafactory==0.9.5",
         # torch and torchaudio have to match, and torchaudio ends at 2.11.

@@ -2,4 +2,5 @@
 
 from lmtp_factory.data.rows import TEMPLATE_NAME, is_self_distilled
 
+
 __all__ = ["TEMPLATE_NAME", "is_self_distilled"]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmtp_factory.errors import LMTPError
 
+
 if TYPE_CHECKING:
     from llamafactory.data.parser import DatasetAttr
 

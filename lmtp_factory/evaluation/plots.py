@@ -1,9 +1,15 @@
 """Figures, drawn without a display."""
 
+import os
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+
+if TYPE_CHECKING:
+    from .heads import HeadScores
 
 
 def draw_head_curves(curves: Mapping[str, Sequence[tuple[int, float]]], path: str) -> None:
@@ -31,4 +37,22 @@ def draw_head_curves(curves: Mapping[str, Sequence[tuple[int, float]]], path: st
         panel.grid(alpha=0.3)
         if panel.lines:
             panel.legend()
+    figure.savefig(path, dpi=100)
+
+
+def draw_head_bars(scores: Mapping[str, "HeadScores"], path: str | os.PathLike) -> None:
+    """Loss and top-1 accuracy of every head as bars, a colour a model; ``path`` is the PNG file to write."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2)
+    width = 0.8 / len(scores)
+    for index, (label, score) in enumerate(scores.items()):
+        places = [head + (index - (len(scores) - 1) / 2) * width for head in range(len(score.offsets))]
+        panels[0].bar(places, score.losses, width, label=label)
+        panels[1].bar(places, [100 * accuracy for accuracy in score.accuracies], width, label=label)
+    offsets = next(iter(scores.values())).offsets
+    for panel, title in zip(panels, ("loss on held-out text (nats)", "top-1 accuracy on held-out text (%)")):
+        panel.set(title=title, xlabel="tokens ahead", xticks=range(len(offsets)), xticklabels=[f"+{o}" for o in offsets])
+        panel.grid(axis="y", alpha=0.3)
+    panels[0].legend()
     figure.savefig(path, dpi=100)

@@ -34,7 +34,7 @@ class LeapHead(nn.Module):
     """One head. Without blocks and with a shared unembedding it is the LM head itself.
 
     ``forward`` is the training loss, not the logits: under ZeRO-3 a module's weights exist only while its ``forward``
-    (and the matching backward) runs, so the chunks have to be computed in here.
+    runs, so the chunks have to be computed in here.
     """
 
     def __init__(self, hidden_size: int, vocab_size: int, layers: int, own_unembedding: bool):
@@ -62,8 +62,13 @@ class LeapHead(nn.Module):
             lm_head: the backbone's LM head, read where this head has no unembedding of its own.
             softcap: the base model's ``final_logit_softcapping``.
         """
+        modules = [self] if self.unembed is not None else [self, lm_head]
         return chunked_cross_entropy(
-            hidden, targets, lambda rows: self.logits(rows, lm_head, softcap), chunk_rows(self.vocab_size)
+            hidden,
+            targets,
+            lambda rows: self.logits(rows, lm_head, softcap),
+            parameters=[parameter for module in modules for parameter in module.parameters()],
+            rows_per_chunk=chunk_rows(self.vocab_size),
         )
 
 

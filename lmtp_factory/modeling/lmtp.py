@@ -20,7 +20,7 @@ from ..errors import LMTPError
 from .checkpoint import HEADS_FOLDER, check_base, save_heads
 from .heads import LeapHead, LeapHeads
 from .loss import IGNORE_INDEX, head_weights, leap_targets
-from .zero3 import fetch_together, gathered
+from .zero3 import fetch_together, gathered, hookable
 
 
 HEADS_PREFIX = "leap_heads."
@@ -69,7 +69,7 @@ class LeapModel:
         frozen_backbone = self.leap_stage == 1
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen_backbone):
             hidden = self.base_model(**inputs, use_cache=False).last_hidden_state
-        hidden = hidden.flatten(0, 1)
+        hidden = hookable(hidden.flatten(0, 1))
 
         heads = list(self.leap_heads.heads) if frozen_backbone else [self.next_token_head, *self.leap_heads.heads]
         lm_head, softcap = self.get_output_embeddings(), softcap_of(self)

@@ -10,19 +10,21 @@ equations 4 and 5):
 Two implementations compute the same sums; callers choose one, neither falls back to the other:
 
 ======================= ============================ ===================================================
-function                peak memory of the logits    gradient
+function                peak memory of the logits    gradients
 ======================= ============================ ===================================================
-eager_cross_entropy     rows x vocabulary            autograd keeps the logits
-chunked_cross_entropy   chunk x vocabulary           logits of a chunk are recomputed in the backward
+eager_cross_entropy     rows x vocabulary            autograd, in the backward
+chunked_cross_entropy   chunk x vocabulary           of each chunk while its logits exist, in the forward
 ======================= ============================ ===================================================
+
+Taking the gradients in the forward costs three matmuls a head where recomputing logits in the backward costs four, and
+the weights are needed only there, which is where ZeRO-3 has them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor, nn
 
 
 IGNORE_INDEX = -100
@@ -91,21 +93,56 @@ def eager_cross_entropy(rows: Tensor, targets: Tensor, project: Callable[[Tensor
 
 
 def chunked_cross_entropy(
-    rows: Tensor, targets: Tensor, project: Callable[[Tensor], Tensor], rows_per_chunk: int
+    rows: Tensor,
+    targets: Tensor,
+    project: Callable[[Tensor], Tensor],
+    parameters: Iterable[nn.Parameter],
+    rows_per_chunk: int,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`eager_cross_entropy` over valid rows only, ``rows_per_chunk`` at a time, recomputed in the backward.
+    """:func:`eager_cross_entropy` over valid rows only, ``rows_per_chunk`` at a time.
 
     A batch without a valid target still runs one masked row: its loss and gradients are exactly zero, but every
     parameter takes part in the graph, which distributed gradient reduction relies on.
+
+    Args:
+        parameters: what ``project`` computes with; those that require gradients get them.
     """
     valid = (targets != IGNORE_INDEX).nonzero().squeeze(-1)
     if valid.numel() == 0:
         valid = valid.new_zeros(1)
-    loss, hits = rows.new_zeros((), dtype=torch.float32), targets.new_zeros(())
-    for row_chunk, target_chunk in zip(rows[valid].split(rows_per_chunk), targets[valid].split(rows_per_chunk)):
-        # Reentrant checkpointing would run one backward a chunk, and gradient hooks (DDP, ZeRO) would fire for each.
-        chunk_loss, chunk_hits = checkpoint(
-            eager_cross_entropy, row_chunk, target_chunk, project, use_reentrant=False, preserve_rng_state=False
-        )
-        loss, hits = loss + chunk_loss, hits + chunk_hits
-    return loss, hits
+    parameters = [parameter for parameter in parameters if parameter.requires_grad]
+    return _ChunkedCrossEntropy.apply(rows[valid], targets[valid], project, rows_per_chunk, *parameters)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, targets, project, rows_per_chunk, *parameters):
+        rows_need_gradient = ctx.needs_input_grad[0]
+        row_gradient = torch.zeros_like(rows) if rows_need_gradient else None
+        # Sums over chunks in fp32: in bf16 each further chunk would lose the low bits of the sum before.
+        gradients = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
+        loss, hits = rows.new_zeros((), dtype=torch.float32), targets.new_zeros(())
+        for start in range(0, len(rows), rows_per_chunk):
+            part = slice(start, start + rows_per_chunk)
+            chunk = rows[part].detach().requires_grad_(rows_need_gradient)
+            inputs = [*([chunk] if rows_need_gradient else []), *parameters]
+            with torch.set_grad_enabled(bool(inputs)):
+                chunk_loss, chunk_hits = eager_cross_entropy(chunk, targets[part], project)
+            loss, hits = loss + chunk_loss.detach(), hits + chunk_hits
+            if inputs:
+                chunk_gradients = list(torch.autograd.grad(chunk_loss, inputs, allow_unused=True))
+                if rows_need_gradient:
+                    row_gradient[part] = chunk_gradients.pop(0)
+                for total, gradient in zip(gradients, chunk_gradients):
+                    if gradient is not None:
+                        total += gradient
+        ctx.gradients = row_gradient, [total.to(p.dtype) for total, p in zip(gradients, parameters)]
+        ctx.mark_non_differentiable(hits)
+        return loss, hits
+
+    @staticmethod
+    def backward(ctx, grad_loss, _):
+        # In place: the sums are as large as the unembeddings, and nothing reads them again.
+        row_gradient, gradients = ctx.gradients
+        scaled = [None if g is None else g.mul_(grad_loss.to(g.dtype)) for g in (row_gradient, *gradients)]
+        return scaled[0], None, None, None, *scaled[1:]

@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 
@@ -17,16 +18,22 @@ def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
     return deepspeed.zero.GatheredParameters(partitioned)
 
 
-def shape_of(parameter: nn.Parameter) -> tuple[int, ...]:
-    """Shape of the whole parameter, sharded or not."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+def hookable(hidden: Tensor) -> Tensor:
+    """``hidden`` such that ZeRO-3's hook after a head's backward runs after it.
+
+    The hook hangs on the gradient of the module's input. Where the input needs none (stage 1: the backbone is frozen)
+    it would fire before the weights' gradients are there, reduce zeros and shard the weights away.
+    """
+    if is_deepspeed_zero3_enabled() and torch.is_grad_enabled() and not hidden.requires_grad:
+        return hidden.requires_grad_()
+    return hidden
 
 
 def fetch_together(module: nn.Module, external: Iterable[nn.Parameter] = ()) -> None:
     """Let ZeRO-3 fetch ``module``'s whole subtree, and ``external`` parameters it reads, when its forward runs.
 
-    By default each leaf is fetched on its own call; a head's loss calls its layers once a chunk, and the number of
-    chunks differs from step to step, which would throw DeepSpeed's prefetch trace away every time.
+    By default each layer is fetched on its own call. A head's loss calls its layers once a chunk and takes gradients
+    right there, and the number of chunks differs from step to step.
     """
     if not is_deepspeed_zero3_enabled():
         return

@@ -9,6 +9,7 @@ from lmtp_factory.data.registry import data_dir, dataset_info, find_datasets
 from lmtp_factory.data.rows import is_self_distilled, parse_ids
 from lmtp_factory.errors import LMTPError
 
+
 RELEASE = ["mixed_Q25_3B", "mixed_Q25_7B", "mixed_L32_3B", "mixed_L31_8B", "mixed_G3_4b", "mixed_G3_12b", "mixed_10K"]
 DEMO = ["self_distilled_smollm2_train", "self_distilled_smollm2_heldout"]
 

@@ -1,7 +1,7 @@
 """Mistakes on the command line of `distill` cost one sentence and no model."""
 
 import pytest
-from conftest import parse
+from tiny_model import parse
 
 from lmtp_factory.data.distill import cli
 from lmtp_factory.errors import LMTPError

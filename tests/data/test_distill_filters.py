@@ -8,6 +8,7 @@ from lmtp_factory.data.distill.filters import Filters, NearDuplicates, distinct_
 from lmtp_factory.data.distill.pipeline import split_heldout
 from lmtp_factory.data.rows import format_ids
 
+
 tokens = st.integers(min_value=0, max_value=1000)
 
 

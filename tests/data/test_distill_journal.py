@@ -11,6 +11,7 @@ from lmtp_factory.data.distill.journal import Journal
 from lmtp_factory.errors import LMTPError
 from lmtp_factory.files import atomic_write
 
+
 SETTINGS = {"model": "m", "seed": 0}
 
 

@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from conftest import SYSTEM
+from tiny_model import SYSTEM
 
 from lmtp_factory.data.distill import chat
 from lmtp_factory.data.distill.engine import Generation, stop_at
@@ -11,6 +11,7 @@ from lmtp_factory.data.distill.filters import Filters
 from lmtp_factory.data.distill.pipeline import Settings, distill
 from lmtp_factory.data.rows import parse_ids
 from lmtp_factory.errors import LMTPError
+
 
 ANSWER = "That is a good question, and here is what I think of it."
 

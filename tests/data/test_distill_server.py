@@ -7,13 +7,14 @@ import threading
 import time
 
 import pytest
-from conftest import parse
+from tiny_model import parse
 
 from lmtp_factory.data.distill import cli
 from lmtp_factory.data.distill.engine import Request, Sampling
 from lmtp_factory.data.distill.server_engine import ServerEngine
 from lmtp_factory.data.rows import parse_ids
 from lmtp_factory.errors import LMTPError
+
 
 EOS = 2
 SAMPLING = Sampling(max_new_tokens=16, stop_ids=(EOS, 60))

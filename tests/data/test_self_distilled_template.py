@@ -3,11 +3,12 @@
 import json
 
 import pytest
-from conftest import SYSTEM
+from tiny_model import SYSTEM
 
 from lmtp_factory.data.distill.dataset import write_dataset
 from lmtp_factory.data.rows import format_ids, parse_ids
 from lmtp_factory.errors import LMTPError
+
 
 IGNORE = -100
 

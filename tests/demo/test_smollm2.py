@@ -77,7 +77,7 @@ def test_somebody_elses_directory_is_left_alone(tmp_path):
 def test_a_failure_leaves_nothing_behind(tmp_path):
     bad = tmp_path / "bad.gguf"
     bad.write_bytes(b"GGUF" + bytes(64))
-    with pytest.raises(Exception, match=""):
+    with pytest.raises(Exception):  # noqa: B017 - whatever the GGUF reader says
         demo.prepare(tmp_path / "out", bad)
     assert [path.name for path in tmp_path.iterdir()] == ["bad.gguf"]
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lmtp_factory.errors import LMTPError
 
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lmtp_factory.errors import LMTPError
 
+
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -143,7 +144,7 @@ def run(args: argparse.Namespace) -> int:
 def _fingerprint(args: argparse.Namespace) -> dict[str, object]:
     if args.engine == "server":  # addresses may change between a run and its continuation
         return {"engine": "server", "served_model_name": args.served_model_name}
-    return {"engine": "hf", "batch_size": args.batch_size, "dtype": args.dtype}
+    return {"engine": "hf", "dtype": args.dtype}  # a smaller batch must be able to rescue a run that ran out of memory
 
 
 def _engine(args: argparse.Namespace, tokenizer):

@@ -11,6 +11,7 @@ from lmtp_factory.data.rows import dataset_entry
 from lmtp_factory.errors import LMTPError
 from lmtp_factory.files import atomic_write
 
+
 _INFO = "dataset_info.json"
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from lmtp_factory.data.rows import parse_ids
 
+
 _WORD = re.compile(r"\w+")
 
 

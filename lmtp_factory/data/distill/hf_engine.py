@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteri
 from lmtp_factory.data.distill.engine import Generation, Request, Sampling, stop_at
 from lmtp_factory.errors import LMTPError
 
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -102,7 +103,13 @@ class HFEngine:
         for batch in batches:
             missing = {request.id for request in batch if request.id not in done}
             if missing:
-                rows = self._generate_batch(batch, sampling, on_tokens)
+                try:
+                    rows = self._generate_batch(batch, sampling, on_tokens)
+                except torch.OutOfMemoryError as error:
+                    raise LMTPError(
+                        f"the device has no memory for {len(batch)} rows at once: run the same command again with "
+                        f"`--batch-size {max(1, len(batch) // 2)}`, finished rows are kept."
+                    ) from error
                 on_rows([row for row in rows if row.id in missing])
 
     @torch.inference_mode()
@@ -131,7 +138,7 @@ class HFEngine:
             ),
         )
         device = self.model.device
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(sampling.seed_of(batch[0].id))
             output = self.model.generate(
                 input_ids=input_ids.to(device),

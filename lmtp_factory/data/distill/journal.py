@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from lmtp_factory.errors import LMTPError
 
+
 try:
     import fcntl
 except ImportError:  # Windows has no flock; two runs into one file are then not noticed

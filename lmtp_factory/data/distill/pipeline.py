@@ -21,6 +21,7 @@ from lmtp_factory.data.distill.self_prompts import write_prompts
 from lmtp_factory.data.rows import TEMPLATE_NAME, format_ids, parse_ids
 from lmtp_factory.errors import LMTPError
 
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -37,7 +38,7 @@ class Settings:
         prompt_sampling: (temperature, top-p) of self-written prompts.
         max_prompt_tokens: prompts longer than this, system text and turn markers included, are left out.
         heldout: share of the rows that goes to `name_heldout` instead of `name_train`; 0: one data set, `name`.
-        fingerprint: what else decides the answers (engine, dtype, batch size); recorded in the work file.
+        fingerprint: what else decides the answers (engine, dtype); recorded in the work file.
     """
 
     model: str

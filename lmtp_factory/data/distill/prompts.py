@@ -13,6 +13,7 @@ from lmtp_factory.data.registry import find_datasets
 from lmtp_factory.data.rows import is_self_distilled
 from lmtp_factory.errors import LMTPError
 
+
 _FIELDS = "`prompt`, `instruction` (with an optional `input`) or `messages`"
 
 
@@ -54,17 +55,21 @@ def prompts_from_file(path: str | Path) -> list[Prompt]:
         raise LMTPError(f"prompts file `{path}` cannot be read ({reason}).") from error
     entries = _array_entries if text.lstrip().startswith("[") else _line_entries
     prompts = []
-    line = 1
     try:
         for line, entry in entries(text):
-            prompts.append(_prompt(entry))
+            prompts.append(_prompt_of_line(path, line, entry))
     except json.JSONDecodeError as error:
         raise LMTPError(f"{path}, line {error.lineno}: not JSON ({error.msg}); write one object a line.") from error
-    except _Malformed as error:
-        raise LMTPError(f"{path}, line {line}: {error}.") from error
     if not prompts:
         raise LMTPError(f"prompts file `{path}` holds no prompts: write one JSON object a line with {_FIELDS}.")
     return prompts
+
+
+def _prompt_of_line(path: str | Path, line: int, entry: Any) -> Prompt:
+    try:
+        return _prompt(entry)
+    except _Malformed as error:
+        raise LMTPError(f"{path}, line {line}: {error}.") from error
 
 
 def _line_entries(text: str) -> Iterator[tuple[int, Any]]:
@@ -135,6 +140,7 @@ def prompts_from_dataset(names: list[str], dataset_dir: str) -> tuple[list[Promp
     Raises:
         LMTPError: LLaMA-Factory cannot find or read a dataset.
     """
+    from datasets.exceptions import DatasetsError
     from llamafactory.data import loader, parser
     from llamafactory.hparams import DataArguments, ModelArguments
     from transformers import TrainingArguments
@@ -162,7 +168,7 @@ def prompts_from_dataset(names: list[str], dataset_dir: str) -> tuple[list[Promp
                         prompts.append(prompt)
         except LMTPError:
             raise
-        except (ValueError, KeyError, OSError) as error:
+        except (ValueError, KeyError, OSError, DatasetsError) as error:
             reason = str(error).strip().split("\n")[0].rstrip(".")
             raise LMTPError(f"dataset {', '.join(names)} cannot be read from `{dataset_dir}`: {reason}.") from error
     return prompts, skipped

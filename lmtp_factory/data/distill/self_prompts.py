@@ -13,6 +13,7 @@ from lmtp_factory.data.distill.prompts import Prompt, user_prompt
 from lmtp_factory.data.rows import parse_ids
 from lmtp_factory.errors import LMTPError
 
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 

@@ -17,6 +17,7 @@ import openai
 from lmtp_factory.data.distill.engine import Generation, Request, Sampling, stop_at
 from lmtp_factory.errors import LMTPError
 
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 

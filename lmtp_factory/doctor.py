@@ -1,0 +1,98 @@
+"""``lmtp-cli doctor``: versions, seams and device, and how to mend what is wrong."""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from importlib.util import find_spec
+
+from .plugin import autoload, hooks
+
+
+PACKAGES = ("lmtp_factory", "llamafactory", "torch", "torchaudio", "torchvision", "transformers", "peft", "deepspeed")
+ENTRY_POINT_GROUP = "torch.backends"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """No arguments: it looks at the environment it runs in."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what there is; status 1 where something has to be mended."""
+    versions = {name: _version(name) for name in PACKAGES}
+    print("Versions")
+    print(f"  python        {sys.version.split()[0]}")
+    for name, version in versions.items():
+        print(f"  {name:<13} {version or 'not installed'}")
+
+    problems = list(_version_problems(versions)) + list(_autoload_problems())
+    seams = {} if versions["llamafactory"] is None or autoload.is_disabled() else _seams()
+    if seams:
+        print("Seams into LLaMA-Factory")
+        purposes = {seam.name: seam.purpose for seam in hooks.SEAMS}
+        for name, reason in seams.items():
+            print(f"  {'attached' if reason is None else 'MISSING '}  {name:<44} {purposes[name]}")
+            if reason is not None:
+                problems.append(f"{name} is not attached ({reason}): install llamafactory==0.9.5.")
+    print("Device")
+    print(f"  {_device()}")
+
+    if not problems:
+        print("Everything is in place.")
+        return 0
+    print("To mend")
+    for problem in problems:
+        print(f"  - {problem}")
+    return 1
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _version_problems(versions: dict[str, str | None]) -> Iterator[str]:
+    for name, version in versions.items():
+        if version is None:
+            yield f"{name} is not installed: pip install lmtp_factory brings a working set."
+    torch, torchaudio = versions["torch"], versions["torchaudio"]
+    if torch and torchaudio and _minor(torch) != _minor(torchaudio):
+        yield (
+            f"torch {torch} and torchaudio {torchaudio} do not match, so LLaMA-Factory cannot import: "
+            'pip install "torch<2.12" "torchaudio<2.12" "torchvision<0.27".'
+        )
+    if versions["transformers"] == "5.6.0":
+        yield 'transformers 5.6.0 has a broken flash-attention path: pip install "transformers!=5.6.0,<=5.6".'
+
+
+def _minor(version: str) -> list[str]:
+    return version.split("+")[0].split(".")[:2]
+
+
+def _autoload_problems() -> Iterator[str]:
+    if autoload.is_disabled():
+        yield f"{autoload.DISABLE_VARIABLE} is set, so L-MTP is off: unset it."
+    if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") == "0":
+        yield "TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps torch from loading L-MTP: unset it."
+    if not any(entry.value.startswith(autoload.__name__) for entry in metadata.entry_points(group=ENTRY_POINT_GROUP)):
+        yield "torch cannot find the plugin, because this copy of lmtp_factory is not installed: pip install it."
+
+
+def _seams() -> dict[str, str | None]:
+    if find_spec("torch") is not None:
+        import torch  # noqa: F401  attaches the hooks, as in every program
+    return hooks.attach_all()
+
+
+def _device() -> str:
+    try:
+        import torch
+    except Exception as error:
+        return f"unknown: torch does not import ({error})"
+    if not torch.cuda.is_available():
+        return f"CPU, {torch.get_num_threads()} threads"
+    names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    return f"{names}; bf16 {'supported' if torch.cuda.is_bf16_supported() else 'not supported'}"

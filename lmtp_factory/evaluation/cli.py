@@ -1,0 +1,38 @@
+"""``lmtp-cli report``: per-head loss, accuracy and perplexity of several models on the same held-out rows."""
+
+import argparse
+import json
+from pathlib import Path
+
+from ..errors import LMTPError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Models to compare and the rows to compare them on."""
+    parser.add_argument(
+        "models", nargs="+", metavar="[LABEL=]MODEL", help="stage-1 output, adapter or export with heads, or a plain model"
+    )
+    parser.add_argument("--rows", required=True, metavar="FILE", help="rows written by lmtp-cli distill")
+    parser.add_argument("--limit", type=int, metavar="N", help="score the first N rows only")
+    parser.add_argument("--batch-size", type=int, default=4, metavar="N")
+    parser.add_argument("--output-dir", metavar="DIR", help="also write report.json and report.png there")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Score each model, print the table, write the files."""
+    from .heads import read_rows, score_heads
+    from .report import load_for_scoring, print_table, write_report
+
+    if not Path(args.rows).is_file():
+        raise LMTPError(f"--rows {args.rows} is no file: name the JSONL file that lmtp-cli distill wrote.")
+    rows = read_rows(args.rows, args.limit)
+    scores = {}
+    for model in args.models:
+        label, _, path = model.rpartition("=")
+        label = label or Path(path).name
+        scores[label] = score_heads(load_for_scoring(path, scores), rows, args.batch_size, label)
+        print(json.dumps({label: scores[label].to_dict()}))
+    print_table(scores)
+    if args.output_dir:
+        write_report(scores, Path(args.output_dir))
+    return 0
