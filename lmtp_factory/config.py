@@ -8,8 +8,6 @@ from . import geometry
 from .errors import LMTPError
 
 
-DEFAULT_NUM_HEADS = 3
-DEFAULT_STRIDE = 2
 HEAD_KINDS = ("own", "shared")
 
 
@@ -45,7 +43,7 @@ class LMTPConfig(PretrainedConfig):
         tokenizer_fingerprint: str | None = None,
         **kwargs,
     ):
-        self.offsets = resolve_offsets(num_heads, stride, offsets)
+        self.offsets = geometry.resolve(num_heads, stride, offsets)
         if head_layers < 1:
             raise LMTPError(f"head_layers is {head_layers}, but a head has at least one block: write head_layers: 1.")
         if head_kind not in HEAD_KINDS:
@@ -67,29 +65,3 @@ class LMTPConfig(PretrainedConfig):
     def stride(self) -> int | None:
         """The constant leap, or None where the leaps differ."""
         return geometry.stride(self.offsets)
-
-
-def resolve_offsets(
-    num_heads: int | None = None, stride: int | None = None, offsets: Sequence[int] | None = None
-) -> tuple[int, ...]:
-    """Full offsets, the LM head's 1 first, from whichever way the geometry was written.
-
-    ``offsets`` may carry the LM head's leading 1 (as in a saved config) or leave it out (as users write it).
-
-    Raises:
-        LMTPError: the geometry is impossible, or ``offsets`` contradicts ``num_heads`` or ``stride``.
-    """
-    if offsets is None:
-        return geometry.offsets(
-            (DEFAULT_NUM_HEADS if num_heads is None else num_heads) + 1, DEFAULT_STRIDE if stride is None else stride
-        )
-    extra = tuple(offsets[1:]) if offsets and offsets[0] == 1 else tuple(offsets)
-    full = geometry.check_offsets(extra)
-    written = ",".join(map(str, extra))
-    if num_heads is not None and num_heads != len(extra):
-        raise LMTPError(
-            f"leap_offsets {written} names {len(extra)} heads but num_heads says {num_heads}: leave one of them out."
-        )
-    if stride is not None and stride != geometry.stride(full):
-        raise LMTPError(f"leap_offsets {written} does not leap by leap_stride {stride}: leave one of them out.")
-    return full

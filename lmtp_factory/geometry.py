@@ -23,6 +23,10 @@ from collections.abc import Sequence
 from .errors import LMTPError
 
 
+DEFAULT_NUM_HEADS = 3
+DEFAULT_STRIDE = 2
+
+
 def offsets(n: int, stride: int) -> tuple[int, ...]:
     """Offsets of ``n`` heads, the LM head counted, that leap by ``stride`` tokens.
 
@@ -85,3 +89,28 @@ def window(offsets: Sequence[int]) -> int:
 def reach(offsets: Sequence[int]) -> int:
     """The farthest depth that the heads draft."""
     return offsets[-1]
+
+
+def resolve(
+    num_heads: int | None = None, leap_stride: int | None = None, leap_offsets: Sequence[int] | None = None
+) -> tuple[int, ...]:
+    """Full offsets, the LM head's 1 first, from whichever way the geometry was written.
+
+    ``leap_offsets`` may carry the LM head's leading 1 (as in a saved config) or leave it out (as users write it).
+
+    Raises:
+        LMTPError: the geometry is impossible, or ``leap_offsets`` contradicts ``num_heads`` or ``leap_stride``.
+    """
+    if leap_offsets is None:
+        extra_heads = DEFAULT_NUM_HEADS if num_heads is None else num_heads
+        return offsets(extra_heads + 1, DEFAULT_STRIDE if leap_stride is None else leap_stride)
+    extra = tuple(leap_offsets[1:]) if leap_offsets and leap_offsets[0] == 1 else tuple(leap_offsets)
+    full = check_offsets(extra)
+    written = ",".join(map(str, extra))
+    if num_heads is not None and num_heads != len(extra):
+        raise LMTPError(
+            f"leap_offsets {written} names {len(extra)} heads but num_heads says {num_heads}: leave one of them out."
+        )
+    if leap_stride is not None and leap_stride != stride(full):
+        raise LMTPError(f"leap_offsets {written} does not leap by leap_stride {leap_stride}: leave one of them out.")
+    return full

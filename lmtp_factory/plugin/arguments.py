@@ -2,13 +2,16 @@
 
 from dataclasses import dataclass, field, fields, make_dataclass
 from types import ModuleType
-from typing import Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 from .. import geometry
-from ..config import LMTPConfig, resolve_offsets
 from ..errors import LMTPError
 from . import hooks
 from .stages import STAGES
+
+
+if TYPE_CHECKING:
+    from ..config import LMTPConfig
 
 
 EXPORTS = ("ntp", "heads")
@@ -72,6 +75,7 @@ class LMTPArguments:
         return next((stage for stage, name in STAGES.items() if self.mtp_type == name), None)
 
     def __post_init__(self):
+        hooks.settle()
         # From here on upstream sees an ordinary SFT stage, so that packing, prediction, chat and Liger all apply, and
         # the arguments survive being written out and parsed again.
         if self.stage in STAGES.values():
@@ -111,13 +115,16 @@ class LMTPArguments:
                 raise
             raise LMTPError(f"leap_offsets is {self.leap_offsets!r}: write whole numbers like 2,3,6.") from None
 
-    def heads_config(self, **base: Any) -> LMTPConfig:
+    def heads_config(self, **base: Any) -> "LMTPConfig":
         """Configuration of fresh heads; ``base`` holds facts about the base model."""
-        offsets = resolve_offsets(self.num_heads, self.leap_stride, self.offsets_given())
+        # Not at the top: this module may load while transformers itself is half-way through its import of torch.
+        from ..config import LMTPConfig
+
+        offsets = geometry.resolve(self.num_heads, self.leap_stride, self.offsets_given())
         kind = {"head_layers": self.head_layers, "head_kind": self.head_kind}
         return LMTPConfig(offsets=offsets, **{k: v for k, v in kind.items() if v is not None}, **base)
 
-    def contradicts(self, config: LMTPConfig) -> str | None:
+    def contradicts(self, config: "LMTPConfig") -> str | None:
         """How the keys that were written differ from trained heads, or None where they agree."""
         if self.offsets_given() not in (None, config.offsets):
             return f"leap_offsets {self.leap_offsets}, the heads have {','.join(map(str, config.offsets[1:]))}"

@@ -76,6 +76,12 @@ def check_training(model_args, data_args, training_args, finetuning_args, genera
             f"cutoff_len {data_args.cutoff_len} leaves the farthest head (+{reach} tokens) without a target: write "
             f"cutoff_len: {reach + 1} or more."
         )
+    written = data_args.cutoff_len + 1  # with packing upstream has taken one off by now
+    if data_args.packing and written % 8:
+        raise LMTPError(
+            f"cutoff_len {written} does not go with packing, because upstream pads packed rows to a multiple of 8 but not "
+            f"their positions: write cutoff_len: {written // 8 * 8 + 8}."
+        )
     if training_args.should_save:
         _check_writable(training_args.output_dir)
 
@@ -157,6 +163,7 @@ def check_inference(model_args, data_args, finetuning_args, generating_args: Any
     if model_args.export_dir is None:
         return
     if finetuning_args.lmtp_export == "heads":
+        hooks.require_all()
         heads = locate_exported_heads(model_args, finetuning_args)
         if heads is None:
             raise LMTPError(

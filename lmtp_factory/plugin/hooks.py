@@ -30,13 +30,11 @@ class Seam:
         module: LLaMA-Factory's module, without the package's name.
         extend: ``module:function`` of this package; called with the imported module.
         purpose: what the seam is for, as ``lmtp-cli doctor`` prints it.
-        late: the extension changes objects in place, so it may also run after others have imported the module.
     """
 
     module: str
     extend: str
     purpose: str
-    late: bool = False
 
     @property
     def name(self) -> str:
@@ -44,10 +42,10 @@ class Seam:
 
 
 SEAMS = (
-    Seam("extras.constants", "stages:extend_constants", "the stages' names, heads as checkpoints", late=True),
+    Seam("extras.constants", "stages:extend_constants", "the stages' names, heads as checkpoints"),
     Seam("hparams.finetuning_args", "arguments:extend_finetuning_args", "the L-MTP keys of YAML and command line"),
-    Seam("hparams.parser", "checks:extend_parser", "bad input refused before a model loads", late=True),
-    Seam("data.template", "datasets:extend_template", "the template of self-distilled data", late=True),
+    Seam("hparams.parser", "checks:extend_parser", "bad input refused before a model loads"),
+    Seam("data.template", "datasets:extend_template", "the template of self-distilled data"),
     Seam("data.parser", "datasets:extend_parser", "dataset names that need no dataset_dir"),
     Seam("model.loader", "loading:extend_loader", "heads attached to the loaded model, export"),
     Seam("train.callbacks", "logs:extend_callbacks", "per-head metrics in trainer_log.jsonl"),
@@ -57,7 +55,7 @@ SEAMS = (
 _seams = {seam.name: seam for seam in SEAMS}
 _attached: set[str] = set()
 _failures: dict[str, str] = {}
-_waiting: list[Seam] = []  # modules that were being imported when we were installed
+_waiting: list[Seam] = []  # their modules were being imported when we were installed
 
 
 class _ExtendingLoader(importlib.abc.Loader):
@@ -81,8 +79,7 @@ class _Finder(importlib.abc.MetaPathFinder):
     """Wraps the loaders of the seams' modules; leaves every other import alone."""
 
     def find_spec(self, fullname, path=None, target=None):
-        if _waiting:
-            _extend_waiting()
+        settle()
         seam = _seams.get(fullname)
         if seam is None or fullname in _attached:
             return None
@@ -95,28 +92,36 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def install() -> None:
-    """Put the hooks in place, once per process."""
+    """Put the hooks in place, once per process.
+
+    LLaMA-Factory itself imports torch, so some of its modules may be there already, or half-way through.
+    """
     if any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return
     sys.meta_path.insert(0, _Finder())
-    for seam in SEAMS:
-        module = sys.modules.get(seam.name)
-        if module is None:
-            continue
-        if not seam.late:
-            _fail(seam, "it was imported before torch")
-        elif getattr(module.__spec__, "_initializing", False):
-            _waiting.append(seam)
-        else:
-            _extend(seam, module)
+    _waiting.extend(seam for seam in SEAMS if seam.name in sys.modules)
+    settle()
 
 
-def _extend_waiting() -> None:
+def settle() -> None:
+    """Extend what was being imported when we were installed and is complete by now."""
     for seam in list(_waiting):
         module = sys.modules.get(seam.name)
         if module is not None and not getattr(module.__spec__, "_initializing", False):
             _waiting.remove(seam)
+            before = dict(vars(module))
             _extend(seam, module)
+            _rebind([(old, vars(module).get(name)) for name, old in before.items()])
+
+
+def _rebind(replacements: list[tuple[object, object]]) -> None:
+    """Give importers that copied a name out of a module the object that has taken its place."""
+    replaced = {id(old): new for old, new in replacements if new is not None and new is not old}
+    importers = [module for name, module in list(sys.modules.items()) if name.startswith(f"{PACKAGE}.") and module]
+    for module in importers:
+        for name, value in list(vars(module).items()):
+            if id(value) in replaced:
+                setattr(module, name, replaced[id(value)])
 
 
 def _extend(seam: Seam, module: ModuleType) -> None:
@@ -154,7 +159,7 @@ def attach_all() -> dict[str, str | None]:
             continue
         try:
             importlib.import_module(seam.name)
-            _extend_waiting()
+            settle()
         except Exception as error:
             _failures[seam.name] = f"{type(error).__name__}: {error}"
         if seam.name not in _attached:

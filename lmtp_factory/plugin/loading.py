@@ -14,7 +14,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from ..modeling import attach_heads, load_heads
 from ..modeling.checkpoint import base_fingerprint, check_base
 from ..modeling.lmtp import base_of, fresh_heads
-from . import hooks
+from . import hooks, log
 from .start import locate_exported_heads, starting_heads
 
 
@@ -59,10 +59,10 @@ def _init_adapter(upstream, config, model, model_args, finetuning_args, is_train
     if heads is not None:
         _keep_untied_lm_head(model)
         if finetuning_args.lmtp_export == "heads":
-            _info(f"Exporting with the leap heads of {heads}.")
+            log.info(f"Exporting with the leap heads of {heads}.")
             attach_heads(model, heads=load_heads(heads.parent))
         else:
-            _info(f"Exporting without the leap heads of {heads}.")
+            log.info(f"Exporting without the leap heads of {heads}.")
     return model
 
 
@@ -73,12 +73,12 @@ def _attach_for_training(model: nn.Module, model_args, finetuning_args, is_train
         heads = load_heads(start.parent)
         check_base(heads.config, base.config, fingerprint)
         _warn_if_renamed(heads.config.base_model, model_args.model_name_or_path, start)
-        _info(f"Leap heads start from {start}.")
+        log.info(f"Leap heads start from {start}.")
     else:
         facts = {"base_model": model_args.model_name_or_path, "tokenizer_fingerprint": fingerprint}
         heads = fresh_heads(base, finetuning_args.heads_config(**facts))
         if finetuning_args.lmtp_stage == 2:
-            _warn(
+            log.warning(
                 "Stage 2 starts from fresh leap heads, which disturbs the backbone: train stage 1 first and name its "
                 "output in stage1_pretrained_path."
             )
@@ -92,7 +92,7 @@ def _attach_for_training(model: nn.Module, model_args, finetuning_args, is_train
     )
     if finetuning_args.train_lm_head and finetuning_args.finetuning_type == "freeze":
         base.get_output_embeddings().requires_grad_(True)
-    _info(f"Leap heads predict {', '.join(f'+{offset}' for offset in heads.config.offsets[1:])} beside the LM head's +1.")
+    log.info(f"Leap heads predict {', '.join(f'+{offset}' for offset in heads.config.offsets[1:])} beside the LM head's +1.")
     return model
 
 
@@ -127,21 +127,9 @@ def _keep_untied_lm_head(model: nn.Module) -> None:
     if model.config.get_text_config().tie_word_embeddings and lm_head.weight is not embeddings.weight:
         for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
             config.tie_word_embeddings = False
-        _info("The tuned LM head differs from the embeddings now: the export is saved with tie_word_embeddings: false.")
+        log.info("The tuned LM head differs from the embeddings now: the export is saved with tie_word_embeddings: false.")
 
 
 def _warn_if_renamed(trained_on: str | None, base: str, heads: Path) -> None:
     if trained_on and Path(trained_on).name != Path(base).name:
-        _warn(f"The leap heads in {heads} were trained on {trained_on}; they fit {base} in shape and tokenizer only.")
-
-
-def _info(message: str) -> None:
-    from llamafactory.extras import logging
-
-    logging.get_logger(__name__).info_rank0(message)
-
-
-def _warn(message: str) -> None:
-    from llamafactory.extras import logging
-
-    logging.get_logger(__name__).warning_rank0(message)
+        log.warning(f"The leap heads in {heads} were trained on {trained_on}; they fit {base} in shape and tokenizer only.")

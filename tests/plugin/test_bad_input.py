@@ -1,0 +1,172 @@
+"""Every mistake ends in one sentence that says what to write instead, before the model loads."""
+
+import json
+import re
+import shutil
+
+import pytest
+import runs
+import tiny
+
+from lmtp_factory import LMTPConfig, LMTPError
+from lmtp_factory.modeling import LeapHeads, save_heads
+
+
+@pytest.fixture
+def no_model_loads(monkeypatch):
+    """Loading a model is a failure here: the refusal has to come first."""
+    from llamafactory.model import loader
+
+    def load(*args, **kwargs):
+        raise AssertionError("a model was about to load")
+
+    monkeypatch.setattr(loader.AutoModelForCausalLM, "from_pretrained", load)
+
+
+CONFIGURATION = [
+    ({"num_heads": 0}, "num_heads is 0, but L-MTP needs at least one extra head: write num_heads: 1 or more."),
+    ({"leap_stride": 0}, "leap_stride is 0"),
+    ({"leap_offsets": "3,2"}, "leap_offsets is 3,2, but the extra heads' offsets have to rise"),
+    ({"leap_offsets": "1,3"}, "have to rise and to be above 1"),
+    ({"leap_offsets": "two"}, "write whole numbers like 2,3,6"),
+    ({"leap_offsets": "2,3,6", "num_heads": 2}, "names 3 heads but num_heads says 2"),
+    ({"leap_offsets": "2,3,6", "leap_stride": 2}, "does not leap by leap_stride 2"),
+    ({"head_kind": "both"}, "head_kind is 'both', but it has to be one of own, shared"),
+    ({"head_layers": 0}, "head_layers is 0"),
+    ({"head_weight": -1.0, "stage": "lmtp2"}, "head_weight -1.0"),
+    ({"mtp_type": "lmtp3", "stage": "sft"}, "mtp_type is 'lmtp3'"),
+    ({"mtp_type": "lmtp2"}, "stage says lmtp1 but mtp_type says lmtp2"),
+    ({"mtp_type": "lmtp1", "stage": "dpo"}, "goes with stage: sft"),
+    ({"lmtp_export": "both"}, "lmtp_export is 'both'"),
+    ({"cutoff_len": 7}, "cutoff_len 7 leaves the farthest head (+7 tokens) without a target: write cutoff_len: 8"),
+    ({"packing": True, "cutoff_len": 100}, "write cutoff_len: 104"),
+    ({"finetuning_type": "lora"}, "write finetuning_type: full"),
+    ({"finetuning_type": "oft", "stage": "lmtp2"}, "write lora, full or freeze"),
+    ({"train_lm_head": True}, "Stage 1 keeps the LM head frozen"),
+    ({"use_unsloth": True}, "do not run with use_unsloth"),
+    ({"use_kt": True}, "do not run with use_kt"),
+    ({"mixture_of_depths": "convert"}, "do not run with mixture_of_depths"),
+    ({"use_hyper_parallel": True}, "do not run with use_hyper_parallel"),
+    ({"use_mca": True}, "do not run with use_mca"),
+    ({"use_asft_loss": True}, "use_asft_loss replaces the loss"),
+    ({"use_dft_loss": True}, "use_dft_loss replaces the loss"),
+    ({"use_eaft_loss": True}, "use_eaft_loss replaces the loss"),
+    ({"label_smoothing_factor": 0.1}, "label_smoothing_factor replaces the loss"),
+    ({"compute_accuracy": True}, "leave compute_accuracy out"),
+    ({"stage1_pretrained_path": "no/such/place", "stage": "lmtp2"}, "no/such/place has no lmtp/ folder"),
+    ({"dataset": "mixed_Q25_3B"}, "mixed_Q25_3B"),
+    ({"dataset": "self_distilled_smollm2_train"}, "write template: lmtp"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), CONFIGURATION, ids=[str(c[0]) for c in CONFIGURATION])
+def test_configuration(overrides, message, llama, data, tmp_path, no_model_loads):
+    with pytest.raises(LMTPError, match=re.escape(message)) as caught:
+        runs.train(llama, data, tmp_path, **overrides)
+    sentence = str(caught.value)
+    assert sentence.endswith(".") and "\n" not in sentence
+
+
+def test_deepspeed_without_torchrun(llama, data, tmp_path, no_model_loads):
+    config = tmp_path / "zero2.json"
+    config.write_text('{"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": "auto"}')
+    result = runs.cli(
+        "train", runs.write_yaml(tmp_path / "x.yaml", runs.arguments(llama, data, tmp_path / "out", deepspeed=str(config))),
+        check=False,
+    )  # fmt: skip
+    assert result.returncode != 0
+    assert "FORCE_TORCHRUN=1 llamafactory-cli train" in result.stderr.splitlines()[-1]
+
+
+def test_megatron(llama, data, tmp_path, monkeypatch, no_model_loads):
+    monkeypatch.setenv("USE_MCA", "1")
+    with pytest.raises(LMTPError, match="do not run on Megatron"):
+        runs.train(llama, data, tmp_path)
+
+
+def test_output_dir_that_cannot_be_written(llama, data, tmp_path, no_model_loads):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LMTPError, match=r"output_dir .*file/out cannot be written \(Not a directory\)"):
+        runs.train(llama, data, tmp_path / "file" / "out")
+
+
+def test_stage_two_with_another_stride(llama, data, stage1, tmp_path, no_model_loads):
+    run = {"stage": "lmtp2", "finetuning_type": "lora", "stage1_pretrained_path": str(stage1)}
+    for wrong, message in [
+        ({"leap_stride": 3}, "leap_stride 3, the heads have 2"),
+        ({"num_heads": 2}, "num_heads 2, the heads have 3"),
+        ({"leap_offsets": "2,3,6"}, "leap_offsets 2,3,6, the heads have 3,5,7"),
+        ({"head_kind": "shared"}, "head_kind shared, the heads have own"),
+    ]:
+        with pytest.raises(LMTPError, match=message):
+            runs.train(llama, data, tmp_path, **run, **wrong)
+
+
+def test_heads_of_another_model(data, stage1, tmp_path, no_model_loads):
+    other = tiny.tiny_llama(tmp_path / "other", hidden_size=16, head_dim=4)
+    run = {"stage": "lmtp2", "finetuning_type": "lora", "stage1_pretrained_path": str(stage1)}
+    with pytest.raises(LMTPError, match=r"belong to .*tiny-llama \(hidden size 32\), not to .*other \(hidden size 16\)"):
+        runs.train(other, data, tmp_path / "out", **run)
+
+
+def test_heads_of_another_tokenizer(llama, data, stage1, tmp_path, no_model_loads):
+    other = tmp_path / "other"
+    shutil.copytree(llama, other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    run = {"stage": "lmtp2", "finetuning_type": "lora", "stage1_pretrained_path": str(stage1)}
+    with pytest.raises(LMTPError, match=r"belong to .*tiny-llama \(tokenizer \w+\), not to .*other \(tokenizer \w+\)"):
+        runs.train(other, data, tmp_path / "out", **run)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "no weights", "no config", "broken config"])
+def test_damaged_heads(damage, llama, data, stage1, tmp_path, no_model_loads):
+    broken = tmp_path / "broken"
+    shutil.copytree(stage1 / "lmtp", broken / "lmtp")
+    weights, config = broken / "lmtp" / "model.safetensors", broken / "lmtp" / "config.json"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "no weights":
+        weights.unlink()
+    elif damage == "no config":
+        config.unlink()
+    else:
+        config.write_text("{")
+    run = {"stage": "lmtp2", "finetuning_type": "lora", "stage1_pretrained_path": str(broken)}
+    with pytest.raises(LMTPError, match="truncated or damaged|is missing|is damaged"):
+        runs.train(llama, data, tmp_path / "out", **run)
+
+
+def test_dataset_without_a_target_for_the_last_head(llama, data, tmp_path, no_model_loads):
+    with pytest.raises(LMTPError, match="No training example has a valid target 300 tokens ahead"):
+        runs.train(llama, data, tmp_path, leap_offsets="2,300", cutoff_len=512)
+
+
+def test_fsdp(llama, data, tmp_path, monkeypatch, no_model_loads):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(LMTPError, match="do not run with fsdp"):
+        runs.train(llama, data, tmp_path)
+
+
+def test_a_full_disk_keeps_the_heads_that_were_there(tmp_path, monkeypatch):
+    config = LMTPConfig(num_heads=1, hidden_size=4, vocab_size=8, head_kind="shared")
+    save_heads(LeapHeads(config), tmp_path / "lmtp")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "lmtp").iterdir()}
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lmtp_factory.modeling.checkpoint.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_heads(LeapHeads(config), tmp_path / "lmtp")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "lmtp").iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["lmtp"]
+
+
+def test_the_cli_ends_with_the_sentence(llama, data, tmp_path):
+    args = runs.arguments(llama, data, tmp_path / "out", num_heads=0)
+    result = runs.cli("train", runs.write_yaml(tmp_path / "x.yaml", args), check=False)
+    assert result.returncode != 0
+    assert result.stderr.splitlines()[-1].endswith("write num_heads: 1 or more.")

@@ -1,0 +1,70 @@
+"""Two processes on the CPU under DeepSpeed: the same losses as one process with the same global batch."""
+
+import pytest
+import runs
+import torch
+from safetensors.torch import load_file
+
+from lmtp_factory import resources
+from lmtp_factory.modeling.checkpoint import load_heads
+
+
+pytestmark = pytest.mark.distributed
+# Uneven answers on the two ranks, so that averaging rank means would give other numbers.
+GLOBAL_BATCH = {"disable_shuffling": True, "max_steps": 4}
+
+
+def torchrun(path: str, *overrides: str):
+    return runs.cli("train", path, *overrides, FORCE_TORCHRUN="1", NPROC_PER_NODE="2", DS_ACCELERATOR="cpu")
+
+
+def deepspeed(name: str) -> str:
+    return str(resources.folder("configs") / "deepspeed" / f"{name}.json")
+
+
+@pytest.mark.parametrize("zero", ["zero2", "zero3"])
+@pytest.mark.parametrize(
+    ("stage", "method", "kind"), [("lmtp1", "full", "own"), ("lmtp1", "full", "shared"), ("lmtp2", "lora", "own"), ("lmtp2", "full", "shared")]
+)  # fmt: skip
+def test_losses_equal_one_process(zero, stage, method, kind, llama, data, tmp_path):
+    run = {"stage": stage, "finetuning_type": method, "head_kind": kind, **GLOBAL_BATCH}
+    alone = runs.train(llama, data, tmp_path / "one", per_device_train_batch_size=4, **run)
+    args = runs.arguments(
+        llama, data, tmp_path / "two", per_device_train_batch_size=1, gradient_accumulation_steps=2,
+        deepspeed=deepspeed(zero), **run,
+    )  # fmt: skip
+    torchrun(runs.write_yaml(tmp_path / "x.yaml", args))
+    together = runs.history(tmp_path / "two")
+    assert runs.step_losses(together) == pytest.approx(runs.step_losses(alone), rel=2e-4)
+    for one, two in zip(alone, together):
+        for key in one:
+            if "_head_" in key:
+                assert two[key] == pytest.approx(one[key], rel=5e-4, abs=1e-4), key
+
+    whole, sharded = (load_heads(tmp_path / name).state_dict() for name in ("one", "two"))
+    assert {name: t.shape for name, t in sharded.items()} == {name: t.shape for name, t in whole.items()}
+    for name, tensor in whole.items():
+        torch.testing.assert_close(sharded[name], tensor, rtol=1e-2, atol=2e-3)
+    if stage == "lmtp1":
+        assert not list((tmp_path / "two").glob("*.safetensors"))
+    elif method == "full":
+        assert set(load_file(tmp_path / "two" / "model.safetensors")) == set(load_file(llama / "model.safetensors"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", ["zero2", "zero3"])
+@pytest.mark.parametrize(("stage", "method"), [("lmtp1", "full"), ("lmtp2", "lora")])
+def test_resuming_under_deepspeed(zero, stage, method, llama, data, tmp_path):
+    args = runs.arguments(
+        llama, data, tmp_path / "out", stage=stage, finetuning_type=method, deepspeed=deepspeed(zero),
+        save_strategy="steps", save_steps=2, max_steps=4, overwrite_output_dir=None,
+    )  # fmt: skip
+    path = runs.write_yaml(tmp_path / "x.yaml", args)
+    torchrun(path)
+    whole = runs.step_losses(runs.history(tmp_path / "out"))
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    if stage == "lmtp1":  # the frozen backbone is not written again
+        states = sum(f.stat().st_size for f in checkpoint.glob("global_step2/*model_states.pt"))
+        assert states < (llama / "model.safetensors").stat().st_size
+    torchrun(path, f"resume_from_checkpoint={checkpoint}")
+    assert runs.step_losses(runs.history(tmp_path / "out")) == pytest.approx(whole, rel=1e-5)

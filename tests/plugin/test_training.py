@@ -1,0 +1,171 @@
+"""Both stages through upstream's own training function: what is trained, logged, saved and resumed."""
+
+import json
+
+import pytest
+import runs
+import torch
+from safetensors.torch import load_file
+
+from lmtp_factory.modeling.checkpoint import load_heads, read_config
+
+
+HEADS = ("loss_head_1", "loss_head_2", "loss_head_3", "acc_head_1", "acc_head_2", "acc_head_3")
+
+
+def steps(entries):
+    return [entry for entry in entries if "loss" in entry]
+
+
+def test_stage_one_trains_and_writes_heads_only(llama, data, tmp_path):
+    entries = runs.train(llama, data, tmp_path, max_steps=12, val_size=6, eval_strategy="steps", eval_steps=6, plot_loss=True)
+    logged = steps(entries)
+    assert len(logged) == 12
+    assert logged[-1]["loss"] < logged[0]["loss"] - 1
+    for entry in logged:
+        assert entry["loss"] == pytest.approx(sum(entry[f"loss_head_{i}"] for i in (1, 2, 3)), rel=1e-4)
+        assert all(0 <= entry[f"acc_head_{i}"] <= 1 for i in (1, 2, 3))
+        assert "loss_head_0" not in entry
+    evaluations = [entry for entry in entries if "eval_loss" in entry]
+    assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"]
+    assert evaluations[0]["eval_loss"] == pytest.approx(sum(evaluations[0][f"eval_loss_head_{i}"] for i in (1, 2, 3)))
+
+    lines = [json.loads(line) for line in (tmp_path / "trainer_log.jsonl").read_text().splitlines()]
+    assert all(set(HEADS) <= set(line) for line in lines if "loss" in line)
+    assert any("eval_loss_head_3" in line for line in lines)
+    assert (tmp_path / "training_heads.png").stat().st_size > 10_000
+    assert not list(tmp_path.glob("*.safetensors")) and not (tmp_path / "config.json").exists()
+    config = read_config(tmp_path / "lmtp")
+    assert (config.offsets, config.base_model) == ((1, 3, 5, 7), str(llama))
+    assert config.tokenizer_fingerprint
+
+
+def test_stage_one_leaves_the_backbone_alone(llama, data, tmp_path):
+    before = (llama / "model.safetensors").read_bytes()
+    runs.train(llama, data, tmp_path, head_kind="shared", leap_offsets="2,3,6", head_layers=2)
+    heads = load_heads(tmp_path)
+    assert heads.config.offsets == (1, 2, 3, 6)
+    assert all(block.leap_proj.weight.abs().sum() > 0 for head in heads.heads for block in head.blocks)
+    assert heads.heads[0].unembed is None
+    assert (llama / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "freeze"])
+def test_stage_two_tunes_backbone_and_heads(method, llama, data, stage1, tmp_path):
+    entries = runs.train(
+        llama, data, tmp_path, stage="lmtp2", finetuning_type=method, stage1_pretrained_path=str(stage1),
+        freeze_trainable_layers=1, max_steps=8, val_size=6, eval_strategy="steps", eval_steps=8,
+    )  # fmt: skip
+    logged = steps(entries)
+    assert logged[-1]["loss_head_0"] < logged[0]["loss_head_0"]
+    for entry in logged:
+        extra = sum(entry[f"loss_head_{i}"] for i in (1, 2, 3))
+        assert entry["loss"] == pytest.approx(entry["loss_head_0"] + 0.1 * extra, rel=1e-4)
+    assert any("eval_acc_head_0" in entry for entry in entries)
+    old, new = load_heads(stage1).state_dict(), load_heads(tmp_path).state_dict()
+    assert all(not torch.equal(old[name], new[name]) for name in old), "every tensor of the heads is tuned"
+    if method == "lora":
+        assert not any("leap" in name or "lm_head" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
+    else:
+        base, tuned = load_file(llama / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+        assert set(base) == set(tuned)
+        assert any(not torch.equal(base[name], tuned[name]) for name in base)
+
+
+def test_stage_two_starts_from_the_stage_one_heads(llama, data, stage1, tmp_path):
+    trained = runs.train(llama, data, tmp_path / "a", stage="lmtp2", finetuning_type="lora", stage1_pretrained_path=str(stage1))
+    fresh = runs.train(llama, data, tmp_path / "b", stage="lmtp2", finetuning_type="lora")
+    assert steps(trained)[0]["loss_head_1"] < steps(fresh)[0]["loss_head_1"] - 0.1
+    assert steps(trained)[0]["loss_head_0"] == pytest.approx(steps(fresh)[0]["loss_head_0"], rel=1e-5)
+
+
+def test_the_release_s_spelling_is_the_same_run(llama, data, tmp_path):
+    ours = runs.train(llama, data, tmp_path / "ours")
+    theirs = runs.train(
+        llama, data, tmp_path / "theirs", stage="sft", mtp_type="lmtp1", num_heads=3,
+        stage1_pretrained_path=str(tmp_path / "theirs"), save_only_model=False, resume_from_checkpoint=None,
+    )  # fmt: skip
+    assert runs.step_losses(ours) == runs.step_losses(theirs)
+
+
+def test_plain_sft_is_left_alone(llama, data, tmp_path):
+    entries = runs.train(llama, data, tmp_path, stage="sft", finetuning_type="lora")
+    assert not any("head" in key for entry in entries for key in entry)
+    assert not (tmp_path / "lmtp").exists()
+
+
+ACCUMULATION = {"stage": "lmtp2", "finetuning_type": "full", "disable_shuffling": True, "max_steps": 3}
+
+
+def test_accumulation_equals_a_large_batch(llama, data, tmp_path):
+    """Answers differ in length, so a mean of micro-batch means would give other numbers."""
+    large = runs.train(llama, data, tmp_path / "a", per_device_train_batch_size=8, **ACCUMULATION)
+    small = runs.train(
+        llama, data, tmp_path / "b", per_device_train_batch_size=2, gradient_accumulation_steps=4, **ACCUMULATION
+    )
+    assert runs.step_losses(large) == pytest.approx(runs.step_losses(small), rel=1e-4)
+    for a, b in zip(steps(large), steps(small)):
+        assert a["loss_head_3"] == pytest.approx(b["loss_head_3"], rel=1e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+
+def test_head_zero_is_plain_sft(llama, data, tmp_path):
+    """With weightless heads, stage 2 is upstream's own SFT, step for step."""
+    shared = {"finetuning_type": "full", "max_steps": 4, "gradient_accumulation_steps": 2, "learning_rate": 1e-3}
+    sft = runs.train(llama, data, tmp_path / "sft", stage="sft", **shared)
+    ours = runs.train(llama, data, tmp_path / "lmtp", stage="lmtp2", head_weight=0.0, **shared)
+    assert runs.step_losses(ours) == pytest.approx(runs.step_losses(sft), rel=1e-4)
+
+
+@pytest.mark.parametrize("packing", [{"packing": True}, {"neat_packing": True}])
+def test_packing(packing, llama, data, tmp_path):
+    packed = {"cutoff_len": 128, "stage": "lmtp2", "finetuning_type": "lora", "max_steps": 2, **packing}
+    entries = runs.train(llama, data, tmp_path, per_device_train_batch_size=1, **packed)
+    assert all(entry["loss_head_3"] > 0 for entry in steps(entries))
+
+
+@pytest.mark.parametrize(
+    ("stage", "method"), [("lmtp1", "full"), ("lmtp2", "lora"), ("lmtp2", "full")], ids=["stage 1", "lora", "full"]
+)
+def test_resuming_continues_exactly(stage, method, llama, data, tmp_path):
+    run = {"stage": stage, "finetuning_type": method, "max_steps": 6, "save_strategy": "steps", "save_steps": 3,
+           "lr_scheduler_type": "cosine", "overwrite_output_dir": None}  # fmt: skip
+    whole = runs.train(llama, data, tmp_path / "whole", **run)
+    runs.train(llama, data, tmp_path / "cut", **run)
+    (tmp_path / "cut" / "trainer_state.json").unlink()
+    resumed = runs.train(
+        llama, data, tmp_path / "cut", **run, resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3")
+    )
+    assert runs.step_losses(resumed) == runs.step_losses(whole)
+    a, b = load_heads(tmp_path / "whole").state_dict(), load_heads(tmp_path / "cut").state_dict()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_best_heads_are_loaded_at_the_end(llama, data, tmp_path):
+    entries = runs.train(
+        llama, data, tmp_path, val_size=6, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2,
+        load_best_model_at_end=True, learning_rate=0.5, max_steps=4,
+    )  # fmt: skip
+    losses = {entry["step"]: entry["eval_loss"] for entry in entries if "eval_loss" in entry}
+    best = min(losses, key=losses.get)
+    kept, saved = load_heads(tmp_path).state_dict(), load_heads(tmp_path / f"checkpoint-{best}").state_dict()
+    assert all(torch.equal(kept[name], saved[name]) for name in saved)
+
+
+def test_gradient_checkpointing_and_dora_change_nothing_or_little(llama, data, tmp_path):
+    run = {"stage": "lmtp2", "finetuning_type": "lora", "max_steps": 3}
+    without = runs.train(llama, data, tmp_path / "a", disable_gradient_checkpointing=True, **run)
+    with_it = runs.train(llama, data, tmp_path / "b", **run)
+    assert runs.step_losses(with_it) == pytest.approx(runs.step_losses(without), rel=1e-5)
+    dora = runs.train(llama, data, tmp_path / "c", use_dora=True, **run)
+    assert runs.step_losses(dora)[0] == pytest.approx(runs.step_losses(without)[0], rel=1e-5)
+
+
+def test_train_lm_head_beside_lora(llama, data, stage1, tmp_path):
+    runs.train(
+        llama, data, tmp_path, stage="lmtp2", finetuning_type="lora", train_lm_head=True, stage1_pretrained_path=str(stage1)
+    )
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    lm_head = next(tensor for name, tensor in saved.items() if "lm_head" in name)
+    base = load_file(llama / "model.safetensors")
+    assert not torch.equal(lm_head, base["model.embed_tokens.weight"])
