@@ -17,7 +17,7 @@ _EXPORTS = {
     "load_model": "lmtp_factory.modeling",
 }
 
-__all__ = [*_EXPORTS, "geometry"]
+__all__ = ["LMTPConfig", "LMTPError", "LeapHeads", "attach_heads", "geometry", "load_model"]
 
 
 def __getattr__(name: str):

@@ -10,7 +10,10 @@ from ..errors import LMTPError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Models to compare and the rows to compare them on."""
     parser.add_argument(
-        "models", nargs="+", metavar="[LABEL=]MODEL", help="stage-1 output, adapter or export with heads, or a plain model"
+        "models",
+        nargs="+",
+        metavar="[LABEL=]MODEL",
+        help="stage-1 output, adapter or export with heads, or a plain model",
     )
     parser.add_argument("--rows", required=True, metavar="FILE", help="rows written by lmtp-cli distill")
     parser.add_argument("--limit", type=int, metavar="N", help="score the first N rows only")

@@ -52,7 +52,9 @@ def draw_head_bars(scores: Mapping[str, "HeadScores"], path: str | os.PathLike) 
         panels[1].bar(places, [100 * accuracy for accuracy in score.accuracies], width, label=label)
     offsets = next(iter(scores.values())).offsets
     for panel, title in zip(panels, ("loss on held-out text (nats)", "top-1 accuracy on held-out text (%)")):
-        panel.set(title=title, xlabel="tokens ahead", xticks=range(len(offsets)), xticklabels=[f"+{o}" for o in offsets])
+        panel.set(
+            title=title, xlabel="tokens ahead", xticks=range(len(offsets)), xticklabels=[f"+{o}" for o in offsets]
+        )
         panel.grid(axis="y", alpha=0.3)
     panels[0].legend()
     figure.savefig(path, dpi=100)

@@ -11,4 +11,13 @@ from .lmtp import LeapOutput, attach_heads, heads_of
 AutoConfig.register(LMTPConfig.model_type, LMTPConfig, exist_ok=True)
 AutoModel.register(LMTPConfig, LeapHeads, exist_ok=True)
 
-__all__ = ["LMTPConfig", "LeapHeads", "LeapOutput", "attach_heads", "heads_of", "load_heads", "load_model", "save_heads"]
+__all__ = [
+    "LMTPConfig",
+    "LeapHeads",
+    "LeapOutput",
+    "attach_heads",
+    "heads_of",
+    "load_heads",
+    "load_model",
+    "save_heads",
+]

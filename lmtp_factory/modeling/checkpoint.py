@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -103,7 +103,7 @@ def verify_heads(folder: str | os.PathLike) -> LMTPConfig:
     path = folder / WEIGHTS_FILE
     try:
         with safe_open(path, framework="pt") as weights:  # refuses a file shorter than its header says
-            found = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}
+            found = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118  no dict
     except FileNotFoundError:
         raise LMTPError(f"{path} is missing: copy or train the leap heads again.") from None
     except (SafetensorError, OSError) as error:
@@ -112,7 +112,9 @@ def verify_heads(folder: str | os.PathLike) -> LMTPConfig:
         expected = {name: tuple(tensor.shape) for name, tensor in LeapHeads(config).state_dict().items()}
     if found != expected:
         wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
-        raise LMTPError(f"{path} does not fit {folder / CONFIG_FILE} (first at {wrong[0]}): train the leap heads again.")
+        raise LMTPError(
+            f"{path} does not fit {folder / CONFIG_FILE} (first at {wrong[0]}): train the leap heads again."
+        )
     return config
 
 

@@ -34,7 +34,9 @@ class LMTPArguments:
     )
     leap_stride: int | None = field(
         default=None,
-        metadata={"help": "The number of tokens that each head leaps; 1 is ordinary multi-token prediction (default: 2)."},
+        metadata={
+            "help": "The number of tokens that each head leaps; 1 is ordinary multi-token prediction (default: 2)."
+        },
     )
     leap_offsets: str | None = field(
         default=None,
@@ -107,7 +109,9 @@ class LMTPArguments:
         """``leap_offsets`` as full offsets; None where it was not written."""
         if self.leap_offsets is None:
             return None
-        written = self.leap_offsets if isinstance(self.leap_offsets, (list, tuple)) else str(self.leap_offsets).split(",")
+        written = (
+            self.leap_offsets if isinstance(self.leap_offsets, (list, tuple)) else str(self.leap_offsets).split(",")
+        )
         try:
             return geometry.check_offsets([int(offset) for offset in written])
         except (TypeError, ValueError) as error:
@@ -152,5 +156,3 @@ def extend_finetuning_args(module: ModuleType) -> None:
         bases=(LMTPArguments, upstream),
         namespace={"__module__": upstream.__module__, "__doc__": upstream.__doc__},
     )
-
-

@@ -32,7 +32,9 @@ def replaced(module: ModuleType, **attributes: Any) -> Iterator[None]:
 def extend_loader(loader: ModuleType) -> None:
     """Attach heads between upstream's ``init_adapter`` and its count of trainable parameters."""
     upstream = hooks.expect(loader, "load_model", "tokenizer", "model_args", "finetuning_args", "is_trainable")
-    init_adapter = hooks.expect(loader, "init_adapter", "config", "model", "model_args", "finetuning_args", "is_trainable")
+    init_adapter = hooks.expect(
+        loader, "init_adapter", "config", "model", "model_args", "finetuning_args", "is_trainable"
+    )
 
     @functools.wraps(upstream)
     def load_model(*args, **kwargs):
@@ -92,7 +94,9 @@ def _attach_for_training(model: nn.Module, model_args, finetuning_args, is_train
     )
     if finetuning_args.train_lm_head and finetuning_args.finetuning_type == "freeze":
         base.get_output_embeddings().requires_grad_(True)
-    log.info(f"Leap heads predict {', '.join(f'+{offset}' for offset in heads.config.offsets[1:])} beside the LM head's +1.")
+    log.info(
+        f"Leap heads predict {', '.join(f'+{offset}' for offset in heads.config.offsets[1:])} beside the LM head's +1."
+    )
     return model
 
 
@@ -127,9 +131,13 @@ def _keep_untied_lm_head(model: nn.Module) -> None:
     if model.config.get_text_config().tie_word_embeddings and lm_head.weight is not embeddings.weight:
         for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
             config.tie_word_embeddings = False
-        log.info("The tuned LM head differs from the embeddings now: the export is saved with tie_word_embeddings: false.")
+        log.info(
+            "The tuned LM head differs from the embeddings now: the export is saved with tie_word_embeddings: false."
+        )
 
 
 def _warn_if_renamed(trained_on: str | None, base: str, heads: Path) -> None:
     if trained_on and Path(trained_on).name != Path(base).name:
-        log.warning(f"The leap heads in {heads} were trained on {trained_on}; they fit {base} in shape and tokenizer only.")
+        log.warning(
+            f"The leap heads in {heads} were trained on {trained_on}; they fit {base} in shape and tokenizer only."
+        )

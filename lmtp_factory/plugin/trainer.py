@@ -67,7 +67,9 @@ class LeapTrainer(CustomSeq2SeqTrainer):
         if losses is not None:
             # Upstream averages batch means; batches differ in how many targets they hold.
             model = self.leap_model
-            weights = head_weights(model.leap_heads.config.num_heads, model.leap_stage, model.head_weight, model.head_decay)
+            weights = head_weights(
+                model.leap_heads.config.num_heads, model.leap_stage, model.head_weight, model.head_decay
+            )
             output.metrics[f"{metric_key_prefix}_loss"] = sum(w * loss for w, loss in zip(weights, losses, strict=True))
             output.metrics.update(self.eval_metrics.pop(self.accelerator, f"{metric_key_prefix}_"))
         return output

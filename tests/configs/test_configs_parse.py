@@ -11,7 +11,6 @@ from transformers import AutoConfig
 from transformers.integrations import HfTrainerDeepSpeedConfig, unset_hf_deepspeed_config
 
 from lmtp_factory import LMTPConfig
-from lmtp_factory.config import resolve_offsets
 from lmtp_factory.data.registry import dataset_info
 from lmtp_factory.modeling import LeapHeads, save_heads
 
@@ -51,7 +50,7 @@ def test_three_files_chain(model):
     for key in ("model_name_or_path", "template"):
         assert s1[key] == s2[key] == merge[key], key
     assert [s1[key] for key in GEOMETRY] == [s2[key] for key in GEOMETRY]
-    assert resolve_offsets(s1["num_heads"], s1["leap_stride"]) == (1, 3, 5, 7)
+    assert LMTPConfig(s1["num_heads"], s1["leap_stride"]).offsets == (1, 3, 5, 7)
     assert not any(str(value).startswith(("/", "..", "~")) for keys in (s1, s2, merge) for value in keys.values())
 
 

@@ -213,7 +213,9 @@ def test_stage_one_saves_heads_only(tmp_path):
 
 def test_heads_beside_a_peft_adapter(tmp_path):
     base = tiny.tiny_llama(tmp_path / "base")
-    model = get_peft_model(load(base), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False))
+    model = get_peft_model(
+        load(base), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
+    )
     attach_heads(model, stage=2)
     outputs = model(**batch())
     outputs.loss.backward()

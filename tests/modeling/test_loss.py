@@ -86,7 +86,9 @@ def test_chunked_equals_eager(rows, rows_per_chunk):
 
 def test_no_valid_target_gives_zero_loss_and_zero_gradients():
     weight = torch.randn(7, 3, requires_grad=True)
-    loss, hits = chunked_cross_entropy(torch.randn(4, 3), torch.full((4,), IGNORE_INDEX), lambda x: x @ weight.T, [weight], 2)
+    loss, hits = chunked_cross_entropy(
+        torch.randn(4, 3), torch.full((4,), IGNORE_INDEX), lambda x: x @ weight.T, [weight], 2
+    )
     loss.backward()
     assert loss == 0 and hits == 0
     assert torch.equal(weight.grad, torch.zeros_like(weight))  # and not None: DDP waits for every parameter

@@ -105,7 +105,9 @@ def test_stage_two_with_another_stride(llama, data, stage1, tmp_path, no_model_l
 def test_heads_of_another_model(data, stage1, tmp_path, no_model_loads):
     other = tiny.tiny_llama(tmp_path / "other", hidden_size=16, head_dim=4)
     run = {"stage": "lmtp2", "finetuning_type": "lora", "stage1_pretrained_path": str(stage1)}
-    with pytest.raises(LMTPError, match=r"belong to .*tiny-llama \(hidden size 32\), not to .*other \(hidden size 16\)"):
+    with pytest.raises(
+        LMTPError, match=r"belong to .*tiny-llama \(hidden size 32\), not to .*other \(hidden size 16\)"
+    ):
         runs.train(other, data, tmp_path / "out", **run)
 
 

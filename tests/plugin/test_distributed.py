@@ -24,8 +24,9 @@ def deepspeed(name: str) -> str:
 
 @pytest.mark.parametrize("zero", ["zero2", "zero3"])
 @pytest.mark.parametrize(
-    ("stage", "method", "kind"), [("lmtp1", "full", "own"), ("lmtp1", "full", "shared"), ("lmtp2", "lora", "own"), ("lmtp2", "full", "shared")]
-)  # fmt: skip
+    ("stage", "method", "kind"),
+    [("lmtp1", "full", "own"), ("lmtp1", "full", "shared"), ("lmtp2", "lora", "own"), ("lmtp2", "full", "shared")],
+)
 def test_losses_equal_one_process(zero, stage, method, kind, llama, data, tmp_path):
     run = {"stage": stage, "finetuning_type": method, "head_kind": kind, **GLOBAL_BATCH}
     alone = runs.train(llama, data, tmp_path / "one", per_device_train_batch_size=4, **run)

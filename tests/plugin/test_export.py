@@ -25,7 +25,13 @@ def adapter(llama, data, stage1, tmp_path_factory):
 def adapter_with_lm_head(llama, data, stage1, tmp_path_factory):
     output = tmp_path_factory.mktemp("runs") / "adapter"
     runs.train(
-        llama, data, output, stage="lmtp2", finetuning_type="lora", stage1_pretrained_path=str(stage1), train_lm_head=True
+        llama,
+        data,
+        output,
+        stage="lmtp2",
+        finetuning_type="lora",
+        stage1_pretrained_path=str(stage1),
+        train_lm_head=True,
     )
     return output
 

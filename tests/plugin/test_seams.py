@@ -15,7 +15,9 @@ from lmtp_factory.plugin import hooks
 
 def python(program: str, *args: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess:
     env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | environment
-    result = subprocess.run([sys.executable, "-c", program, *args], env=env, capture_output=True, text=True, timeout=180)
+    result = subprocess.run(
+        [sys.executable, "-c", program, *args], env=env, capture_output=True, text=True, timeout=180
+    )
     if check and result.returncode:
         raise AssertionError(result.stderr[-4000:])
     return result
@@ -99,7 +101,9 @@ def test_autoload_is_cheap_and_imports_the_standard_library_only():
     )
     elapsed, foreign = python(program).stdout.splitlines()
     assert foreign == "[]"
-    baseline = float(python("import time\nt = time.perf_counter()\nimport torch\nprint(time.perf_counter() - t)").stdout)
+    baseline = float(
+        python("import time\nt = time.perf_counter()\nimport torch\nprint(time.perf_counter() - t)").stdout
+    )
     assert float(elapsed) < 0.1 * baseline
 
 

@@ -18,7 +18,9 @@ def steps(entries):
 
 
 def test_stage_one_trains_and_writes_heads_only(llama, data, tmp_path):
-    entries = runs.train(llama, data, tmp_path, max_steps=12, val_size=6, eval_strategy="steps", eval_steps=6, plot_loss=True)
+    entries = runs.train(
+        llama, data, tmp_path, max_steps=12, val_size=6, eval_strategy="steps", eval_steps=6, plot_loss=True
+    )
     logged = steps(entries)
     assert len(logged) == 12
     assert logged[-1]["loss"] < logged[0]["loss"] - 1
@@ -65,7 +67,9 @@ def test_stage_two_tunes_backbone_and_heads(method, llama, data, stage1, tmp_pat
     old, new = load_heads(stage1).state_dict(), load_heads(tmp_path).state_dict()
     assert all(not torch.equal(old[name], new[name]) for name in old), "every tensor of the heads is tuned"
     if method == "lora":
-        assert not any("leap" in name or "lm_head" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
+        assert not any(
+            "leap" in name or "lm_head" in name for name in load_file(tmp_path / "adapter_model.safetensors")
+        )
     else:
         base, tuned = load_file(llama / "model.safetensors"), load_file(tmp_path / "model.safetensors")
         assert set(base) == set(tuned)
@@ -73,7 +77,9 @@ def test_stage_two_tunes_backbone_and_heads(method, llama, data, stage1, tmp_pat
 
 
 def test_stage_two_starts_from_the_stage_one_heads(llama, data, stage1, tmp_path):
-    trained = runs.train(llama, data, tmp_path / "a", stage="lmtp2", finetuning_type="lora", stage1_pretrained_path=str(stage1))
+    trained = runs.train(
+        llama, data, tmp_path / "a", stage="lmtp2", finetuning_type="lora", stage1_pretrained_path=str(stage1)
+    )
     fresh = runs.train(llama, data, tmp_path / "b", stage="lmtp2", finetuning_type="lora")
     assert steps(trained)[0]["loss_head_1"] < steps(fresh)[0]["loss_head_1"] - 0.1
     assert steps(trained)[0]["loss_head_0"] == pytest.approx(steps(fresh)[0]["loss_head_0"], rel=1e-5)
@@ -163,7 +169,13 @@ def test_gradient_checkpointing_and_dora_change_nothing_or_little(llama, data, t
 
 def test_train_lm_head_beside_lora(llama, data, stage1, tmp_path):
     runs.train(
-        llama, data, tmp_path, stage="lmtp2", finetuning_type="lora", train_lm_head=True, stage1_pretrained_path=str(stage1)
+        llama,
+        data,
+        tmp_path,
+        stage="lmtp2",
+        finetuning_type="lora",
+        train_lm_head=True,
+        stage1_pretrained_path=str(stage1),
     )
     saved = load_file(tmp_path / "adapter_model.safetensors")
     lm_head = next(tensor for name, tensor in saved.items() if "lm_head" in name)
