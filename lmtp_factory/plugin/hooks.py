@@ -79,7 +79,8 @@ class _Finder(importlib.abc.MetaPathFinder):
     """Wraps the loaders of the seams' modules; leaves every other import alone."""
 
     def find_spec(self, fullname, path=None, target=None):
-        settle()
+        if fullname.startswith(f"{PACKAGE}."):  # not while some other package is half-way through its import
+            settle()
         seam = _seams.get(fullname)
         if seam is None or fullname in _attached:
             return None

@@ -49,7 +49,9 @@ def test_losses_equal_one_process(zero, stage, method, kind, llama, data, tmp_pa
     if stage == "lmtp1":
         assert not list((tmp_path / "two").glob("*.safetensors"))
     elif method == "full":
-        assert set(load_file(tmp_path / "two" / "model.safetensors")) == set(load_file(llama / "model.safetensors"))
+        # ZeRO-2 clones tensors before they are saved, so upstream writes a tied LM head a second time.
+        saved = set(load_file(tmp_path / "two" / "model.safetensors")) - {"lm_head.weight"}
+        assert saved == set(load_file(llama / "model.safetensors"))
 
 
 @pytest.mark.slow
