@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -8,7 +9,7 @@ RESOURCES = {"lmtp_factory.datasets": "data", "lmtp_factory.configs": "configs"}
 
 setup(
     name="lmtp_factory",
-    version="0.1.0",
+    version=re.search(r'__version__ = "(.+)"', Path("lmtp_factory/__init__.py").read_text(encoding="utf-8"))[1],
     description="Leap multi-token prediction (L-MTP) for an unmodified LLaMA-Factory",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -36,7 +37,7 @@ setup(
     ],
     extras_require={
         "demo": ["gguf>=0.10"],
-        "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.8", "gguf>=0.10", "tensorboard"],
+        "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.8", "gguf>=0.10", "tensorboard", "bitsandbytes", "ray"],
     },
     entry_points={
         "console_scripts": ["lmtp-cli = lmtp_factory.cli:main"],

@@ -34,7 +34,9 @@ def run(args: argparse.Namespace) -> int:
         for name, reason in seams.items():
             print(f"  {'attached' if reason is None else 'MISSING '}  {name:<44} {purposes[name]}")
             if reason is not None:
-                problems.append(f"{name} is not attached ({reason}): install llamafactory==0.9.5.")
+                problems.append(
+                    f"{name} is not attached ({reason}): pip install {hooks.PACKAGE}=={hooks.SUPPORTED_VERSION}."
+                )
     print("Device")
     print(f"  {_device()}")
 
@@ -57,7 +59,12 @@ def _version(package: str) -> str | None:
 def _version_problems(versions: dict[str, str | None]) -> Iterator[str]:
     for name, version in versions.items():
         if version is None:
-            yield f"{name} is not installed: pip install lmtp_factory brings a working set."
+            yield f"{name} is not installed: pip install . in a checkout of lmtp_factory brings a working set."
+    if versions[hooks.PACKAGE] not in (None, hooks.SUPPORTED_VERSION):
+        yield (
+            f"{hooks.PACKAGE} {versions[hooks.PACKAGE]} is another version than the one this was written for: pip install "
+            f"{hooks.PACKAGE}=={hooks.SUPPORTED_VERSION}."
+        )
     torch, torchaudio = versions["torch"], versions["torchaudio"]
     if torch and torchaudio and _minor(torch) != _minor(torchaudio):
         yield (
@@ -78,7 +85,7 @@ def _autoload_problems() -> Iterator[str]:
     if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") == "0":
         yield "TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps torch from loading L-MTP: unset it."
     if not any(entry.value.startswith(autoload.__name__) for entry in metadata.entry_points(group=ENTRY_POINT_GROUP)):
-        yield "torch cannot find the plugin, because this copy of lmtp_factory is not installed: pip install it."
+        yield "torch cannot find the plugin, because lmtp_factory is not installed: pip install . in its checkout."
 
 
 def _seams() -> dict[str, str | None]:

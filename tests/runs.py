@@ -47,6 +47,13 @@ def train(model: Path, data: Path, output: Path, **overrides) -> list[dict]:
     return history(output)
 
 
+def train_only_evaluates(model: Path, data: Path, output: Path, **overrides) -> None:
+    """The same without training; upstream writes ``eval_results.json``."""
+    from llamafactory.train.tuner import run_exp
+
+    run_exp(arguments(model, data, output, **overrides) | {"do_train": False, "do_eval": True})
+
+
 def export(**args) -> None:
     """Export in this process."""
     from llamafactory.train.tuner import export_model

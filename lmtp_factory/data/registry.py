@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lmtp_factory import resources
 from lmtp_factory.errors import LMTPError
 
 
@@ -22,24 +22,9 @@ RELEASE_REPOSITORY = "xiao-hao/self-distillation-LLMs"
 _INFO = "dataset_info.json"
 
 
-def data_dir() -> Path:
-    """The directory of the datasets that come with the package (installed, or a source checkout).
-
-    Raises:
-        LMTPError: neither has it, which is a broken installation.
-    """
-    installed = importlib.util.find_spec("lmtp_factory.datasets")
-    directories = [Path(location) for location in installed.submodule_search_locations] if installed else []
-    directories.append(Path(__file__).resolve().parents[2] / "data")
-    for directory in directories:
-        if (directory / _INFO).is_file():
-            return directory
-    raise LMTPError("the datasets that come with lmtp_factory are missing: install the package again.")
-
-
 def dataset_info() -> dict[str, dict[str, Any]]:
     """Name -> LLaMA-Factory entry of every dataset that this package knows (`file_name` relative)."""
-    return json.loads((data_dir() / _INFO).read_text(encoding="utf-8"))
+    return json.loads((resources.folder("datasets") / _INFO).read_text(encoding="utf-8"))
 
 
 def find_datasets(
@@ -90,7 +75,7 @@ def _user_has(name: str, dataset_dir: str | dict[str, Any], upstream_get_dataset
 
 
 def _locate(name: str, file_name: str, dataset_dir: str | dict[str, Any]) -> Path:
-    directories = [data_dir()]
+    directories = [resources.folder("datasets")]
     if variable := os.environ.get(DATA_DIR_VARIABLE):
         directories.insert(0, Path(variable))
     if isinstance(dataset_dir, str) and not dataset_dir.startswith("REMOTE:"):

@@ -106,7 +106,7 @@ def _run(directory: Path, command: str, *arguments: str) -> None:
     """Run a command of this environment in ``directory``, its output straight to the terminal."""
     program = shutil.which(command, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     if program is None:
-        raise LMTPError(f"{command} is not installed beside {sys.executable}: pip install lmtp_factory.")
+        raise LMTPError(f"{command} is not installed beside {sys.executable}: pip install . in the checkout.")
     print("$", command, *arguments, flush=True)
     _check(subprocess.run([program, *arguments], cwd=directory), command, arguments)
 

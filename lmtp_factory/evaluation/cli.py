@@ -1,7 +1,6 @@
 """``lmtp-cli report``: per-head loss, accuracy and perplexity of several models on the same held-out rows."""
 
 import argparse
-import json
 from pathlib import Path
 
 from ..errors import LMTPError
@@ -23,18 +22,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Score each model, print the table, write the files."""
+    from ..modeling.checkpoint import find_heads, read_config
     from .heads import read_rows, score_heads
     from .report import load_for_scoring, print_table, write_report
 
     if not Path(args.rows).is_file():
         raise LMTPError(f"--rows {args.rows} is no file: name the JSONL file that lmtp-cli distill wrote.")
     rows = read_rows(args.rows, args.limit)
-    scores = {}
+    models = {}
     for model in args.models:
-        label, _, path = model.rpartition("=")
-        label = label or Path(path).name
-        scores[label] = score_heads(load_for_scoring(path, scores), rows, args.batch_size, label)
-        print(json.dumps({label: scores[label].to_dict()}))
+        label, _, path = model.partition("=") if "=" in model else (Path(model).name, "", model)
+        if label in models:
+            raise LMTPError(f"Two models are labelled {label}: write LABEL={path} with another label for one of them.")
+        models[label] = path
+    # Models without heads are compared at the offsets of those that have some.
+    folders = [folder for path in models.values() if (folder := find_heads(path))]
+    offsets = read_config(folders[0]).offsets if folders else None
+    scores = {}
+    for label, path in models.items():
+        scores[label] = score_heads(load_for_scoring(path, offsets), rows, args.batch_size, label)
+        if scores[label].offsets != next(iter(scores.values())).offsets:
+            raise LMTPError(
+                f"{path} has heads at other offsets than the models before: compare them in separate reports."
+            )
     print_table(scores)
     if args.output_dir:
         write_report(scores, Path(args.output_dir))

@@ -80,7 +80,7 @@ def score_heads(model: nn.Module, rows: Sequence[Row], batch_size: int = 4, labe
         ordered = sorted(rows, key=lambda row: len(row[0]) + len(row[1]))
         for start in tqdm(range(0, len(ordered), batch_size), desc=label, leave=False):
             outputs = model(**_batch(ordered[start : start + batch_size], base.device))
-            sums += torch.stack([outputs.loss_sums.double(), outputs.hits.double(), outputs.counts.double()]).cpu()
+            sums += torch.stack([sum_.cpu().double() for sum_ in (outputs.loss_sums, outputs.hits, outputs.counts)])
     finally:
         base.leap_stage = stage
         model.train(was_training)

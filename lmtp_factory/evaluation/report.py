@@ -19,19 +19,16 @@ from .plots import draw_head_bars
 REPORT_FILE, PLOT_FILE = "report.json", "report.png"
 
 
-def load_for_scoring(path: str, scored: Mapping[str, HeadScores] = {}, config: LMTPConfig | None = None) -> nn.Module:
-    """A model with heads: its own, or untrained ones (identity blocks on the LM head) where it has none.
+def load_for_scoring(path: str, offsets: tuple[int, ...] | None = None) -> nn.Module:
+    """A model with heads: its own, or untrained ones at ``offsets`` (identity blocks on the LM head) where it has none.
 
     Weights are fp32 on a CPU, where bf16 arithmetic is slow.
     """
-    kwargs = {} if torch.cuda.is_available() else {"dtype": torch.float32}
-    if torch.cuda.is_available():
-        kwargs["device_map"] = "cuda"
+    kwargs = {"device_map": "cuda"} if torch.cuda.is_available() else {"dtype": torch.float32}
     if find_heads(path) is not None:
         return load_model(path, **kwargs)
     model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
-    offsets = next((scores.offsets for scores in scored.values()), None)
-    attach_heads(model, config or LMTPConfig(offsets=offsets, head_kind="shared"))
+    attach_heads(model, LMTPConfig(offsets=offsets, head_kind="shared"))
     return model.requires_grad_(False).eval()
 
 
@@ -48,8 +45,9 @@ def table(scores: Mapping[str, HeadScores]) -> str:
 
 
 def print_table(scores: Mapping[str, HeadScores]) -> None:
-    """:func:`table` on stdout."""
+    """:func:`table` on stdout, with what has to be known to read it."""
     print(table(scores))
+    print("Models without heads are scored with untrained ones: identity blocks on their own LM head.")
 
 
 def write_report(scores: Mapping[str, HeadScores], output_dir: Path) -> None:

@@ -10,10 +10,11 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -67,8 +68,12 @@ def find_heads(path: str | os.PathLike) -> Path | None:
         return folder if folder.is_dir() else None
     try:
         snapshot = snapshot_download(str(path), allow_patterns=f"{HEADS_FOLDER}/*")
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
+    except (RepositoryNotFoundError, HFValidationError, LocalEntryNotFoundError):
         return None
+    except HfHubHTTPError as error:
+        raise LMTPError(
+            f"The hub could not be asked for {path} ({error}): try again or name a local directory."
+        ) from None
     folder = Path(snapshot, HEADS_FOLDER)
     return folder if folder.is_dir() else None
 
@@ -87,7 +92,10 @@ def read_config(folder: str | os.PathLike) -> LMTPConfig:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise LMTPError(f"{path} is damaged ({error}): copy or train the leap heads again.") from None
     if not isinstance(values, dict) or values.pop("model_type", None) != LMTPConfig.model_type:
-        raise LMTPError(f"{path} does not describe leap heads: its model_type is not {LMTPConfig.model_type}.")
+        raise LMTPError(
+            f"{path} does not describe leap heads (its model_type is not {LMTPConfig.model_type}): give a directory whose "
+            "lmtp/ folder stage 1 or stage 2 wrote."
+        )
     return LMTPConfig(**values)
 
 
@@ -165,20 +173,19 @@ def check_base(config: LMTPConfig, base: PretrainedConfig, fingerprint: str | No
             )
 
 
-def check_base_files(config: LMTPConfig, base: str, trust_remote_code: bool = False) -> None:
-    """:func:`check_base` from a base model's files, without loading its weights."""
-    options = {"trust_remote_code": trust_remote_code}
-    fingerprint = base_fingerprint(base, trust_remote_code) if config.tokenizer_fingerprint else None
-    check_base(config, AutoConfig.from_pretrained(base, **options), fingerprint)
+def check_base_files(config: LMTPConfig, base: str, **hub_options: Any) -> None:
+    """:func:`check_base` from a base model's files, without its weights; ``hub_options`` as ``from_pretrained``'s."""
+    fingerprint = base_fingerprint(base, **hub_options) if config.tokenizer_fingerprint else None
+    check_base(config, AutoConfig.from_pretrained(base, **hub_options), fingerprint)
 
 
-def base_fingerprint(base: str, trust_remote_code: bool = False) -> str | None:
+def base_fingerprint(base: str, **hub_options: Any) -> str | None:
     """Fingerprint of the tokenizer in a model directory or hub id; None where it has none.
 
     Read from the files, not taken from a tokenizer in use: LLaMA-Factory's templates may have added tokens to that.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(base, **hub_options)
     except (OSError, ValueError):
         return None
     return tokenizer_fingerprint(tokenizer)
@@ -199,14 +206,19 @@ def load_model(path: str, **from_pretrained_kwargs) -> nn.Module:
 
     from .lmtp import attach_heads
 
+    hub_options = {k: v for k, v in from_pretrained_kwargs.items() if k in ("token", "revision", "cache_dir")}
+    if not os.path.isdir(path):
+        path = snapshot_download(path, **hub_options)
+        from_pretrained_kwargs.pop("revision", None)  # it names a version of `path`, not of its base model
     heads = load_heads(path)
     is_adapter = os.path.isfile(os.path.join(path, "adapter_config.json"))
-    is_model = os.path.isfile(os.path.join(path, "config.json")) or not os.path.isdir(path)
+    is_model = os.path.isfile(os.path.join(path, "config.json"))
     base_path = PeftConfig.from_pretrained(path).base_model_name_or_path if is_adapter else None
     base_path = base_path or (path if is_model else heads.config.base_model)
     if not base_path:
         raise LMTPError(f"{path} does not say which base model its leap heads belong to: export it with heads first.")
-    config = AutoConfig.from_pretrained(base_path)
+    config_options = {k: v for k, v in from_pretrained_kwargs.items() if k in (*hub_options, "trust_remote_code")}
+    config = AutoConfig.from_pretrained(base_path, **config_options)
     is_image_text = type(config) in AutoModelForImageTextToText._model_mapping
     auto_class = AutoModelForImageTextToText if is_image_text else AutoModelForCausalLM
     model = auto_class.from_pretrained(base_path, **from_pretrained_kwargs)

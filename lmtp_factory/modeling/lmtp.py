@@ -188,7 +188,7 @@ def fresh_heads(base: PreTrainedModel, config: LMTPConfig) -> LeapHeads:
     """Untrained heads for ``base``: identity blocks and, for ``own``, copies of its LM head."""
     text_config, lm_head = base.config.get_text_config(), base.get_output_embeddings()
     if lm_head is None:
-        raise LMTPError(f"{type(base).__name__} has no LM head, so it cannot have leap heads.")
+        raise LMTPError(f"{type(base).__name__} has no LM head to predict tokens with: load a *ForCausalLM class.")
     config = copy.deepcopy(config)
     config.hidden_size, config.vocab_size = text_config.hidden_size, text_config.vocab_size
     config.base_model = config.base_model or base.config.name_or_path

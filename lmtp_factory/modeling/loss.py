@@ -17,7 +17,8 @@ chunked_cross_entropy   chunk x vocabulary           of each chunk while its log
 ======================= ============================ ===================================================
 
 Taking the gradients in the forward costs three matmuls a head where recomputing logits in the backward costs four, and
-the weights are needed only there, which is where ZeRO-3 has them.
+the weights are needed only there, which is where ZeRO-3 has them. The price: from its forward to its backward each head
+holds a gradient of every weight it trains, in fp32.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -57,8 +58,9 @@ def leap_targets(labels: Tensor, offset: int, position_ids: Tensor | None = None
     ahead = labels[:, offset:]
     if position_ids is not None:
         positions = position_ids[0] if position_ids.dim() == 3 else position_ids
-        # Inside one document positions rise with the index. Across a border they cannot: the later document's position
-        # is below `offset`, the earlier one's plus `offset` is not.
+        # Inside a text document positions rise with the index. Across a border they cannot: the later document's position
+        # is below `offset`, the earlier one's plus `offset` is not. (Positions that stand still inside an image count as
+        # a border too, so targets beyond an image are left out.)
         inside = positions[:, offset:] - positions[:, :-offset] == offset
         ahead = ahead.masked_fill(~inside, IGNORE_INDEX)
     targets[:, :-offset] = ahead
@@ -110,6 +112,8 @@ def chunked_cross_entropy(
     valid = (targets != IGNORE_INDEX).nonzero().squeeze(-1)
     if valid.numel() == 0:
         valid = valid.new_zeros(1)
+    if not torch.is_grad_enabled():  # evaluation: nothing asks for gradients
+        rows, parameters = rows.detach(), ()
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
     return _ChunkedCrossEntropy.apply(rows[valid], targets[valid], project, rows_per_chunk, *parameters)
 
@@ -142,7 +146,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, _):
-        # In place: the sums are as large as the unembeddings, and nothing reads them again.
-        row_gradient, gradients = ctx.gradients
+        # In place, once: the sums are as large as the unembeddings, and autograd may take them over as they are.
+        (row_gradient, gradients), ctx.gradients = ctx.gradients, None
         scaled = [None if g is None else g.mul_(grad_loss.to(g.dtype)) for g in (row_gradient, *gradients)]
         return scaled[0], None, None, None, *scaled[1:]

@@ -64,7 +64,7 @@ class LMTPArguments:
     )
     train_lm_head: bool = field(
         default=False,
-        metadata={"help": "Whether or not to tune the backbone's LM head too in stage 2 with LoRA or freeze."},
+        metadata={"help": "Whether or not to tune the backbone's LM head too in stage 2 with LoRA."},
     )
     lmtp_export: str = field(
         default="ntp",
@@ -98,6 +98,13 @@ class LMTPArguments:
         super().__post_init__()
 
     def _check_numbers(self) -> None:
+        for key in ("num_heads", "leap_stride", "head_layers"):
+            value = getattr(self, key)
+            if value is not None and not isinstance(value, int):
+                raise LMTPError(f"{key} is {value!r}, but it has to be a whole number: write for instance {key}: 2.")
+        for key in ("head_weight", "head_decay"):
+            if not isinstance(getattr(self, key), (int, float)):
+                raise LMTPError(f"{key} is {getattr(self, key)!r}, but it has to be a number: write {key}: 0.1.")
         self.heads_config()
         if self.head_weight < 0 or self.head_decay <= 0:
             raise LMTPError(

@@ -13,7 +13,7 @@ from ..errors import LMTPError
 from ..modeling import checkpoint
 from . import hooks
 from .stages import STAGES
-from .start import locate_exported_heads, starting_heads
+from .start import hub_options, locate_exported_heads, starting_heads
 
 
 def extend_parser(parser: ModuleType) -> None:
@@ -58,9 +58,9 @@ def check_training(model_args, data_args, training_args, finetuning_args, genera
     if stage is None:
         return
     _check_backends(model_args, training_args, finetuning_args)
-    _check_method(stage, training_args, finetuning_args)
+    _check_method(stage, model_args, training_args, finetuning_args)
     reach = geometry.reach(finetuning_args.heads_config().offsets)
-    heads = starting_heads(model_args, finetuning_args)
+    heads = starting_heads(model_args, finetuning_args, training_args.do_train)
     if heads is not None:
         config = checkpoint.verify_heads(heads)
         reach = geometry.reach(config.offsets)
@@ -70,7 +70,8 @@ def check_training(model_args, data_args, training_args, finetuning_args, genera
                 f"The heads in {heads} do not fit what was written ({difference}): leave the key out to take the heads' "
                 "own value, or train stage 1 again."
             )
-        checkpoint.check_base_files(config, model_args.model_name_or_path, model_args.trust_remote_code)
+        options = hub_options(model_args)
+        checkpoint.check_base_files(config, model_args.model_name_or_path, **options)
     if data_args.cutoff_len <= reach:
         raise LMTPError(
             f"cutoff_len {data_args.cutoff_len} leaves the farthest head (+{reach} tokens) without a target: write "
@@ -107,7 +108,7 @@ def _check_backends(model_args, training_args, finetuning_args) -> None:
         )
 
 
-def _check_method(stage: int, training_args, finetuning_args) -> None:
+def _check_method(stage: int, model_args, training_args, finetuning_args) -> None:
     losses = {
         "use_asft_loss": finetuning_args.use_asft_loss,
         "use_dft_loss": finetuning_args.use_dft_loss,
@@ -125,10 +126,30 @@ def _check_method(stage: int, training_args, finetuning_args) -> None:
         )
     if stage == 2 and method not in ("full", "lora", "freeze"):
         raise LMTPError(f"Stage 2 does not run with finetuning_type: {method}: write lora, full or freeze.")
-    if finetuning_args.train_lm_head and stage == 1:
-        raise LMTPError("Stage 1 keeps the LM head frozen: leave train_lm_head out, or train stage 2.")
+    if stage == 1:
+        _check_frozen(model_args, finetuning_args)
+    if finetuning_args.train_lm_head and method == "freeze":
+        raise LMTPError(
+            "train_lm_head goes with finetuning_type: lora: with freeze write freeze_extra_modules: lm_head."
+        )
     if finetuning_args.compute_accuracy:
         raise LMTPError("L-MTP stages report every head's accuracy by themselves: leave compute_accuracy out.")
+
+
+def _check_frozen(model_args, finetuning_args) -> None:
+    """What stage 1 cannot do because it neither trains nor saves the backbone."""
+    if finetuning_args.train_lm_head:
+        raise LMTPError("Stage 1 keeps the LM head frozen: leave train_lm_head out, or train stage 2.")
+    if model_args.quantization_bit is not None:
+        raise LMTPError(
+            "Stage 1 does not run with quantization_bit: leave it out here, and write it in stage 2, with LoRA."
+        )
+    for key in ("resize_vocab", "add_tokens", "add_special_tokens"):
+        if getattr(model_args, key):
+            raise LMTPError(
+                f"{key} would make embeddings that stage 1 neither trains nor saves: add the tokens to the base model and "
+                "save it first."
+            )
 
 
 def _check_datasets(data_args) -> None:
@@ -171,7 +192,8 @@ def check_inference(model_args, data_args, finetuning_args, generating_args: Any
                 "folder: name the stage-1 output in stage1_pretrained_path or write lmtp_export: ntp."
             )
         config = checkpoint.verify_heads(heads)
-        checkpoint.check_base_files(config, model_args.model_name_or_path, model_args.trust_remote_code)
+        options = hub_options(model_args)
+        checkpoint.check_base_files(config, model_args.model_name_or_path, **options)
     elif os.path.isdir(os.path.join(model_args.export_dir, checkpoint.HEADS_FOLDER)):
         raise LMTPError(
             f"export_dir {model_args.export_dir} already holds leap heads, which an export without heads would leave "

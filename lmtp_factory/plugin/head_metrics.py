@@ -14,12 +14,13 @@ class HeadMetrics:
 
     def __init__(self, first: int, heads: int):
         self._names = range(first, first + heads)
-        self._sums: Tensor | None = None  # (3, heads) fp64: loss sums, hits, targets
+        self._sums: Tensor | None = None  # (3, heads): loss sums, hits, targets
         self._reduced: Tensor | None = None
 
     def add(self, outputs) -> None:
         """Add one forward's :class:`~lmtp_factory.modeling.LeapOutput`; does not wait for the device."""
-        sums = torch.stack([outputs.loss_sums.double(), outputs.hits.double(), outputs.counts.double()])
+        wide = torch.float32 if outputs.loss_sums.device.type == "mps" else torch.float64  # MPS has no fp64
+        sums = torch.stack([outputs.loss_sums.to(wide), outputs.hits.to(wide), outputs.counts.to(wide)])
         self._sums = sums if self._sums is None else self._sums + sums
         self._reduced = None
 

@@ -20,6 +20,7 @@ from ..errors import LMTPError
 
 
 PACKAGE = "llamafactory"
+SUPPORTED_VERSION = "0.9.5"
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class _Finder(importlib.abc.MetaPathFinder):
         if fullname.startswith(f"{PACKAGE}."):  # not while some other package is half-way through its import
             settle()
         seam = _seams.get(fullname)
-        if seam is None or fullname in _attached:
+        if seam is None:
             return None
         for finder in sys.meta_path:
             spec = None if finder is self else finder.find_spec(fullname, path, target)
@@ -178,7 +179,7 @@ def require_all() -> None:
     if missing:
         raise LMTPError(
             f"L-MTP cannot run with LLaMA-Factory {version()}, because it could not extend {', '.join(missing)}: "
-            "install llamafactory==0.9.5 or run lmtp-cli doctor."
+            f"install {PACKAGE}=={SUPPORTED_VERSION} or run lmtp-cli doctor."
         )
 
 

@@ -15,7 +15,7 @@ from ..modeling import attach_heads, load_heads
 from ..modeling.checkpoint import base_fingerprint, check_base
 from ..modeling.lmtp import base_of, fresh_heads
 from . import hooks, log
-from .start import locate_exported_heads, starting_heads
+from .start import hub_options, locate_exported_heads, starting_heads
 
 
 @contextmanager
@@ -69,8 +69,8 @@ def _init_adapter(upstream, config, model, model_args, finetuning_args, is_train
 
 
 def _attach_for_training(model: nn.Module, model_args, finetuning_args, is_trainable: bool) -> nn.Module:
-    base, start = base_of(model), starting_heads(model_args, finetuning_args)
-    fingerprint = base_fingerprint(model_args.model_name_or_path, model_args.trust_remote_code)
+    base, start = base_of(model), starting_heads(model_args, finetuning_args, do_train=is_trainable)
+    fingerprint = base_fingerprint(model_args.model_name_or_path, **hub_options(model_args))
     if start is not None:
         heads = load_heads(start.parent)
         check_base(heads.config, base.config, fingerprint)
@@ -92,8 +92,6 @@ def _attach_for_training(model: nn.Module, model_args, finetuning_args, is_train
         head_decay=finetuning_args.head_decay,
         dtype=_trainable_dtype(base, model_args, finetuning_args) if is_trainable else None,
     )
-    if finetuning_args.train_lm_head and finetuning_args.finetuning_type == "freeze":
-        base.get_output_embeddings().requires_grad_(True)
     log.info(
         f"Leap heads predict {', '.join(f'+{offset}' for offset in heads.config.offsets[1:])} beside the LM head's +1."
     )

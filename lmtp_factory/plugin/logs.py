@@ -7,7 +7,7 @@ from types import ModuleType
 from . import hooks
 
 
-HEAD_METRIC = re.compile(r"(?:\w+_)?(?:loss|acc)_head_\d+")
+HEAD_METRIC = re.compile(r"(?:.+_)?(?:loss|acc)_head_\d+")
 
 
 def head_metrics(logs: dict[str, float]) -> dict[str, float]:

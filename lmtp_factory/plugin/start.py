@@ -2,20 +2,35 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from ..errors import LMTPError
 from ..modeling.checkpoint import find_heads
 
 
-def starting_heads(model_args, finetuning_args) -> Path | None:
+def starting_heads(model_args, finetuning_args, do_train: bool = True) -> Path | None:
     """The ``lmtp/`` folder that a stage starts from, or None for fresh heads.
 
-    ``stage1_pretrained_path`` comes first because it was written for this; then the adapter or the model that is tuned
-    further. The release's stage-1 files name their own output there, so in stage 1 it may still be empty.
+    An adapter that is tuned further has heads of its own; else ``stage1_pretrained_path`` was written for this; else the
+    model directory may have some. The release's stage-1 files name their own output there, so in stage 1 it may still be
+    empty.
+
+    Args:
+        do_train: False where the stage only evaluates: then the heads are those that inference would take.
 
     Raises:
-        LMTPError: stage 2 names a ``stage1_pretrained_path`` without heads.
+        LMTPError: stage 2 names a ``stage1_pretrained_path`` without heads; an evaluation finds none at all.
     """
+    if not do_train:
+        heads = locate_exported_heads(model_args, finetuning_args)
+        if heads is None:
+            raise LMTPError(
+                "There are no leap heads to evaluate: name the output of a finished stage in stage1_pretrained_path or "
+                "adapter_name_or_path."
+            )
+        return heads
+    if (heads := _first(reversed(model_args.adapter_name_or_path or []))) is not None:
+        return heads
     named = finetuning_args.stage1_pretrained_path
     if named is not None:
         found = find_heads(named)
@@ -26,13 +41,26 @@ def starting_heads(model_args, finetuning_args) -> Path | None:
             )
         if found is not None:
             return found
-    return _first([*reversed(model_args.adapter_name_or_path or []), model_args.model_name_or_path])
+    return _first([model_args.model_name_or_path])
 
 
 def locate_exported_heads(model_args, finetuning_args) -> Path | None:
     """The ``lmtp/`` folder that goes with a model at inference: the last adapter's, the model's, stage 1's."""
     last_adapter = (model_args.adapter_name_or_path or [])[-1:]
     return _first([*last_adapter, model_args.model_name_or_path, finetuning_args.stage1_pretrained_path])
+
+
+def hub_options(model_args) -> dict[str, Any]:
+    """What upstream passes to ``from_pretrained`` for this model, after resolving ids of other hubs than Hugging Face's."""
+    from llamafactory.extras.misc import try_download_model_from_other_hub
+
+    model_args.model_name_or_path = try_download_model_from_other_hub(model_args)
+    return {
+        "trust_remote_code": model_args.trust_remote_code,
+        "cache_dir": model_args.cache_dir,
+        "revision": model_args.model_revision,
+        "token": model_args.hf_hub_token,
+    }
 
 
 def _first(paths: Iterable[str | None]) -> Path | None:

@@ -30,7 +30,7 @@ def extend_workflow(workflow: ModuleType) -> None:
 
         def get_dataset(*dataset_args, **dataset_kwargs):
             module = workflow_get_dataset(*dataset_args, **dataset_kwargs)
-            check_targets(module, farthest_offset(model_args, finetuning_args))
+            check_targets(module, farthest_offset(model_args, training_args, finetuning_args))
             return module
 
         def plot_loss(save_dictionary, keys=("loss",)):
@@ -45,9 +45,9 @@ def extend_workflow(workflow: ModuleType) -> None:
     workflow.run_sft = run_sft
 
 
-def farthest_offset(model_args, finetuning_args) -> int:
+def farthest_offset(model_args, training_args, finetuning_args) -> int:
     """Offset of the last head, whether its heads are fresh or trained."""
-    heads = starting_heads(model_args, finetuning_args)
+    heads = starting_heads(model_args, finetuning_args, training_args.do_train)
     config = finetuning_args.heads_config() if heads is None else read_config(heads)
     return geometry.reach(config.offsets)
 

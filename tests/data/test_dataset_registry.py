@@ -5,7 +5,8 @@ import json
 import pytest
 from llamafactory.data.parser import get_dataset_list
 
-from lmtp_factory.data.registry import data_dir, dataset_info, find_datasets
+from lmtp_factory import resources
+from lmtp_factory.data.registry import dataset_info, find_datasets
 from lmtp_factory.data.rows import is_self_distilled, parse_ids
 from lmtp_factory.errors import LMTPError
 
@@ -32,7 +33,7 @@ def test_every_promised_name_is_known():
 def test_shipped_data_needs_no_dataset_dir(name, tmp_path):
     (attr,) = find([name], tmp_path / "nowhere")
     assert attr.load_from == "file"
-    assert attr.dataset_name == str(data_dir() / f"{name}.jsonl")
+    assert attr.dataset_name == str(resources.folder("datasets") / f"{name}.jsonl")
     assert is_self_distilled(attr)
 
 
@@ -101,7 +102,7 @@ def test_no_names(names, tmp_path):
 def test_shipped_rows_are_sound():
     prompts = {}
     for name in DEMO:
-        lines = (data_dir() / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (resources.folder("datasets") / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines]
         assert len(rows) >= 50
         prompts[name] = {row["instruction"] for row in rows}

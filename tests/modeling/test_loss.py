@@ -115,6 +115,24 @@ def test_chunk_fits_its_budget(vocab_size):
     assert rows == 1 or rows * vocab_size * 12 <= 256 * 2**20
 
 
+def test_evaluation_takes_no_gradients(monkeypatch):
+    weight = torch.randn(7, 3, requires_grad=True)
+    targets = torch.tensor([1, 2])
+    expected, _ = chunked_cross_entropy(torch.ones(2, 3), targets, lambda x: x @ weight.T, [weight], 1)
+    monkeypatch.setattr(torch.autograd, "grad", None)
+    with torch.no_grad():
+        loss, _ = chunked_cross_entropy(torch.ones(2, 3), targets, lambda x: x @ weight.T, [weight], 1)
+    assert loss == expected and not loss.requires_grad
+
+
+def test_a_second_backward_fails_rather_than_lies():
+    weight = torch.randn(7, 3, requires_grad=True)
+    loss, _ = chunked_cross_entropy(torch.ones(2, 3), torch.tensor([1, 2]), lambda x: x @ weight.T, [weight], 1)
+    loss.backward(retain_graph=True)
+    with pytest.raises(TypeError):
+        loss.backward()
+
+
 def test_weights_of_the_stages():
     assert head_weights(3, 1, head_weight=0.1, head_decay=0.5) == [1.0, 0.5, 0.25]
     assert head_weights(2, 2, head_weight=0.1, head_decay=1.0) == [1.0, 0.1, 0.1]

@@ -22,7 +22,7 @@ def deepspeed(name: str) -> str:
     return str(resources.folder("configs") / "deepspeed" / f"{name}.json")
 
 
-@pytest.mark.parametrize("zero", ["zero2", "zero3"])
+@pytest.mark.parametrize("zero", [None, "zero2", "zero3"], ids=["ddp", "zero2", "zero3"])
 @pytest.mark.parametrize(
     ("stage", "method", "kind"),
     [("lmtp1", "full", "own"), ("lmtp1", "full", "shared"), ("lmtp2", "lora", "own"), ("lmtp2", "full", "shared")],
@@ -32,7 +32,7 @@ def test_losses_equal_one_process(zero, stage, method, kind, llama, data, tmp_pa
     alone = runs.train(llama, data, tmp_path / "one", per_device_train_batch_size=4, **run)
     args = runs.arguments(
         llama, data, tmp_path / "two", per_device_train_batch_size=1, gradient_accumulation_steps=2,
-        deepspeed=deepspeed(zero), **run,
+        deepspeed=zero and deepspeed(zero), **run,
     )  # fmt: skip
     torchrun(runs.write_yaml(tmp_path / "x.yaml", args))
     together = runs.history(tmp_path / "two")

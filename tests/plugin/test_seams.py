@@ -99,12 +99,12 @@ def test_autoload_is_cheap_and_imports_the_standard_library_only():
         "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
         "print(sorted(new - sys.stdlib_module_names - {'lmtp_factory'}))"
     )
-    elapsed, foreign = python(program).stdout.splitlines()
-    assert foreign == "[]"
+    runs_of_it = [python(program).stdout.splitlines() for _ in range(3)]
+    assert {foreign for _, foreign in runs_of_it} == {"[]"}
     baseline = float(
         python("import time\nt = time.perf_counter()\nimport torch\nprint(time.perf_counter() - t)").stdout
     )
-    assert float(elapsed) < 0.1 * baseline
+    assert min(float(elapsed) for elapsed, _ in runs_of_it) < 0.02 * baseline
 
 
 def test_a_failure_of_ours_leaves_torch_alone():
@@ -153,6 +153,15 @@ def test_an_unknown_layout_is_named(seam, edit, llama, data, tmp_path):
     assert result.stdout.splitlines()[-1] == "sft"
     last = result.stderr.splitlines()[-1]
     assert seam in last and metadata.version("llamafactory") in last and "lmtp-cli doctor" in last
+
+
+def test_a_reloaded_module_is_extended_again():
+    program = (
+        "import importlib, llamafactory.train.callbacks as callbacks\n"
+        "callbacks = importlib.reload(callbacks)\n"
+        "print(callbacks.LogCallback.on_log.__code__.co_filename)"
+    )
+    assert python(program).stdout.strip().endswith("lmtp_factory/plugin/logs.py")
 
 
 def test_doctor():

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import runs
+import tiny
 import torch
 from safetensors.torch import load_file
 
@@ -42,14 +43,30 @@ def test_stage_one_trains_and_writes_heads_only(llama, data, tmp_path):
     assert config.tokenizer_fingerprint
 
 
-def test_stage_one_leaves_the_backbone_alone(llama, data, tmp_path):
-    before = (llama / "model.safetensors").read_bytes()
+@pytest.fixture
+def trainers(monkeypatch):
+    """Trainers that were built while the test ran."""
+    from lmtp_factory.plugin import trainer
+
+    built, init = [], trainer.LeapTrainer.__init__
+
+    def remember(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        built.append(self)
+
+    monkeypatch.setattr(trainer.LeapTrainer, "__init__", remember)
+    return built
+
+
+def test_stage_one_leaves_the_backbone_alone(llama, data, tmp_path, trainers):
     runs.train(llama, data, tmp_path, head_kind="shared", leap_offsets="2,3,6", head_layers=2)
     heads = load_heads(tmp_path)
     assert heads.config.offsets == (1, 2, 3, 6)
     assert all(block.leap_proj.weight.abs().sum() > 0 for head in heads.heads for block in head.blocks)
     assert heads.heads[0].unembed is None
-    assert (llama / "model.safetensors").read_bytes() == before
+    trained = trainers[0].model.state_dict()
+    for name, tensor in load_file(llama / "model.safetensors").items():
+        assert torch.equal(trained[name], tensor), name
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "freeze"])
@@ -89,7 +106,7 @@ def test_the_release_s_spelling_is_the_same_run(llama, data, tmp_path):
     ours = runs.train(llama, data, tmp_path / "ours")
     theirs = runs.train(
         llama, data, tmp_path / "theirs", stage="sft", mtp_type="lmtp1", num_heads=3,
-        stage1_pretrained_path=str(tmp_path / "theirs"), save_only_model=False, resume_from_checkpoint=None,
+        stage1_pretrained_path=str(tmp_path / "theirs"), save_only_model=False,
     )  # fmt: skip
     assert runs.step_losses(ours) == runs.step_losses(theirs)
 
@@ -124,10 +141,69 @@ def test_head_zero_is_plain_sft(llama, data, tmp_path):
 
 
 @pytest.mark.parametrize("packing", [{"packing": True}, {"neat_packing": True}])
-def test_packing(packing, llama, data, tmp_path):
-    packed = {"cutoff_len": 128, "stage": "lmtp2", "finetuning_type": "lora", "max_steps": 2, **packing}
-    entries = runs.train(llama, data, tmp_path, per_device_train_batch_size=1, **packed)
-    assert all(entry["loss_head_3"] > 0 for entry in steps(entries))
+def test_packing_trains(packing, llama, data, tmp_path):
+    packed = {"cutoff_len": 128, "stage": "lmtp2", "finetuning_type": "lora", "max_steps": 6, **packing}
+    logged = steps(runs.train(llama, data, tmp_path, per_device_train_batch_size=1, **packed))
+    assert logged[-1]["loss"] < logged[0]["loss"]
+
+
+def test_neat_packing_scores_every_document_as_if_alone(llama, data, stage1, tmp_path):
+    """Documents in one row: the same loss and accuracy of every head as each in a row of its own."""
+    run = {"stage": "lmtp2", "finetuning_type": "lora", "stage1_pretrained_path": str(stage1), "learning_rate": 0.0,
+           "cutoff_len": 192, "eval_dataset": "tiny", "eval_strategy": "steps", "eval_steps": 1, "max_steps": 1,
+           "per_device_eval_batch_size": 1}  # fmt: skip
+    alone = runs.train(llama, data, tmp_path / "alone", **run)
+    packed = runs.train(llama, data, tmp_path / "packed", neat_packing=True, per_device_train_batch_size=1, **run)
+    alone, packed = (next(entry for entry in entries if "eval_loss" in entry) for entries in (alone, packed))
+    for head in range(4):
+        assert packed[f"eval_loss_head_{head}"] == pytest.approx(alone[f"eval_loss_head_{head}"], rel=1e-4)
+        assert packed[f"eval_acc_head_{head}"] == pytest.approx(alone[f"eval_acc_head_{head}"], abs=1e-6)
+
+
+def test_evaluating_a_finished_stage(llama, data, stage1, tmp_path):
+    """do_eval alone takes the heads that belong to the adapter, not those that it started from."""
+    run = {
+        "stage": "lmtp2",
+        "finetuning_type": "lora",
+        "stage1_pretrained_path": str(stage1),
+        "val_size": 6,
+        "max_steps": 20,
+    }
+    trained = runs.train(llama, data, tmp_path / "trained", eval_strategy="steps", eval_steps=20, **run)
+    expected = next(entry for entry in trained if "eval_loss" in entry)
+    runs.train_only_evaluates(llama, data, tmp_path / "scored", adapter_name_or_path=str(tmp_path / "trained"), **run)
+    scored = json.loads((tmp_path / "scored" / "eval_results.json").read_text())
+    for head in range(4):
+        assert scored[f"eval_loss_head_{head}"] == pytest.approx(expected[f"eval_loss_head_{head}"], rel=1e-4)
+
+
+def test_streaming(llama, data, tmp_path):
+    entries = runs.train(llama, data, tmp_path, streaming=True, preprocessing_num_workers=None)
+    assert len(steps(entries)) == 4
+
+
+@pytest.mark.parametrize("kind", ["own", "shared"])
+def test_qlora(kind, data, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    model = tiny.tiny_llama(tmp_path / "model", hidden_size=64, intermediate_size=128, head_dim=16)
+    run = {"stage": "lmtp2", "finetuning_type": "lora", "quantization_bit": 4, "head_kind": kind, "max_steps": 8}
+    logged = steps(runs.train(model, data, tmp_path / "out", **run))
+    assert logged[-1]["loss_head_3"] < logged[0]["loss_head_3"]
+    assert load_heads(tmp_path / "out").config.head_kind == kind
+
+
+def test_a_replaced_forward_of_the_base_class_changes_nothing(llama, data, tmp_path, monkeypatch):
+    """Liger replaces ``forward`` of the model class before it loads; ours never calls it for the loss."""
+    from transformers import LlamaForCausalLM
+
+    run = {"stage": "lmtp2", "finetuning_type": "lora", "max_steps": 2}
+    before = runs.train(llama, data, tmp_path / "a", **run)
+
+    def fused(self, input_ids=None, labels=None, **kwargs):
+        raise AssertionError("the base's own loss was computed")
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", fused)
+    assert runs.step_losses(runs.train(llama, data, tmp_path / "b", **run)) == runs.step_losses(before)
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,9 @@ class HFEngine:
             ).eval()
         except (OSError, ValueError, RuntimeError) as error:
             reason = str(error).strip().split("\n")[0].rstrip(".")
-            raise LMTPError(f"no causal language model can be loaded from `{model}` on {device} ({reason}).") from error
+            raise LMTPError(
+                f"no causal language model can be loaded from `{model}` on {device} ({reason}): name one that fits it."
+            ) from error
         self.batch_size = batch_size
         self.token_budget = TOKEN_BUDGET["cpu" if device == "cpu" else "cuda"]
 

@@ -84,7 +84,10 @@ def distill(
     engine = _Lazily(make_engine)
     stop_ids = chat.stop_token_ids(settings.model, tokenizer)
     if not stop_ids:
-        raise LMTPError(f"neither tokenizer nor generation_config.json of `{settings.model}` names an end token.")
+        raise LMTPError(
+            f"neither tokenizer nor generation_config.json of `{settings.model}` names an end token: "
+            "set eos_token in tokenizer_config.json."
+        )
 
     prompts = settings.prompts
     if prompts is None:
@@ -202,6 +205,10 @@ def _write(settings: Settings, rows: list[dict[str, Any]], say: Callable[[str], 
         parts = {f"{settings.name}_train": train, f"{settings.name}_heldout": heldout}
     say(f"rows: {sum(map(len, parts.values()))} kept of {len(rows)}{_counts(dropped)}")
     if not all(parts.values()):
+        if kept:
+            raise LMTPError(
+                f"`--heldout {settings.heldout}` of {len(kept)} rows leaves one part empty: write another share."
+            )
         raise LMTPError("no row passes the filters: allow more with `--max-new-tokens` or `--keep-truncated`.")
 
     paths = []

@@ -1,0 +1,82 @@
+"""The report's numbers against the model's own, and what it refuses."""
+
+import json
+import math
+
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM
+
+from lmtp_factory import LMTPConfig, LMTPError, attach_heads
+from lmtp_factory.cli import main
+from lmtp_factory.evaluation.heads import read_rows, score_heads
+
+
+@pytest.fixture
+def model(tmp_path):
+    return AutoModelForCausalLM.from_pretrained(tiny.tiny_llama(tmp_path / "model"))
+
+
+@pytest.fixture
+def rows(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    path = tmp_path / "rows.jsonl"
+    with path.open("w") as file:
+        for prompt, output in ((3, 9), (5, 2), (4, 14)):
+            ids = torch.randint(20, 200, (prompt + output,), generator=generator).tolist()
+            row = {"prompt_ids": " ".join(map(str, ids[:prompt])), "output_ids": " ".join(map(str, ids[prompt:]))}
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+def test_scores_are_the_model_s_own_over_all_tokens(model, rows):
+    losses, hits, targets = 0.0, 0, 0
+    for prompt, output in read_rows(rows):
+        logits = model(torch.tensor([prompt + output])).logits[0, len(prompt) - 1 : -1]
+        losses += torch.nn.functional.cross_entropy(logits, torch.tensor(output), reduction="sum").item()
+        hits += (logits.argmax(-1) == torch.tensor(output)).sum().item()
+        targets += len(output)
+    for batch_size in (1, 2, 3):  # padding must not count
+        scored = attach_heads(AutoModelForCausalLM.from_pretrained(model.config.name_or_path), LMTPConfig(num_heads=1))
+        scores = score_heads(scored, read_rows(rows), batch_size)
+        assert scores.targets == (targets, targets)
+        assert scores.losses[0] == pytest.approx(losses / targets, rel=1e-5)
+        assert scores.accuracies[0] == pytest.approx(hits / targets)
+        assert scores.perplexity == pytest.approx(math.exp(losses / targets), rel=1e-5)
+
+
+def test_the_command(model, rows, tmp_path, capsys):
+    attach_heads(model, LMTPConfig(offsets=(2, 4), base_model="base"), stage=2).save_pretrained(tmp_path / "heads")
+    plain = model.config.name_or_path
+    assert (
+        main(
+            [
+                "report",
+                f"plain={plain}",
+                f"ours={tmp_path / 'heads'}",
+                "--rows",
+                str(rows),
+                "--output-dir",
+                str(tmp_path),
+            ]
+        )
+        == 0
+    )
+    printed = capsys.readouterr().out
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["plain"]["offsets"] == report["ours"]["offsets"] == [1, 2, 4]
+    assert report["plain"]["losses"] == pytest.approx(
+        report["ours"]["losses"], rel=1e-5
+    )  # untrained heads are the LM head
+    assert f"{report['ours']['perplexity']:.3f}" in printed
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rows_that_are_none_are_refused(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt_ids": "1 2", "output_ids": "3"}\n{"prompt_ids": "1 x"}\n')
+    with pytest.raises(LMTPError, match="line 2 is no row"):
+        read_rows(path)
+    assert main(["report", "no-model", "--rows", str(tmp_path / "absent.jsonl")]) == 1
+    assert "is no file: name the JSONL file" in capsys.readouterr().err
