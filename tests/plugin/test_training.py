@@ -178,7 +178,9 @@ def test_evaluating_a_finished_stage(llama, data, stage1, tmp_path):
 
 
 def test_streaming(llama, data, tmp_path):
-    entries = runs.train(llama, data, tmp_path, streaming=True, preprocessing_num_workers=None)
+    entries = runs.train(
+        llama, data, tmp_path, streaming=True, preprocessing_num_workers=None, dataloader_num_workers=1
+    )
     assert len(steps(entries)) == 4
 
 

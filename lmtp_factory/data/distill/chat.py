@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lmtp_factory.errors import LMTPError
+from ...errors import LMTPError, first_line
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from lmtp_factory.data.distill.prompts import Prompt
+    from .prompts import Prompt
 
 _SENTINEL = "USERTEXTGOESHERE"
 
@@ -36,7 +36,7 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrained
         return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise LMTPError(
-            f"no tokenizer can be loaded from `{model}` ({_first_line(error)}): give a Hugging Face model directory "
+            f"no tokenizer can be loaded from `{model}` ({first_line(error)}): give a Hugging Face model directory "
             "or hub id."
         ) from error
 
@@ -126,10 +126,6 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], 
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
         raise LMTPError(
-            f"the model's chat template refuses a conversation of roles {roles} ({_first_line(error)}): change the "
+            f"the model's chat template refuses a conversation of roles {roles} ({first_line(error)}): change the "
             "prompts, or leave out `--system`."
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0].rstrip(".")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lmtp_factory.data.rows import parse_ids
+from ..rows import parse_ids
 
 
 _WORD = re.compile(r"\w+")

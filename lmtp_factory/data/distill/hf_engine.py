@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from lmtp_factory.data.distill.engine import Generation, Request, Sampling, stop_at
-from lmtp_factory.errors import LMTPError
+from ...errors import LMTPError, first_line
+from .engine import Generation, Request, Sampling, stop_at
 
 
 if TYPE_CHECKING:
@@ -78,9 +78,8 @@ class HFEngine:
                 trust_remote_code=trust_remote_code,
             ).eval()
         except (OSError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().split("\n")[0].rstrip(".")
             raise LMTPError(
-                f"no causal language model can be loaded from `{model}` on {device} ({reason}): name one that fits it."
+                f"no causal language model can be loaded from `{model}` on {device} ({first_line(error)}): name another."
             ) from error
         self.batch_size = batch_size
         self.token_budget = TOKEN_BUDGET["cpu" if device == "cpu" else "cuda"]

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from lmtp_factory.data.distill import chat
-from lmtp_factory.data.distill.dataset import read_info, write_dataset
-from lmtp_factory.data.distill.engine import Engine, Generation, Request, Sampling
-from lmtp_factory.data.distill.filters import Filters, NearDuplicates, filter_rows
-from lmtp_factory.data.distill.journal import Journal, digest
-from lmtp_factory.data.distill.prompts import Prompt
-from lmtp_factory.data.distill.self_prompts import write_prompts
-from lmtp_factory.data.rows import TEMPLATE_NAME, format_ids, parse_ids
-from lmtp_factory.errors import LMTPError
+from ...errors import LMTPError
+from ..rows import TEMPLATE_NAME, format_ids, parse_ids
+from . import chat
+from .dataset import read_info, write_dataset
+from .engine import Engine, Generation, Request, Sampling
+from .filters import Filters, NearDuplicates, filter_rows
+from .journal import Journal, digest
+from .prompts import Prompt
+from .self_prompts import write_prompts
 
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lmtp_factory.data.registry import find_datasets
-from lmtp_factory.data.rows import is_self_distilled
-from lmtp_factory.errors import LMTPError
+from ...errors import LMTPError, first_line
+from ..registry import find_datasets
+from ..rows import is_self_distilled
 
 
 _FIELDS = "`prompt`, `instruction` (with an optional `input`) or `messages`"
@@ -169,8 +169,9 @@ def prompts_from_dataset(names: list[str], dataset_dir: str) -> tuple[list[Promp
         except LMTPError:
             raise
         except (ValueError, KeyError, OSError, DatasetsError) as error:
-            reason = str(error).strip().split("\n")[0].rstrip(".")
-            raise LMTPError(f"dataset {', '.join(names)} cannot be read from `{dataset_dir}`: {reason}.") from error
+            raise LMTPError(
+                f"dataset {', '.join(names)} cannot be read from `{dataset_dir}`: {first_line(error)}."
+            ) from error
     return prompts, skipped
 
 

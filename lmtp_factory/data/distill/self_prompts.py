@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lmtp_factory.data.distill import chat
-from lmtp_factory.data.distill.engine import Request
-from lmtp_factory.data.distill.filters import Filters, NearDuplicates
-from lmtp_factory.data.distill.prompts import Prompt, user_prompt
-from lmtp_factory.data.rows import parse_ids
-from lmtp_factory.errors import LMTPError
+from ...errors import LMTPError
+from ..rows import parse_ids
+from . import chat
+from .engine import Request
+from .filters import Filters, NearDuplicates
+from .prompts import Prompt, user_prompt
 
 
 if TYPE_CHECKING:

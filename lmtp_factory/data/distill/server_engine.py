@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import openai
 
-from lmtp_factory.data.distill.engine import Generation, Request, Sampling, stop_at
-from lmtp_factory.errors import LMTPError
+from ...errors import LMTPError, first_line
+from .engine import Generation, Request, Sampling, stop_at
 
 
 if TYPE_CHECKING:
@@ -183,4 +183,4 @@ class ServerEngine:
 
 def _reason(error: Exception) -> str:
     cause = error.__cause__ if isinstance(error, openai.APIConnectionError) and error.__cause__ else error
-    return str(cause).strip().split("\n")[0].rstrip(".") or type(cause).__name__
+    return first_line(cause)
