@@ -8,12 +8,9 @@ Standard library only: see :mod:`.autoload`.
 """
 
 import importlib
-import importlib.abc
-import importlib.util
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 from types import ModuleType
 
 from ..errors import LMTPError
@@ -59,10 +56,10 @@ _failures: dict[str, str] = {}
 _waiting: list[Seam] = []  # their modules were being imported when we were installed
 
 
-class _ExtendingLoader(importlib.abc.Loader):
+class _ExtendingLoader:
     """The module's own loader, followed by our extension."""
 
-    def __init__(self, loader: importlib.abc.Loader, seam: Seam):
+    def __init__(self, loader, seam: Seam):
         self._loader, self._seam = loader, seam
 
     def __getattr__(self, name: str):  # resource readers, source inspection
@@ -76,7 +73,7 @@ class _ExtendingLoader(importlib.abc.Loader):
         _extend(self._seam, module)
 
 
-class _Finder(importlib.abc.MetaPathFinder):
+class _Finder:
     """Wraps the loaders of the seams' modules; leaves every other import alone."""
 
     def find_spec(self, fullname, path=None, target=None):
@@ -148,6 +145,8 @@ def _fail(seam: Seam, reason: str) -> None:
 
 def version() -> str:
     """LLaMA-Factory's installed version."""
+    from importlib import metadata
+
     try:
         return metadata.version(PACKAGE)
     except metadata.PackageNotFoundError:
