@@ -46,7 +46,7 @@ SEAMS = (
     Seam("data.template", "datasets:extend_template", "the template of self-distilled data"),
     Seam("data.parser", "datasets:extend_parser", "dataset names that need no dataset_dir"),
     Seam("model.loader", "loading:extend_loader", "heads attached to the loaded model, export"),
-    Seam("train.callbacks", "logs:extend_callbacks", "per-head metrics in trainer_log.jsonl"),
+    Seam("train.callbacks", "trainer_log:extend_callbacks", "per-head metrics in trainer_log.jsonl"),
     Seam("train.sft.workflow", "workflow:extend_workflow", "training of the two stages"),
 )
 

@@ -4,7 +4,7 @@ import json
 import os
 
 from ..evaluation.plots import draw_head_curves
-from .logs import head_metrics
+from .trainer_log import head_metrics
 
 
 FIGURE = "training_heads.png"

@@ -43,7 +43,7 @@ def test_the_seams_reach_their_users():
     assert {"head_weight", "leap_offsets"} <= set(parser.FinetuningArguments.__dataclass_fields__)
     arguments = next(c for c in parser._TRAIN_ARGS if c.__name__ == "FinetuningArguments")
     assert arguments is parser.FinetuningArguments
-    assert tuner.LogCallback.on_log.__code__.co_filename.endswith("lmtp_factory/plugin/logs.py")
+    assert tuner.LogCallback.on_log.__code__.co_filename.endswith("lmtp_factory/plugin/trainer_log.py")
     constants = import_module("llamafactory.extras.constants")
     assert list(constants.TRAINING_STAGES)[0] == "Supervised Fine-Tuning"  # the web UI's default stays first
     assert list(constants.TRAINING_STAGES.values())[-2:] == ["lmtp1", "lmtp2"]
@@ -159,7 +159,7 @@ def test_a_reloaded_module_is_extended_again():
         "callbacks = importlib.reload(callbacks)\n"
         "print(callbacks.LogCallback.on_log.__code__.co_filename)"
     )
-    assert python(program).stdout.strip().endswith("lmtp_factory/plugin/logs.py")
+    assert python(program).stdout.strip().endswith("lmtp_factory/plugin/trainer_log.py")
 
 
 def test_doctor():
