@@ -22,10 +22,18 @@ def deepspeed(name: str) -> str:
     return str(resources.folder("configs") / "deepspeed" / f"{name}.json")
 
 
-@pytest.mark.parametrize("zero", [None, "zero2", "zero3"], ids=["ddp", "zero2", "zero3"])
 @pytest.mark.parametrize(
-    ("stage", "method", "kind"),
-    [("lmtp1", "full", "own"), ("lmtp1", "full", "shared"), ("lmtp2", "lora", "own"), ("lmtp2", "full", "shared")],
+    ("zero", "stage", "method", "kind"),
+    [
+        (None, "lmtp1", "full", "own"),
+        (None, "lmtp2", "lora", "own"),
+        ("zero2", "lmtp1", "full", "own"),
+        ("zero2", "lmtp2", "lora", "own"),
+        ("zero2", "lmtp2", "full", "shared"),
+        ("zero3", "lmtp1", "full", "shared"),
+        ("zero3", "lmtp2", "lora", "own"),
+        ("zero3", "lmtp2", "full", "shared"),
+    ],
 )
 def test_losses_equal_one_process(zero, stage, method, kind, llama, data, tmp_path):
     run = {"stage": stage, "finetuning_type": method, "head_kind": kind, **GLOBAL_BATCH}
