@@ -219,6 +219,7 @@ def load_model(path: str, **from_pretrained_kwargs) -> nn.Module:
         raise LMTPError(f"{path} does not say which base model its leap heads belong to: export it with heads first.")
     config_options = {k: v for k, v in from_pretrained_kwargs.items() if k in (*hub_options, "trust_remote_code")}
     config = AutoConfig.from_pretrained(base_path, **config_options)
+    check_base(heads.config, config, base_fingerprint(base_path, **config_options))
     is_image_text = type(config) in AutoModelForImageTextToText._model_mapping
     auto_class = AutoModelForImageTextToText if is_image_text else AutoModelForCausalLM
     model = auto_class.from_pretrained(base_path, **from_pretrained_kwargs)

@@ -237,6 +237,15 @@ def test_heads_of_another_base_are_refused(tmp_path):
         attach_heads(other, heads=load_heads(tmp_path))
 
 
+def test_a_heads_export_whose_tokenizer_was_changed_is_refused(tmp_path):
+    base = tiny.tiny_llama(tmp_path / "base")
+    model = attach_heads(load(base), LMTPConfig(base_model="base", tokenizer_fingerprint="0123456789abcdef"), stage=1)
+    model.leap_heads.config.base_model = str(base)
+    model.save_pretrained(tmp_path / "out")
+    with pytest.raises(LMTPError, match=r"tokenizer 0123456789abcdef\), not to .*base \(tokenizer"):
+        load_model(tmp_path / "out")
+
+
 def test_damaged_heads_are_refused_before_they_load(tmp_path):
     model = attach_heads(load(tiny.tiny_llama(tmp_path / "base")))
     save_heads(model.leap_heads, tmp_path / "lmtp")
