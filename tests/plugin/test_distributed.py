@@ -68,7 +68,7 @@ def test_losses_equal_one_process(zero, stage, method, kind, llama, data, tmp_pa
 def test_resuming_under_deepspeed(zero, stage, method, llama, data, tmp_path):
     args = runs.arguments(
         llama, data, tmp_path / "out", stage=stage, finetuning_type=method, deepspeed=deepspeed(zero),
-        save_strategy="steps", save_steps=2, max_steps=4, overwrite_output_dir=None,
+        save_strategy="steps", save_steps=2, max_steps=4, overwrite_output_dir=None, head_kind="shared",
     )  # fmt: skip
     path = runs.write_yaml(tmp_path / "x.yaml", args)
     torchrun(path)
