@@ -137,6 +137,7 @@ def _extend(seam: Seam, module: ModuleType) -> None:
 
 def _fail(seam: Seam, reason: str) -> None:
     _failures[seam.name] = reason
+    _attached.discard(seam.name)  # a module that is reloaded comes back without its extension
     print(
         f"lmtp_factory: cannot extend {seam.name} of LLaMA-Factory {version()} ({reason}); L-MTP stages are off.",
         file=sys.stderr,
