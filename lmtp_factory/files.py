@@ -1,4 +1,4 @@
-"""Writing files so that a crash, a kill or a full disk never leaves something half-written to be read back."""
+"""Names of files, and writing them so that a crash, a kill or a full disk leaves nothing half-written to be read back."""
 
 from __future__ import annotations
 
@@ -8,6 +8,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
+
+
+# The sub-folder of a model, adapter or checkpoint directory that holds leap heads, and what is in it.
+HEADS_FOLDER = "lmtp"
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
 
 
 @contextlib.contextmanager

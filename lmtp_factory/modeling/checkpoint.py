@@ -22,12 +22,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from ..config import LMTPConfig
 from ..errors import LMTPError
+from ..files import CONFIG_FILE, HEADS_FOLDER, WEIGHTS_FILE
 from .heads import LeapHeads
-
-
-HEADS_FOLDER = "lmtp"
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
 
 
 def save_heads(heads: LeapHeads, folder: str | os.PathLike, state_dict: Mapping[str, Tensor] | None = None) -> None:

@@ -17,7 +17,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..config import LMTPConfig
 from ..errors import LMTPError
-from .checkpoint import HEADS_FOLDER, check_base, save_heads
+from ..files import HEADS_FOLDER
+from .checkpoint import check_base, save_heads
 from .heads import LeapHead, LeapHeads
 from .loss import IGNORE_INDEX, head_weights, leap_targets
 from .zero3 import fetch_together, gathered, hookable

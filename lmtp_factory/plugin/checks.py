@@ -7,13 +7,13 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from .. import geometry
 from ..data.rows import TEMPLATE_NAME, is_self_distilled
 from ..errors import LMTPError
+from ..files import HEADS_FOLDER
 from ..modeling import checkpoint
 from . import hooks
 from .stages import STAGES
-from .start import hub_options, locate_exported_heads, starting_heads
+from .start import farthest_offset, hub_options, locate_exported_heads, starting_heads
 
 
 def extend_parser(parser: ModuleType) -> None:
@@ -59,11 +59,9 @@ def check_training(model_args, data_args, training_args, finetuning_args, genera
         return
     _check_backends(model_args, training_args, finetuning_args)
     _check_method(stage, model_args, training_args, finetuning_args)
-    reach = geometry.reach(finetuning_args.heads_config().offsets)
     heads = starting_heads(model_args, finetuning_args, training_args.do_train)
     if heads is not None:
         config = checkpoint.verify_heads(heads)
-        reach = geometry.reach(config.offsets)
         difference = finetuning_args.contradicts(config)
         if difference:
             raise LMTPError(
@@ -72,6 +70,7 @@ def check_training(model_args, data_args, training_args, finetuning_args, genera
             )
         options = hub_options(model_args)
         checkpoint.check_base_files(config, model_args.model_name_or_path, **options)
+    reach = farthest_offset(model_args, finetuning_args, training_args.do_train)
     if data_args.cutoff_len <= reach:
         raise LMTPError(
             f"cutoff_len {data_args.cutoff_len} leaves the farthest head (+{reach} tokens) without a target: write "
@@ -194,7 +193,7 @@ def check_inference(model_args, data_args, finetuning_args, generating_args: Any
         config = checkpoint.verify_heads(heads)
         options = hub_options(model_args)
         checkpoint.check_base_files(config, model_args.model_name_or_path, **options)
-    elif os.path.isdir(os.path.join(model_args.export_dir, checkpoint.HEADS_FOLDER)):
+    elif os.path.isdir(os.path.join(model_args.export_dir, HEADS_FOLDER)):
         raise LMTPError(
             f"export_dir {model_args.export_dir} already holds leap heads, which an export without heads would leave "
             "beside other weights: name another export_dir or write lmtp_export: heads."

@@ -2,11 +2,13 @@
 
 from types import ModuleType
 
+from ..files import HEADS_FOLDER, WEIGHTS_FILE
+
 
 STAGES = {1: "lmtp1", 2: "lmtp2"}
 STAGE_LABELS = {"L-MTP: Head Warm-up": STAGES[1], "L-MTP: Full Tuning": STAGES[2]}
 # Upstream joins these names to a directory, so a path below it works.
-HEADS_CHECKPOINT = "lmtp/model.safetensors"
+HEADS_CHECKPOINT = f"{HEADS_FOLDER}/{WEIGHTS_FILE}"
 
 
 def extend_constants(constants: ModuleType) -> None:

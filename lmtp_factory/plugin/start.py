@@ -4,8 +4,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from .. import geometry
 from ..errors import LMTPError
-from ..modeling.checkpoint import find_heads
+from ..modeling.checkpoint import find_heads, read_config
 
 
 def starting_heads(model_args, finetuning_args, do_train: bool = True) -> Path | None:
@@ -42,6 +43,13 @@ def starting_heads(model_args, finetuning_args, do_train: bool = True) -> Path |
         if found is not None:
             return found
     return _first([model_args.model_name_or_path])
+
+
+def farthest_offset(model_args, finetuning_args, do_train: bool = True) -> int:
+    """Offset of the stage's last head, whether its heads are fresh or trained."""
+    heads = starting_heads(model_args, finetuning_args, do_train)
+    config = finetuning_args.heads_config() if heads is None else read_config(heads)
+    return geometry.reach(config.offsets)
 
 
 def locate_exported_heads(model_args, finetuning_args) -> Path | None:

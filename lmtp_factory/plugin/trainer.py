@@ -8,8 +8,8 @@ from peft import PeftModel
 from torch import Tensor
 
 from ..errors import LMTPError
+from ..files import HEADS_FOLDER
 from ..modeling import heads_of, load_heads, save_heads
-from ..modeling.checkpoint import HEADS_FOLDER
 from ..modeling.lmtp import HEADS_PREFIX, base_of
 from ..modeling.loss import count_targets, head_weights
 from ..modeling.zero3 import gathered

@@ -6,13 +6,11 @@ from types import ModuleType
 
 import torch
 
-from .. import geometry
 from ..errors import LMTPError
-from ..modeling.checkpoint import read_config
 from ..modeling.loss import count_targets
 from . import hooks
 from .loading import replaced
-from .start import starting_heads
+from .start import farthest_offset
 
 
 def extend_workflow(workflow: ModuleType) -> None:
@@ -30,7 +28,7 @@ def extend_workflow(workflow: ModuleType) -> None:
 
         def get_dataset(*dataset_args, **dataset_kwargs):
             module = workflow_get_dataset(*dataset_args, **dataset_kwargs)
-            check_targets(module, farthest_offset(model_args, training_args, finetuning_args))
+            check_targets(module, farthest_offset(model_args, finetuning_args, training_args.do_train))
             return module
 
         def plot_loss(save_dictionary, keys=("loss",)):
@@ -43,13 +41,6 @@ def extend_workflow(workflow: ModuleType) -> None:
             return upstream(model_args, data_args, training_args, finetuning_args, *args, **kwargs)
 
     workflow.run_sft = run_sft
-
-
-def farthest_offset(model_args, training_args, finetuning_args) -> int:
-    """Offset of the last head, whether its heads are fresh or trained."""
-    heads = starting_heads(model_args, finetuning_args, training_args.do_train)
-    config = finetuning_args.heads_config() if heads is None else read_config(heads)
-    return geometry.reach(config.offsets)
 
 
 def check_targets(dataset_module: dict, offset: int, limit: int = 10_000) -> None:

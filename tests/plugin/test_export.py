@@ -49,15 +49,15 @@ def assert_equal(ours, theirs):
 def load_without_us(directory):
     """The first logits of the exported model in a process that has no plugin."""
     program = (
-        "import sys, torch, transformers\n"
+        "import sys, torch, transformers\nfrom safetensors.torch import save_file\n"
         "model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
-        "torch.save(model(torch.arange(20, 30)[None]).logits, sys.argv[2])\n"
+        "save_file({'logits': model(torch.arange(20, 30)[None]).logits}, sys.argv[2])\n"
         "assert not any(name.startswith('lmtp_factory.m') for name in sys.modules)\n"
     )
-    target = directory / "logits.pt"
+    target = directory / "logits.safetensors"
     environment = {"LMTP_FACTORY_DISABLE": "1", "HF_HUB_OFFLINE": "1", "PATH": ""}
     subprocess.run([sys.executable, "-c", program, str(directory), str(target)], check=True, env=environment)
-    return torch.load(target, weights_only=True)
+    return load_file(target)["logits"]
 
 
 def test_ntp_export_is_peft_s_own_merge(llama, adapter, tmp_path):
