@@ -14,6 +14,7 @@ from typing import IO
 HEADS_FOLDER = "lmtp"
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+TREE_FILE = "tree.json"
 
 
 @contextlib.contextmanager

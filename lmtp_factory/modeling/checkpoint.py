@@ -135,6 +135,7 @@ def load_heads(path: str | os.PathLike) -> LeapHeads:
     with torch.device("meta"):  # no random numbers for matrices that are about to be read
         heads = LeapHeads(config)
     heads.load_state_dict(load_file(folder / WEIGHTS_FILE), assign=True)
+    heads.folder = folder
     return heads
 
 

@@ -1,5 +1,7 @@
 """Leap heads: residual blocks on the final hidden state, then an unembedding (L-MTP, section 3.2; Medusa, section 2.1)."""
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,6 +32,12 @@ class ResidualBlock(nn.Module):
         return hidden + F.silu(self.leap_proj(hidden))
 
 
+def unembed(features: Tensor, unembedding: nn.Module, softcap: float | None = None) -> Tensor:
+    """(..., hidden) -> (..., vocabulary) logits, soft-capped as the base model's own are."""
+    logits = unembedding(like(features, unembedding))
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
 class LeapHead(nn.Module):
     """One head. Without blocks and with a shared unembedding it is the LM head itself.
 
@@ -43,13 +51,15 @@ class LeapHead(nn.Module):
         self.blocks = nn.ModuleList(ResidualBlock(hidden_size) for _ in range(layers))
         self.unembed = nn.Linear(hidden_size, vocab_size, bias=False) if own_unembedding else None
 
-    def logits(self, hidden: Tensor, lm_head: nn.Module, softcap: float | None = None) -> Tensor:
-        """(..., hidden) final hidden states -> (..., vocabulary) logits, soft-capped as the base model's own are."""
+    def features(self, hidden: Tensor) -> Tensor:
+        """(..., hidden) final hidden states -> (..., hidden) what the unembedding reads."""
         for block in self.blocks:
             hidden = block(hidden)
-        unembed = self.unembed or lm_head
-        logits = unembed(like(hidden, unembed))
-        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        return hidden
+
+    def logits(self, hidden: Tensor, lm_head: nn.Module, softcap: float | None = None) -> Tensor:
+        """(..., hidden) final hidden states -> (..., vocabulary) logits."""
+        return unembed(self.features(hidden), self.unembed or lm_head, softcap)
 
     def forward(
         self, hidden: Tensor, targets: Tensor, lm_head: nn.Module, softcap: float | None = None
@@ -84,6 +94,7 @@ class LeapHeads(PreTrainedModel):
 
     def __init__(self, config: LMTPConfig):
         super().__init__(config)
+        self.folder: Path | None = None  # that they were read from
         self.heads = nn.ModuleList(
             LeapHead(config.hidden_size, config.vocab_size, config.head_layers, config.head_kind == "own")
             for _ in range(config.num_heads)

@@ -8,11 +8,13 @@ import copy
 import functools
 import inspect
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import CompileConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..config import LMTPConfig
@@ -23,6 +25,10 @@ from .heads import LeapHead, LeapHeads
 from .loss import IGNORE_INDEX, head_weights, leap_targets
 from .zero3 import fetch_together, gathered, hookable
 
+
+if TYPE_CHECKING:  # decoding builds on modeling; generate() imports it when called
+    from ..decoding.plan import TreePlan
+    from ..decoding.stats import DecodeStats
 
 HEADS_PREFIX = "leap_heads."
 # Arguments of the language-model wrapper that its backbone does not take.
@@ -52,6 +58,7 @@ class LeapModel:
     leap_stage: int | None
     head_weight: float
     head_decay: float
+    _compiled_backbone: tuple | None = None
 
     def leap_offsets(self) -> tuple[int, ...]:
         """Offsets of the heads that this stage trains, in the order of the losses."""
@@ -102,6 +109,62 @@ class LeapModel:
             super().save_pretrained(save_directory, state_dict=base, **kwargs)
         if heads and kwargs.get("is_main_process", True):
             save_heads(self.leap_heads, os.path.join(save_directory, HEADS_FOLDER), heads)
+
+    def generate(
+        self,
+        *args,
+        lmtp_decode: str = "auto",
+        lmtp_tree: "TreePlan | None" = None,
+        lmtp_stats: "DecodeStats | None" = None,
+        **kwargs,
+    ):
+        """As always, and faster where the heads can help: greedy search and sampling give what they give without.
+
+        Args:
+            lmtp_decode: ``auto`` or ``backward`` (look-back), ``forward`` (the paper's F-MTP), ``off`` (stock).
+            lmtp_tree: the tree to draft with; default the model's own.
+            lmtp_stats: filled in with what was done.
+
+        Raises:
+            LMTPError: an unknown ``lmtp_decode``.
+        """
+        from ..decoding.generate import Request, requested
+
+        with requested(Request(lmtp_decode, lmtp_tree, lmtp_stats), kwargs.get("streamer")):
+            return super().generate(*args, **kwargs)
+
+    def _sample(
+        self,
+        input_ids,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        synced_gpus=False,
+        streamer=None,
+        **model_kwargs,
+    ):
+        """The one method of ``generate`` that look-back decoding stands in for."""
+        from ..decoding.generate import decode
+
+        prepared = (input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer)
+        output = decode(self, *prepared, model_kwargs)
+        return super()._sample(*prepared, **model_kwargs) if output is None else output
+
+    def decoding_plan(self) -> "TreePlan":
+        """The tree that :meth:`generate` drafts with: from ``lmtp/tree.json``, or the device's default."""
+        from ..decoding.packed import can_pack
+        from ..decoding.plan import default_plan, read_plan
+
+        folder = self.leap_heads.folder
+        measured = read_plan(folder, self.device) if folder is not None else None
+        return measured or default_plan(self.device, packed=can_pack(self))
+
+    def compiled_backbone(self, options: "CompileConfig | None") -> Callable:
+        """The backbone's forward under ``torch.compile``, kept for the next call with the same options."""
+        options = options or CompileConfig()
+        if self._compiled_backbone is None or self._compiled_backbone[0] != options:
+            self._compiled_backbone = options, torch.compile(self.base_model.__call__, **options.to_dict())
+        return self._compiled_backbone[1]
 
     def load_state_dict(self, state_dict, strict: bool = True, **kwargs):
         """As always, but a checkpoint of stage 1 holds no backbone, and that is no error."""

@@ -1,0 +1,1 @@
+"""Look-back decoding: the same output in fewer forwards. Needs torch and transformers only."""

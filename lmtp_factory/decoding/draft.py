@@ -1,0 +1,92 @@
+"""Drafting: what the leap heads propose for the places after the root (L-MTP, section 3.3, "looking backward")."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .. import geometry
+from ..modeling.heads import unembed
+from ..modeling.lmtp import softcap_of
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The most probable tokens of every level, each level on its own.
+
+    Attributes:
+        tokens: (batch, levels, width) int64.
+        probabilities: (batch, levels, width) float32, falling along the last dimension.
+    """
+
+    tokens: Tensor
+    probabilities: Tensor
+
+
+@dataclass
+class Window:
+    """The last hidden states of each row, oldest first; it belongs to one generation.
+
+    Attributes:
+        states: (batch, size, hidden).
+        filled: how many of each row's states are real; a prompt may be shorter than the window.
+    """
+
+    states: Tensor
+    filled: list[int]
+
+    @classmethod
+    def of_prompt(cls, hidden: Tensor, lengths: list[int], size: int) -> "Window":
+        """From the prompt's (batch, length, hidden) states, padded on the left to the rows' ``lengths``."""
+        missing = size - hidden.shape[1]
+        states = hidden[:, -size:]
+        if missing > 0:
+            states = torch.cat([states.new_zeros(len(states), missing, states.shape[2]), states], dim=1)
+        return cls(states.clone(), [min(length, size) for length in lengths])
+
+    def push(self, hidden: Tensor, branches: list[list[int]]) -> None:
+        """Append the states of each row's accepted nodes.
+
+        Args:
+            hidden: (batch, nodes, hidden) of the step's tree.
+            branches: numbers of each row's accepted nodes, root first; empty for a finished row.
+        """
+        size, nodes = self.states.shape[1], hidden.shape[1]
+        # Where each state of the new window stands in (old window ++ tree).
+        places = [[*range(size), *(size + node for node in branch)][-size:] for branch in branches]
+        if len(places) == 1:
+            both = torch.cat([self.states, hidden], dim=1)
+            self.states = both[:, places[0]] if nodes > 1 else both[:, -size:].clone()
+        else:
+            index = torch.tensor(places, device=hidden.device)[:, :, None].expand(-1, -1, hidden.shape[2])
+            self.states = torch.cat([self.states, hidden], dim=1).gather(1, index)
+        self.filled = [min(size, filled + len(branch)) for filled, branch in zip(self.filled, branches)]
+
+
+def draft(model: nn.Module, window: Window, levels: int, width: int) -> Candidates:
+    """Candidates for levels 1 to ``levels``, from the states that the last step left behind.
+
+    Level ``l`` is depth ``d = l + 1``: head ``i``, the first with ``offsets[i] >= d``, reads the state
+    ``offsets[i] - d`` places before the last one. A level whose state is missing gets probability 0.
+    """
+    offsets, heads = model.leap_heads.config.offsets, model.leap_heads.heads
+    sources = [geometry.lookback(level + 1, offsets) for level in range(1, levels + 1)]
+    size = window.states.shape[1]
+    by_head: dict[int, list[int]] = {}
+    for head, back in sources:
+        by_head.setdefault(head, []).append(size - 1 - back)
+    features = [heads[head - 1].features(window.states[:, places]) for head, places in by_head.items()]
+    lm_head, softcap = model.get_output_embeddings(), softcap_of(model)
+    if model.leap_heads.config.head_kind == "shared":  # the matrix is read once for all heads
+        logits = unembed(torch.cat(features, dim=1), lm_head, softcap)
+    else:
+        own = [unembed(f, heads[head - 1].unembed, softcap) for head, f in zip(by_head, features)]
+        logits = torch.cat(own, dim=1)
+    logits = logits.float()
+    best, tokens = logits.topk(width, dim=-1)
+    probabilities = (best - logits.logsumexp(-1, keepdim=True)).exp()
+    if min(window.filled) < size:
+        back = torch.tensor([back for _, back in sources], device=logits.device)
+        filled = torch.tensor(window.filled, device=logits.device)
+        probabilities = probabilities * (back < filled[:, None])[:, :, None]
+    return Candidates(tokens, probabilities)

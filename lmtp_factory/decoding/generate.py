@@ -1,0 +1,259 @@
+"""Look-back decoding behind ``model.generate``: draft, verify, accept, commit, until every row has ended.
+
+``generate`` prepares processors, criteria, masks and caches as always and then calls ``_sample`` for greedy search and
+sampling; :func:`decode` stands in for that one method. All that ``generate`` promises therefore holds, and beams, assisted
+and contrastive generation never come here.
+"""
+
+import functools
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from .. import geometry
+from ..errors import LMTPError
+from ..modeling.heads import unembed
+from ..modeling.lmtp import softcap_of
+from . import packed
+from .accept import Acceptor
+from .cache import TreeCache
+from .draft import Window
+from .drafter import Drafter
+from .obstacles import obstacle
+from .plan import TreePlan, default_plan
+from .stats import DecodeStats
+from .stream import Stream
+from .verify import Verifier
+
+
+STRATEGIES = ("auto", "backward", "forward", "off")
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one call of ``generate`` asks of the heads.
+
+    Attributes:
+        strategy: ``backward`` looks back, ``forward`` fills the window with plain steps first (the paper's F-MTP), ``off``
+            is stock; ``auto`` is ``backward``.
+        plan: of the tree; None takes the model's own, ``lmtp/tree.json`` or the device's default.
+        stats: to add to.
+    """
+
+    strategy: str = "auto"
+    plan: TreePlan | None = None
+    stats: DecodeStats | None = None
+
+    def __post_init__(self):
+        if self.strategy not in STRATEGIES:
+            raise LMTPError(f"lmtp_decode is {self.strategy!r}, but it has to be one of {', '.join(STRATEGIES)}.")
+
+
+_request: ContextVar[Request | None] = ContextVar("lmtp_request", default=None)
+
+
+@contextmanager
+def requested(request: Request, streamer: BaseStreamer | None) -> Iterator[None]:
+    """``_sample`` inside this context (and thread) sees ``request``; an error still ends the stream."""
+    token = _request.set(request)
+    try:
+        yield
+    except BaseException:
+        if streamer is not None:
+            streamer.end()  # whoever reads it would wait for ever
+        raise
+    finally:
+        _request.reset(token)
+
+
+def decode(
+    model: nn.Module,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    synced_gpus: bool,
+    streamer: BaseStreamer | None,
+    model_kwargs: dict,
+) -> GenerateDecoderOnlyOutput | Tensor | None:
+    """Generate with the heads.
+
+    Args:
+        input_ids: (batch, prompt length), padded on the left.
+        model_kwargs: the model's inputs as ``generate`` prepared them, with ``past_key_values``.
+
+    Returns:
+        What ``_sample`` would return; None where this call cannot be sped up, after saying why once.
+    """
+    request = _request.get() or Request()
+    stats = request.stats or DecodeStats()
+    if request.strategy == "off":
+        return None
+    plan = request.plan or model.decoding_plan()
+    config = model.config.get_text_config()
+    reason = obstacle(model, len(input_ids), logits_processor, stopping_criteria, generation_config, model_kwargs)
+    reason = reason or ("synced_gpus is on" if synced_gpus else None)
+    cache = given = None
+    if reason is None:
+        given = model_kwargs["past_key_values"]
+        cache = TreeCache.replacing(given, config, columns=generation_config.max_length + plan.nodes)
+        reason = None if cache is not None else f"a cache of type {type(given).__name__} cannot hold trees"
+    if reason is not None:
+        stats.strategy = f"off: {reason}"
+        _say_once(f"Decoding without leap heads: {reason}.")
+        return None
+    stats.strategy = "backward" if request.strategy == "auto" else request.strategy
+    with packed.packed(model) if packed.can_pack(model) else nullcontext():
+        generation = Generation(
+            model, cache, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, stats
+        )
+        with stats.timed("total", input_ids.device):
+            generation.run(plan, streamer)
+    return generation.result(given)
+
+
+class Generation:
+    """The state of one call.
+
+    Attributes:
+        acceptor: sequences and their ends.
+        window: the last hidden states, from which the next draft is made.
+    """
+
+    def __init__(self, model, cache, input_ids, processors, criteria, config, model_kwargs, stats):
+        self.model, self.cache, self.config, self.stats = model, cache, config, stats
+        self.model_kwargs = {**model_kwargs, "past_key_values": cache}
+        self.input_ids, self.device = input_ids, input_ids.device
+        self.acceptor = Acceptor(input_ids, processors, criteria, config)
+        pad = config._pad_token_tensor
+        self.pad_token = None if pad is None else int(pad)
+        self.offsets = model.leap_heads.config.offsets
+        self.window: Window | None = None
+
+    def run(self, plan: TreePlan, streamer: BaseStreamer | None) -> None:
+        """The loop."""
+        stream = Stream(streamer, self.acceptor, self.pad_token)
+        with self.stats.timed("prefill", self.device):
+            self.prefill()
+        stream.flush()
+        drafter = Drafter(self.model, plan, self.offsets, constant=self.cache.is_fixed)
+        fill = geometry.window(self.offsets) - 1 if self.stats.strategy == "forward" else 0
+        plain_steps = 0
+        while not self.acceptor.finished():
+            with self.stats.timed("draft", self.device):
+                if plain_steps < fill:
+                    tree, tokens = drafter.plain(self.roots())
+                else:
+                    active = [not row.done for row in self.acceptor.rows]
+                    tree, tokens = drafter.draft(self.window, self.roots(), active, self.acceptor.wanted())
+            plain_steps = plain_steps + 1 if tree.nodes == 1 else 0
+            with self.stats.timed("verify", self.device):
+                hidden = self.verifier(tokens, tree, self.columns())
+                logits = self.logits(hidden)
+            with self.stats.timed("accept", self.device):
+                branches = self.acceptor.walk(logits, tokens, tree.parents)
+            drafter.learn(tree, branches)
+            self.stats.count(tree.nodes, branches)
+            with self.stats.timed("commit", self.device):
+                self.commit(hidden, branches)
+            stream.flush()
+        stream.end()
+        self.stats.rows += len(self.acceptor.rows)
+        self.stats.tokens += sum(row.length - self.input_ids.shape[1] for row in self.acceptor.rows)
+
+    def prefill(self) -> None:
+        """The prompt's forward: caches, window and the first token."""
+        model, kwargs = self.model, self.model_kwargs
+        known = self.cache.get_seq_length()
+        mask = kwargs.get("attention_mask")
+        embedded = kwargs.get("inputs_embeds")
+        length = self.input_ids.shape[1] if embedded is None else embedded.shape[1]
+        unseen = None if not known else length - known
+        inputs = model.prepare_inputs_for_generation(
+            self.input_ids, next_sequence_length=unseen, is_first_iteration=True, **kwargs
+        )
+        dropped = ("logits_to_keep", "labels", "output_attentions", "output_hidden_states", "return_dict")
+        inputs = {name: value for name, value in inputs.items() if name not in dropped}
+        hidden = model.base_model(**inputs).last_hidden_state
+
+        self.start = self.cache.get_seq_length()
+        padded = mask is not None and not bool(mask.all())
+        lengths = mask.sum(-1).tolist() if padded else [length] * len(self.input_ids)
+        size = geometry.window(self.offsets)
+        self.window = Window.of_prompt(hidden, [min(n, hidden.shape[1]) for n in lengths], size)
+        for row in self.acceptor.rows:
+            row.columns = int(self.start)
+        for layer in self.cache.layers:
+            layer.settle(int(self.start), int(self.start))
+        self.verifier = Verifier(
+            model,
+            self.cache,
+            positions=kwargs["position_ids"][..., -1:] + 1,
+            prompt_mask=mask.bool() if padded else None,
+            last_position=int(kwargs["position_ids"][..., -1].max()) + self.acceptor.wanted(),
+            forward=self.compiled_forward(),
+        )
+        nothing = self.input_ids.new_zeros(len(self.input_ids), 1)
+        self.acceptor.walk(self.logits(hidden[:, -1:]), nothing, nothing)
+
+    def compiled_forward(self):
+        """The compiled backbone where ``generate`` would compile the model; None elsewhere."""
+        if not self.model._valid_auto_compile_criteria(self.model_kwargs, self.config):
+            return None
+        return self.model.compiled_backbone(self.config.compile_config)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(batch, nodes, hidden) -> (batch, nodes, vocabulary), the LM head's."""
+        return unembed(hidden, self.model.get_output_embeddings(), softcap_of(self.model))
+
+    def roots(self) -> Tensor:
+        """(batch,) the last token of each row."""
+        last = torch.tensor([row.length - 1 for row in self.acceptor.rows], device=self.device)
+        return self.acceptor.sequences.gather(1, last[:, None])[:, 0]
+
+    def columns(self) -> list[int]:
+        """Of the cache, owned by each row."""
+        return [row.columns for row in self.acceptor.rows]
+
+    def commit(self, hidden: Tensor, branches: list[list[int]]) -> None:
+        """Keep the accepted branches in cache, window and positions."""
+        if not any(branches):
+            return
+        columns = self.columns()
+        cursor = max(columns)
+        self.cache.keep([[cursor + node for node in branch] for branch in branches], columns)
+        self.window.push(hidden, branches)
+        self.verifier.advance(branches)
+        for row, branch in zip(self.acceptor.rows, branches):
+            row.columns += len(branch)
+        end = max(row.columns for row, branch in zip(self.acceptor.rows, branches) if branch)
+        for row, branch in zip(self.acceptor.rows, branches):
+            if not branch:
+                row.columns = end  # nothing reads a finished row; let it not hold the others' columns back
+
+    def result(self, given) -> GenerateDecoderOnlyOutput | Tensor:
+        """What ``_sample`` returns; ``given``, the cache that the caller knows, gets the contents of ours."""
+        sequences = self.acceptor.padded(self.pad_token)
+        self.cache.hand_back(given, max(self.columns()))
+        if not self.config.return_dict_in_generate:
+            return sequences
+        return GenerateDecoderOnlyOutput(
+            sequences=sequences,
+            scores=self.acceptor.stacked("scores") if self.acceptor.keep_scores else None,
+            logits=self.acceptor.stacked("logits") if self.acceptor.keep_logits else None,
+            past_key_values=given,
+        )
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logger.warning(message)

@@ -1,0 +1,101 @@
+"""Linear layers with weights in oneDNN's own layout, for decoding on a CPU.
+
+A forward of a few tokens spends its time reading weights. torch's ordinary fp32 matmul reads them at less than half of
+the memory's speed for one token and gets slower with two; oneDNN's packed layout, the one that torch.compile's freezing
+uses, reads at full speed and costs about the same for 1 to 16 tokens, which is what makes verifying a tree cheap. Numbers:
+benchmarks/README.md. The packed weights are a second copy, so models that would not leave memory to spare stay as they
+are.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from weakref import WeakKeyDictionary
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+
+# Tokens for which the layout is tuned; others work as well.
+_TUNED_FOR = 8
+# Packed copies may take this share of the memory that is free.
+_SHARE = 0.5
+
+_copies: WeakKeyDictionary[nn.Linear, tuple[tuple, Tensor]] = WeakKeyDictionary()
+_users: WeakKeyDictionary[nn.Module, tuple[int, list[nn.Linear]]] = WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+@cache
+def available() -> bool:
+    """Whether this torch has the operators and they agree with the ordinary matmul."""
+    try:
+        weight, inputs = torch.randn(24, 16), torch.randn(3, 16)
+        return torch.allclose(_linear(inputs, _pack(weight), None), inputs @ weight.T, atol=1e-4)
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return False
+
+
+def can_pack(model: nn.Module) -> bool:
+    """Whether ``model`` is an fp32 model on a CPU with memory for a second copy of its matrices."""
+    with _lock:
+        linears = _users.get(model, (0, []))[1] or _linears(model)
+    if not linears or not available():
+        return False
+    missing = sum(4 * layer.weight.numel() for layer in linears if layer not in _copies)
+    return missing <= _SHARE * psutil.virtual_memory().available
+
+
+@contextmanager
+def packed(model: nn.Module) -> Iterator[None]:
+    """``model``'s linear layers compute with packed weights inside the context, in whichever thread.
+
+    Copies are kept for the next time and renewed when a weight has changed.
+    """
+    with _lock:
+        count, layers = _users.get(model, (0, []))
+        if not count:
+            layers = _linears(model)
+            for layer in layers:
+                layer.forward = partial(_linear, weight=_copy_of(layer), bias=layer.bias)
+        _users[model] = count + 1, layers
+    try:
+        yield
+    finally:
+        with _lock:
+            count, layers = _users[model]
+            _users[model] = count - 1, layers
+            if count == 1:
+                for layer in layers:
+                    del layer.forward
+
+
+def _linears(model: nn.Module) -> list[nn.Linear]:
+    """Plain fp32 layers on the CPU; not those whose forward somebody else has replaced (accelerate's offloading)."""
+    return [
+        layer
+        for layer in model.modules()
+        if type(layer) is nn.Linear
+        and layer.weight.dtype == torch.float32
+        and layer.weight.device.type == "cpu"
+        and "forward" not in vars(layer)
+    ]
+
+
+def _copy_of(layer: nn.Linear) -> Tensor:
+    weight = layer.weight
+    state = (weight.data_ptr(), None if weight.is_inference() else weight._version)
+    kept = _copies.get(layer)
+    if kept is None or kept[0] != state:
+        kept = _copies[layer] = (state, _pack(weight.detach()))
+    return kept[1]
+
+
+def _pack(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight, _TUNED_FOR)
+
+
+def _linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
