@@ -25,7 +25,7 @@ setup(
         "torchaudio<2.12",
         "torchvision<0.27",
         # The flash-attention path of 5.6.0 is broken.
-        "transformers>=4.57.1,!=5.6.0",
+        "transformers>=5.2,!=5.6.0",
         "peft>=0.18",
         "deepspeed>=0.16",
         "safetensors",

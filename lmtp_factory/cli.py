@@ -14,6 +14,9 @@ COMMANDS = {
     "doctor": ("lmtp_factory.doctor", "check the installation and say what is wrong with it"),
     "distill": ("lmtp_factory.data.distill.cli", "let a model write its own training data for stage 1"),
     "report": ("lmtp_factory.evaluation.cli", "loss, accuracy and perplexity on held-out text"),
+    "import": ("lmtp_factory.importing.cli", "heads of other checkpoints: the L-MTP release's and Medusa's"),
+    "tree": ("lmtp_factory.evaluation.tree_cli", "measure which draft tree is fastest, write lmtp/tree.json"),
+    "bench": ("lmtp_factory.evaluation.bench_cli", "tokens per second with and without heads, side by side"),
     "demo": ("lmtp_factory.demo.cli", "the whole job on the real SmolLM2-135M-Instruct"),
 }
 

@@ -126,9 +126,15 @@ class TreeCache(Cache):
             columns: size of a static cache.
         """
         if type(cache) is StaticCache:
-            if any(layer.is_initialized for layer in cache.layers):
+            if cache.offloading or int(cache.get_seq_length()):
                 return None
-            return cls(layers=[FixedLayer(columns) for _ in cache.layers])
+            # generate() resets a cache and uses it again: so are its buffers, whose addresses compiled code knows.
+            roomy = all(layer.is_initialized and layer.max_cache_len >= columns for layer in cache.layers)
+            fixed = cls(layers=[FixedLayer(columns) for _ in cache.layers])
+            if roomy:
+                for ours, theirs in zip(fixed.layers, cache.layers):
+                    ours.__dict__.update(theirs.__dict__)
+            return fixed
         if type(cache) is not DynamicCache or cache.offloading:
             return None
         if not cache.layers:  # made without a config: layers come as they are first used
@@ -155,15 +161,15 @@ class TreeCache(Cache):
         """Keep one branch of the step's tree in each row, behind what the row had, and forget the others.
 
         Args:
-            branches: columns of each row's branch, from the root down; empty for a finished row, which nothing reads
-                any more.
+            branches: columns of each row's branch, from the root down; empty for a finished row, which keeps what it
+                has.
             lengths: of the rows before this; the step's nodes were written from the greatest of them on.
         """
-        grown = [length + len(branch) for branch, length in zip(branches, lengths) if branch]
+        grown = [length + len(branch) for branch, length in zip(branches, lengths)]
         if any(branch and branch[-1] != length + len(branch) - 1 for branch, length in zip(branches, lengths)):
             self._move(branches, lengths)
         for layer in self.layers:
-            layer.settle(max(grown), min(grown))
+            layer.settle(max(grown), min(length for length, branch in zip(grown, branches) if branch))
 
     def _move(self, branches: Sequence[Sequence[int]], lengths: Sequence[int]) -> None:
         longest, somewhere = max(map(len, branches)), max(lengths)
@@ -178,10 +184,15 @@ class TreeCache(Cache):
             layer.move(torch.tensor(sources, device=device), torch.tensor(targets, device=device))
 
     def hand_back(self, cache: Cache, length: int) -> None:
-        """Give the first ``length`` columns to the cache that this one replaced, as if it had been in use all along."""
+        """Give the first ``length`` columns to the cache that this one replaced, as if it had been in use all along.
+
+        Only what rows hold behind their own end, where ``generate`` pads, is not what it would have been.
+        """
         for ours, theirs in zip(self.layers, cache.layers):
             if isinstance(ours, FixedLayer):
                 theirs.__dict__.update(ours.__dict__)
+                if hasattr(theirs, "cumulative_length_int"):
+                    theirs.cumulative_length_int = length
                 continue
             if not theirs.is_initialized:
                 theirs.lazy_initialization(ours.keys, ours.values)

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import geometry
-from ..modeling.heads import unembed
+from ..modeling.heads import like, softcapped
 from ..modeling.lmtp import softcap_of
+from .packed import rough
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,11 @@ def draft(model: nn.Module, window: Window, levels: int, width: int) -> Candidat
     for head, back in sources:
         by_head.setdefault(head, []).append(size - 1 - back)
     features = [heads[head - 1].features(window.states[:, places]) for head, places in by_head.items()]
-    lm_head, softcap = model.get_output_embeddings(), softcap_of(model)
     if model.leap_heads.config.head_kind == "shared":  # the matrix is read once for all heads
-        logits = unembed(torch.cat(features, dim=1), lm_head, softcap)
+        logits = _unembed(model, torch.cat(features, dim=1), model.get_output_embeddings())
     else:
-        own = [unembed(f, heads[head - 1].unembed, softcap) for head, f in zip(by_head, features)]
+        own = [_unembed(model, part, heads[head - 1].unembed) for head, part in zip(by_head, features)]
         logits = torch.cat(own, dim=1)
-    logits = logits.float()
     best, tokens = logits.topk(width, dim=-1)
     probabilities = (best - logits.logsumexp(-1, keepdim=True)).exp()
     if min(window.filled) < size:
@@ -90,3 +89,8 @@ def draft(model: nn.Module, window: Window, levels: int, width: int) -> Candidat
         filled = torch.tensor(window.filled, device=logits.device)
         probabilities = probabilities * (back < filled[:, None])[:, :, None]
     return Candidates(tokens, probabilities)
+
+
+def _unembed(model: nn.Module, features: Tensor, unembedding: nn.Module) -> Tensor:
+    logits = softcapped(rough(unembedding)(like(features, unembedding)), softcap_of(model))
+    return logits.float()

@@ -6,14 +6,12 @@ from torch import Tensor, nn
 
 from .. import geometry
 from .draft import Window, draft
-from .plan import TreePlan
+from .plan import TreePlan, Trust
 from .tree import Tree, fixed, grow
 
 
 # While no draft would pay for itself, so many steps go by without one before the next try; the number doubles up to this.
 _LONGEST_PAUSE = 16
-# Weight of the assumption that the heads' probabilities are right, in accepted tokens, and how fast old steps fade.
-_PRIOR, _FADING = 2.0, 0.97
 
 
 class Drafter:
@@ -31,13 +29,8 @@ class Drafter:
         self.root = fixed([()], device)
         paths = plan.fixed_paths()
         self.shape = None if paths is None else fixed([path for path in paths if len(path) <= self.reach], device)
-        self.promised = self.kept = 0.0
+        self.trust = Trust()
         self.pause = self.waiting = 0
-
-    @property
-    def trust(self) -> float:
-        """Accepted tokens for each one that the heads' probabilities promised, over the last steps."""
-        return (self.kept + _PRIOR) / (self.promised + _PRIOR)
 
     def plain(self, roots: Tensor) -> tuple[Tree, Tensor]:
         """The tree of the roots alone, and its (batch, 1) tokens."""
@@ -64,7 +57,7 @@ class Drafter:
         tree = grow(candidates.probabilities, self.plan.nodes)
         if self.plan.cost is not None and not self.constant:
             values = [row for row, is_active in zip(tree.values.tolist(), active) if is_active]
-            tree = tree.first(self.plan.best_size(values, self.trust))
+            tree = tree.first(self.plan.best_size(values, self.trust.value))
             self._consider_pause(drafted=tree.nodes > 1)
         return tree, tree.tokens(roots, candidates.tokens)
 
@@ -81,5 +74,4 @@ class Drafter:
             return
         for values, branch in zip(tree.values.tolist(), branches):
             if branch:
-                self.promised = _FADING * self.promised + sum(values[1:])
-                self.kept = _FADING * self.kept + len(branch) - 1
+                self.trust.learn(sum(values[1:]), len(branch) - 1)

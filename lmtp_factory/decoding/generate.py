@@ -53,7 +53,8 @@ class Request:
     plan: TreePlan | None = None
     stats: DecodeStats | None = None
 
-    def __post_init__(self):
+    def check(self) -> None:
+        """Raise an LMTPError for an unknown strategy."""
         if self.strategy not in STRATEGIES:
             raise LMTPError(f"lmtp_decode is {self.strategy!r}, but it has to be one of {', '.join(STRATEGIES)}.")
 
@@ -66,6 +67,7 @@ def requested(request: Request, streamer: BaseStreamer | None) -> Iterator[None]
     """``_sample`` inside this context (and thread) sees ``request``; an error still ends the stream."""
     token = _request.set(request)
     try:
+        request.check()
         yield
     except BaseException:
         if streamer is not None:
@@ -100,12 +102,13 @@ def decode(
         return None
     plan = request.plan or model.decoding_plan()
     config = model.config.get_text_config()
-    reason = obstacle(model, len(input_ids), logits_processor, stopping_criteria, generation_config, model_kwargs)
+    reason = obstacle(model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
     reason = reason or ("synced_gpus is on" if synced_gpus else None)
     cache = given = None
     if reason is None:
         given = model_kwargs["past_key_values"]
-        cache = TreeCache.replacing(given, config, columns=generation_config.max_length + plan.nodes)
+        new = generation_config.max_length - input_ids.shape[1]
+        cache = TreeCache.replacing(given, config, columns=prompt_length(input_ids, model_kwargs) + new + plan.nodes)
         reason = None if cache is not None else f"a cache of type {type(given).__name__} cannot hold trees"
     if reason is not None:
         stats.strategy = f"off: {reason}"
@@ -119,6 +122,12 @@ def decode(
         with stats.timed("total", input_ids.device):
             generation.run(plan, streamer)
     return generation.result(given)
+
+
+def prompt_length(input_ids: Tensor, model_kwargs: dict) -> int:
+    """Number of the prompt's tokens, some of which may be in the cache already."""
+    embedded = model_kwargs.get("inputs_embeds")
+    return (input_ids if embedded is None else embedded).shape[1]
 
 
 class Generation:
@@ -173,11 +182,12 @@ class Generation:
     def prefill(self) -> None:
         """The prompt's forward: caches, window and the first token."""
         model, kwargs = self.model, self.model_kwargs
-        known = self.cache.get_seq_length()
+        known = int(self.cache.get_seq_length())
         mask = kwargs.get("attention_mask")
-        embedded = kwargs.get("inputs_embeds")
-        length = self.input_ids.shape[1] if embedded is None else embedded.shape[1]
-        unseen = None if not known else length - known
+        length = prompt_length(self.input_ids, kwargs)
+        # A mask longer than the input_ids says that these are new ones only.
+        whole = kwargs.get("inputs_embeds") is not None or mask is None or mask.shape[1] == length
+        unseen = length - known if known and whole else None
         inputs = model.prepare_inputs_for_generation(
             self.input_ids, next_sequence_length=unseen, is_first_iteration=True, **kwargs
         )
@@ -235,10 +245,6 @@ class Generation:
         self.verifier.advance(branches)
         for row, branch in zip(self.acceptor.rows, branches):
             row.columns += len(branch)
-        end = max(row.columns for row, branch in zip(self.acceptor.rows, branches) if branch)
-        for row, branch in zip(self.acceptor.rows, branches):
-            if not branch:
-                row.columns = end  # nothing reads a finished row; let it not hold the others' columns back
 
     def result(self, given) -> GenerateDecoderOnlyOutput | Tensor:
         """What ``_sample`` returns; ``given``, the cache that the caller knows, gets the contents of ours."""

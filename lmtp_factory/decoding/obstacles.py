@@ -1,8 +1,7 @@
 """What look-back decoding leaves to stock ``generate``, and how the log says so."""
 
-import torch
-from torch import nn
-from transformers import GenerationConfig, LogitsProcessorList, MaxLengthCriteria, MaxTimeCriteria, StoppingCriteriaList
+from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation import (
     EncoderNoRepeatNGramLogitsProcessor,
     EncoderRepetitionPenaltyLogitsProcessor,
@@ -30,14 +29,14 @@ _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 def obstacle(
     model: nn.Module,
-    batch: int,
+    input_ids: Tensor,
     processors: LogitsProcessorList,
     criteria: StoppingCriteriaList,
     config: GenerationConfig,
     model_kwargs: dict,
 ) -> str | None:
     """Why this call cannot be decoded with heads, as the end of a sentence; None where it can."""
-    text_config = model.config.get_text_config()
+    batch, text_config = len(input_ids), model.config.get_text_config()
     kinds = set(getattr(text_config, "layer_types", None) or ["full_attention"])
     attention = text_config._attn_implementation
     reasons = {
@@ -50,18 +49,18 @@ def obstacle(
         "layers share keys and values": bool(getattr(text_config, "num_kv_shared_layers", 0)),
         "the model takes no position_ids": model_kwargs.get("position_ids") is None,
         "generation may pass the length at which this model's rotary embedding changes": _passes_rope_limit(
-            text_config, config
+            text_config, config.max_length - input_ids.shape[1], model_kwargs.get("position_ids")
         ),
         "a logits processor wants the whole batch": batch > 1
         and any(isinstance(p, _WHOLE_BATCH_PROCESSORS) for p in processors),
         "rows of a batch end by a criterion of their own and there is no end-of-sequence token to pad with": batch > 1
         and not any(isinstance(c, EosTokenCriteria) for c in criteria)
-        and any(type(c) not in (MaxLengthCriteria, MaxTimeCriteria) for c in criteria),
+        and any(type(c) is not MaxLengthCriteria for c in criteria),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def _passes_rope_limit(text_config, config: GenerationConfig) -> bool:
+def _passes_rope_limit(text_config, new_tokens: int, positions: Tensor | None) -> bool:
     rope = getattr(text_config, "rope_parameters", None) or getattr(text_config, "rope_scaling", None) or {}
     settings = rope.values() if all(isinstance(value, dict) for value in rope.values()) else [rope]
     for setting in settings:
@@ -69,6 +68,6 @@ def _passes_rope_limit(text_config, config: GenerationConfig) -> bool:
             limit = setting.get("original_max_position_embeddings") or getattr(
                 text_config, "original_max_position_embeddings", text_config.max_position_embeddings
             )
-            if config.max_length > limit:
+            if positions is not None and int(positions.max()) + 1 + new_tokens > limit:
                 return True
     return False

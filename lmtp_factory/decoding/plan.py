@@ -39,6 +39,28 @@ class CostCurve:
         return self.seconds[low] + slope * (tokens - low)
 
 
+# Weight, in accepted tokens, of the assumption that the heads' probabilities are right; and how fast old steps fade.
+_PRIOR, _FADING = 2.0, 0.97
+
+
+@dataclass
+class Trust:
+    """How many accepted tokens have come of one that the heads' probabilities promised, over the last steps."""
+
+    promised: float = 0.0
+    kept: float = 0.0
+
+    @property
+    def value(self) -> float:
+        """1 where the probabilities are right, less where they promise too much."""
+        return (self.kept + _PRIOR) / (self.promised + _PRIOR)
+
+    def learn(self, promised: float, kept: int) -> None:
+        """One step: the sum of its drafted nodes' values, and how many of them were accepted."""
+        self.promised = _FADING * self.promised + promised
+        self.kept = _FADING * self.kept + kept
+
+
 @dataclass(frozen=True)
 class TreePlan:
     """How to draft.
@@ -82,7 +104,7 @@ class TreePlan:
 
         Args:
             values: each row's node values, root first.
-            trust: how many accepted tokens have come of one promised by the values so far.
+            trust: see :class:`Trust`.
         """
         if self.cost is None:
             return len(values[0])

@@ -125,7 +125,8 @@ def grow(probabilities: Tensor, nodes: int) -> Tree:
     """
     batch, height, width = probabilities.shape
     drafted = min(nodes - 1, sum(width**level for level in range(1, height + 1)))
-    logarithms = probabilities.float().log().clamp(min=_LEAST) + _CHILD_DISCOUNT
+    # Heads that overflow give NaN or infinity, which must not break the order either.
+    logarithms = probabilities.float().log().nan_to_num(nan=_LEAST).clamp(_LEAST, 0.0) + _CHILD_DISCOUNT
     values, parents, ranks, levels = [], [], [], []
     above, first_above = logarithms.new_zeros(batch, 1), 0  # the level above, and its first node's number
     for level in range(height):

@@ -42,10 +42,11 @@ def tree_masks(
 
 def _mask(config, cache, layer, window, tree, lengths, prompt_mask, dtype) -> Tensor | None:
     nodes = tree.nodes
-    if nodes == 1 and len(lengths) == 1 and prompt_mask is None and not cache.is_fixed:
+    count, first = cache.layers[layer].get_mask_sizes(nodes)
+    in_sight = window is None or count <= window  # a user's cache may keep more than the window
+    if nodes == 1 and len(lengths) == 1 and prompt_mask is None and in_sight and not cache.is_fixed:
         return None
     device = cache.layers[layer].keys.device
-    count, first = cache.layers[layer].get_mask_sizes(nodes)
     columns = torch.arange(first, first + count, device=device)
     own = torch.tensor(lengths, device=device)[:, None]
     past = columns < own

@@ -19,12 +19,15 @@ from .plots import draw_head_bars
 REPORT_FILE, PLOT_FILE = "report.json", "report.png"
 
 
-def load_for_scoring(path: str, offsets: tuple[int, ...] | None = None) -> nn.Module:
+def load_for_scoring(
+    path: str, offsets: tuple[int, ...] | None = None, dtype: torch.dtype | None = None
+) -> nn.Module:
     """A model with heads: its own, or untrained ones at ``offsets`` (identity blocks on the LM head) where it has none.
 
-    Weights are fp32 on a CPU, where bf16 arithmetic is slow.
+    Weights are fp32 on a CPU, where bf16 arithmetic is slow, unless ``dtype`` says otherwise.
     """
-    kwargs = {"device_map": "cuda"} if torch.cuda.is_available() else {"dtype": torch.float32}
+    has_gpu = torch.cuda.is_available()
+    kwargs = {"dtype": dtype or ("auto" if has_gpu else torch.float32), "device_map": "cuda" if has_gpu else None}
     if find_heads(path) is not None:
         return load_model(path, **kwargs)
     model = AutoModelForCausalLM.from_pretrained(path, **kwargs)

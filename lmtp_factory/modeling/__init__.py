@@ -3,8 +3,9 @@
 from transformers import AutoConfig, AutoModel
 
 from ..config import LMTPConfig
-from .checkpoint import load_heads, load_model, save_heads
+from .checkpoint import load_heads, save_heads
 from .heads import LeapHeads
+from .load import load_model
 from .lmtp import LeapOutput, attach_heads, heads_of
 
 

@@ -17,8 +17,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, PretrainedConfig
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from ..config import LMTPConfig
 from ..errors import LMTPError
@@ -186,41 +186,3 @@ def base_fingerprint(base: str, **hub_options: Any) -> str | None:
     except (OSError, ValueError):
         return None
     return tokenizer_fingerprint(tokenizer)
-
-
-def load_model(path: str, **from_pretrained_kwargs) -> nn.Module:
-    """A model with leap heads, ready for inference, in one call.
-
-    Args:
-        path: a heads export, an adapter directory with heads (its base is loaded and the adapter put on), or a stage-1
-            output directory (its ``lmtp/config.json`` names the base). Local or a hub id.
-        from_pretrained_kwargs: passed to the base model's ``from_pretrained``, e.g. ``dtype`` or ``device_map``.
-
-    Raises:
-        LMTPError: no heads at ``path``, or heads that do not fit the model.
-    """
-    from peft import PeftConfig, PeftModel
-
-    from .lmtp import attach_heads
-
-    hub_options = {k: v for k, v in from_pretrained_kwargs.items() if k in ("token", "revision", "cache_dir")}
-    if not os.path.isdir(path):
-        path = snapshot_download(path, **hub_options)
-        from_pretrained_kwargs.pop("revision", None)  # it names a version of `path`, not of its base model
-    heads = load_heads(path)
-    is_adapter = os.path.isfile(os.path.join(path, "adapter_config.json"))
-    is_model = os.path.isfile(os.path.join(path, "config.json"))
-    base_path = PeftConfig.from_pretrained(path).base_model_name_or_path if is_adapter else None
-    base_path = base_path or (path if is_model else heads.config.base_model)
-    if not base_path:
-        raise LMTPError(f"{path} does not say which base model its leap heads belong to: export it with heads first.")
-    config_options = {k: v for k, v in from_pretrained_kwargs.items() if k in (*hub_options, "trust_remote_code")}
-    config = AutoConfig.from_pretrained(base_path, **config_options)
-    check_base(heads.config, config, base_fingerprint(base_path, **config_options))
-    is_image_text = type(config) in AutoModelForImageTextToText._model_mapping
-    auto_class = AutoModelForImageTextToText if is_image_text else AutoModelForCausalLM
-    model = auto_class.from_pretrained(base_path, **from_pretrained_kwargs)
-    if is_adapter:
-        model = PeftModel.from_pretrained(model, path)
-    attach_heads(model, heads=heads)
-    return model.requires_grad_(False).eval()

@@ -32,10 +32,14 @@ class ResidualBlock(nn.Module):
         return hidden + F.silu(self.leap_proj(hidden))
 
 
-def unembed(features: Tensor, unembedding: nn.Module, softcap: float | None = None) -> Tensor:
-    """(..., hidden) -> (..., vocabulary) logits, soft-capped as the base model's own are."""
-    logits = unembedding(like(features, unembedding))
+def softcapped(logits: Tensor, softcap: float | None) -> Tensor:
+    """Logits squeezed into -softcap .. softcap, as the base model's own are; as they come where it has no such cap."""
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def unembed(features: Tensor, unembedding: nn.Module, softcap: float | None = None) -> Tensor:
+    """(..., hidden) -> (..., vocabulary) logits."""
+    return softcapped(unembedding(like(features, unembedding)), softcap)
 
 
 class LeapHead(nn.Module):

@@ -6,10 +6,13 @@ checkpointing, LLaMA-Factory's tables, ``save_pretrained``'s ``architectures``) 
 
 import copy
 import functools
+import importlib.util
 import inspect
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..config import LMTPConfig
 from ..errors import LMTPError
-from ..files import HEADS_FOLDER
+from ..files import HEADS_FOLDER, TREE_FILE
 from .checkpoint import check_base, save_heads
 from .heads import LeapHead, LeapHeads
 from .loss import IGNORE_INDEX, head_weights, leap_targets
@@ -58,6 +61,7 @@ class LeapModel:
     leap_stage: int | None
     head_weight: float
     head_decay: float
+    decode_strategy: str = "auto"  # what generate() does where its caller does not say: see lmtp_decode there
     _compiled_backbone: tuple | None = None
 
     def leap_offsets(self) -> tuple[int, ...]:
@@ -109,11 +113,13 @@ class LeapModel:
             super().save_pretrained(save_directory, state_dict=base, **kwargs)
         if heads and kwargs.get("is_main_process", True):
             save_heads(self.leap_heads, os.path.join(save_directory, HEADS_FOLDER), heads)
+            if self.leap_stage is None:
+                self._save_for_inference(save_directory)
 
     def generate(
         self,
         *args,
-        lmtp_decode: str = "auto",
+        lmtp_decode: str | None = None,
         lmtp_tree: "TreePlan | None" = None,
         lmtp_stats: "DecodeStats | None" = None,
         **kwargs,
@@ -121,7 +127,8 @@ class LeapModel:
         """As always, and faster where the heads can help: greedy search and sampling give what they give without.
 
         Args:
-            lmtp_decode: ``auto`` or ``backward`` (look-back), ``forward`` (the paper's F-MTP), ``off`` (stock).
+            lmtp_decode: ``auto`` or ``backward`` (look-back), ``forward`` (the paper's F-MTP), ``off`` (stock); default the
+                model's ``decode_strategy``.
             lmtp_tree: the tree to draft with; default the model's own.
             lmtp_stats: filled in with what was done.
 
@@ -130,7 +137,8 @@ class LeapModel:
         """
         from ..decoding.generate import Request, requested
 
-        with requested(Request(lmtp_decode, lmtp_tree, lmtp_stats), kwargs.get("streamer")):
+        strategy = self.decode_strategy if lmtp_decode is None else lmtp_decode
+        with requested(Request(strategy, lmtp_tree, lmtp_stats), kwargs.get("streamer")):
             return super().generate(*args, **kwargs)
 
     def _sample(
@@ -165,6 +173,15 @@ class LeapModel:
         if self._compiled_backbone is None or self._compiled_backbone[0] != options:
             self._compiled_backbone = options, torch.compile(self.base_model.__call__, **options.to_dict())
         return self._compiled_backbone[1]
+
+    def _save_for_inference(self, directory) -> None:
+        """What a heads export holds beside the heads: the measured tree, and the decoder for transformers alone."""
+        tree = self.leap_heads.folder and Path(self.leap_heads.folder, TREE_FILE)
+        if tree and tree.is_file():
+            shutil.copy(tree, Path(directory, HEADS_FOLDER, TREE_FILE))
+        # By its absolute name: the decoder that an export carries does not write itself.
+        if importlib.util.find_spec("lmtp_factory") is not None:
+            importlib.import_module("lmtp_factory.portable").write_custom_generate(directory)
 
     def load_state_dict(self, state_dict, strict: bool = True, **kwargs):
         """As always, but a checkpoint of stage 1 holds no backbone, and that is no error."""

@@ -1,0 +1,88 @@
+"""What a look-back step costs beyond the forward that it needs anyway.
+
+Baseline: the model's own forward (logits included) of as many tokens, with the same cache and weights, at the same context
+length. The phases of a step are timed inside ``generate``; rounds of both take turns.
+
+    python benchmarks/decode_step.py demo_run/export_heads
+"""
+
+import argparse
+import json
+import statistics
+import time
+from contextlib import nullcontext
+
+import torch
+from transformers import DynamicCache
+
+from lmtp_factory.decoding.cache import TreeCache
+from lmtp_factory.decoding.packed import can_pack, packed
+from lmtp_factory.decoding.plan import TreePlan
+from lmtp_factory.decoding.stats import PHASES, DecodeStats
+from lmtp_factory.evaluation.machine import describe
+from lmtp_factory.evaluation.own_text import generate_greedy
+from lmtp_factory.evaluation.report import load_for_scoring
+from lmtp_factory.modeling.lmtp import base_of
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="export, adapter or stage-1 directory with heads")
+    parser.add_argument("--nodes", type=int, nargs="+", default=[1, 8, 16], help="sizes of the dynamic tree")
+    parser.add_argument("--prompt", type=int, default=200, help="tokens of the prompt")
+    parser.add_argument("--new-tokens", type=int, default=48, help="generated in a round")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", metavar="FILE", help="also write the numbers there")
+    args = parser.parse_args()
+
+    model = base_of(load_for_scoring(args.model))
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(model.config.get_text_config().vocab_size, (args.prompt,), generator=generator).tolist()
+    print(describe(model.device))
+    print(f"{'nodes':>5} {'forward':>9} {'step':>9} {'ratio':>6}   of it, in ms: {' '.join(f'{p:>7}' for p in PHASES)}")
+    rows = []
+    for nodes in args.nodes:
+        rounds = [one_round(model, prompt, nodes, args.new_tokens) for _ in range(args.rounds + 1)][1:]
+        forward = statistics.median(seconds for seconds, _ in rounds)
+        phases = {phase: statistics.median(times[phase] for _, times in rounds) for phase in PHASES}
+        step = statistics.median(sum(times.values()) for _, times in rounds)
+        ratio = statistics.median(sum(times.values()) / seconds for seconds, times in rounds)
+        rows.append({"nodes": nodes, "forward_ms": 1e3 * forward, "step_ms": 1e3 * step, "ratio": ratio})
+        parts = " ".join(f"{1e3 * phases[phase]:>7.2f}" for phase in PHASES)
+        print(f"{nodes:>5} {1e3 * forward:>6.1f} ms {1e3 * step:>6.1f} ms {ratio:>6.2f}   {'':<13} {parts}")
+    if args.json:
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump({"machine": describe(model.device), "rows": rows}, file, indent=1)
+
+
+def one_round(model, prompt: list[int], nodes: int, new_tokens: int) -> tuple[float, dict[str, float]]:
+    """Seconds of a bare forward, and of each phase of a step."""
+    stats = DecodeStats(profile=True)
+    plan = TreePlan("dynamic", nodes) if nodes > 1 else TreePlan("chain", 1)
+    # No criterion but the length may end the text: rounds have to be equally long.
+    generate_greedy(model, prompt, new_tokens, lmtp_tree=plan, lmtp_stats=stats, eos_token_id=None)
+    steps = max(stats.steps, 1)
+    times = {phase: stats.seconds[phase] / steps for phase in PHASES}
+    return bare_forward(model, prompt, nodes, len(prompt) + new_tokens // 2, steps), times
+
+
+@torch.no_grad()
+def bare_forward(model, prompt: list[int], nodes: int, context: int, repeats: int) -> float:
+    """Seconds of a forward of ``nodes`` tokens behind ``context`` cached ones."""
+    config = model.config.get_text_config()
+    ids = torch.tensor([(prompt * 2)[:context]], device=model.device)
+    cache = TreeCache.replacing(DynamicCache(config=config), config, columns=0)
+    with packed(model) if can_pack(model) else nullcontext():
+        model(ids, past_key_values=cache, logits_to_keep=1)
+        started = time.perf_counter()
+        for _ in range(repeats):
+            model(ids[:, :nodes], past_key_values=cache)
+            for layer in cache.layers:
+                layer.settle(context, context)
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - started) / repeats
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""``lmtp-cli tree``: the tree that gives most tokens a second for this model on this device."""
+
+import argparse
+from pathlib import Path
+
+from ..errors import LMTPError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model, prompts to let it answer, and how much of both."""
+    parser.add_argument("model", metavar="MODEL", help="export, adapter or stage-1 directory with heads")
+    parser.add_argument("--prompts", required=True, metavar="FILE", help="JSON or JSONL, as lmtp-cli distill reads")
+    parser.add_argument("--limit", type=int, default=24, metavar="N", help="use the first N prompts (default: 24)")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="an answer (default: 128)")
+    parser.add_argument("--context", type=int, default=256, metavar="N", help="cached tokens when timing (default: 256)")
+    parser.add_argument("--width", type=int, default=8, metavar="N", help="candidates a level (default: 8)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Let the model write, time the device, weigh the trees, write ``lmtp/tree.json`` and ``lmtp/tree.png``."""
+    from ..decoding.plan import write_plan
+    from ..modeling.checkpoint import find_heads
+    from ..modeling.lmtp import base_of
+    from .costs import measure_costs
+    from .own_text import read_prompts, write_own_text
+    from .plots import draw_tree
+    from .replay import accuracies, observe
+    from .report import load_for_scoring
+    from .tree_choice import measured, plan_of, table, weigh
+
+    folder = find_heads(args.model) if Path(args.model).is_dir() else None
+    if folder is None:
+        raise LMTPError(f"{args.model} is no directory with an lmtp/ folder: tree.json is written into it.")
+    _, prompts = read_prompts(args.model, args.prompts, args.limit)
+    model = base_of(load_for_scoring(args.model))
+    observed = [observe(model, row, args.width) for row in write_own_text(model, prompts, args.max_new_tokens)]
+    costs = measure_costs(model, context=args.context)
+    options = weigh(observed, costs)
+    best = max(options, key=lambda option: option.tokens_per_second)
+    plan = plan_of(best, observed, costs)
+    facts = measured(options, observed, costs)
+    path = write_plan(plan, folder, model.device.type, facts)
+    draw_tree(plan, accuracies(observed), costs.verify.seconds, options, folder / "tree.png")
+
+    print(f"\nVerifying costs, in ms by tokens: {_milliseconds(costs.verify.seconds)}; a draft {1e3 * costs.draft:.1f}")
+    print("How often the first candidates of each level are right, %:")
+    for level, rates in enumerate(accuracies(observed), 1):
+        print(f"  level {level}: {' '.join(f'{100 * rate:5.1f}' for rate in rates[:5])}")
+    print(f"\n{table(options)}\n\nWritten: {path} and {folder / 'tree.png'}")
+    return 0
+
+
+def _milliseconds(seconds: dict[int, float]) -> str:
+    return ", ".join(f"{size}: {1e3 * cost:.1f}" for size, cost in seconds.items())
