@@ -104,6 +104,8 @@ class GrowingLayer(_Movable, CacheLayerMixin):
         """No maximum."""
         return -1
 
+    get_max_length = get_max_cache_shape  # its name since transformers 5.17
+
 
 class FixedLayer(_Movable, StaticLayer):
     """Buffers of one size and address for ``torch.compile`` and CUDA graphs; sliding windows are left to the mask."""

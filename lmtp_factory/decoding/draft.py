@@ -92,5 +92,8 @@ def draft(model: nn.Module, window: Window, levels: int, width: int) -> Candidat
 
 
 def _unembed(model: nn.Module, features: Tensor, unembedding: nn.Module) -> Tensor:
-    logits = softcapped(rough(unembedding)(like(features, unembedding)), softcap_of(model))
-    return logits.float()
+    features = like(features, unembedding)
+    # A model that was packed once may have moved or been cast since.
+    packable = features.dtype == torch.float32 and features.device.type == "cpu"
+    layer = rough(unembedding) if packable else unembedding
+    return softcapped(layer(features), softcap_of(model)).float()

@@ -39,7 +39,7 @@ _lock = threading.Lock()
 def available() -> bool:
     """Whether this torch has the operators and they agree with the ordinary matmul."""
     try:
-        weight, inputs = torch.randn(24, 16), torch.randn(3, 16)
+        weight, inputs = _sample_matrices()
         return torch.allclose(_linear(inputs, _pack(weight), None), inputs @ weight.T, atol=1e-4)
     except (AttributeError, RuntimeError, NotImplementedError):
         return False
@@ -126,7 +126,12 @@ def _quantise(weight: Tensor):
 @cache
 def _can_quantise() -> bool:
     try:
-        weight, inputs = torch.randn(24, 16), torch.randn(3, 16)
-        return torch.allclose(torch.ops.quantized.linear_dynamic(inputs, _quantise(weight), True), inputs @ weight.T, atol=1.0)
+        weight, inputs = _sample_matrices()
+        return torch.allclose(torch.ops.quantized.linear_dynamic(inputs, _quantise(weight), True), inputs @ weight.T, atol=0.5)
     except (AttributeError, RuntimeError, NotImplementedError):
         return False
+
+
+def _sample_matrices() -> tuple[Tensor, Tensor]:
+    """Without touching the random numbers that sampling draws."""
+    return torch.arange(24 * 16).sin().view(24, 16), torch.arange(3 * 16).cos().view(3, 16)

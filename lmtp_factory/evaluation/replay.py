@@ -55,8 +55,8 @@ def observe(model: nn.Module, row: Row, width: int) -> Observed:
         tokens.append(torch.cat([part[0] for part in parts]))
         probabilities.append(torch.cat([part[1] for part in parts]))
 
-    # A step starts at state t: its root is token t + 1 and level l drafts token t + 1 + l.
-    steps = torch.arange(len(prompt) - 1, len(prompt) + len(answer) - 1)
+    # A step starts at state t: its root is token t + 1 and level l drafts token t + 1 + l. Nothing follows the last token.
+    steps = torch.arange(len(prompt) - 1, len(prompt) + len(answer) - 2)
     step_probabilities, ranks = [], []
     for level in range(1, geometry.reach(offsets)):
         head, back = geometry.lookback(level + 1, offsets)
@@ -129,7 +129,8 @@ def rate_of_cut_trees(observed: Sequence[Observed], plan: TreePlan, draft_cost: 
             nodes = plan.best_size([row], trust.value)
             accepted = int(levels[step, nodes - 1])
             trust.learn(sum(row[1:nodes]), accepted)
-            steps, tokens, step = steps + 1, tokens + accepted + 1, step + accepted + 1
+            reached = min(accepted + 1, len(answer) - step)
+            steps, tokens, step = steps + 1, tokens + reached, step + reached
             cost += plan.cost.at(nodes) + draft_cost
     return tokens / steps, tokens / cost
 
@@ -139,6 +140,6 @@ def _tau(observed: Sequence[Observed], accepted: Callable[[Observed, int], int])
     for answer in observed:
         step = 0
         while step < len(answer):
-            reached = accepted(answer, step) + 1
+            reached = min(accepted(answer, step) + 1, len(answer) - step)
             step, steps, tokens = step + reached, steps + 1, tokens + reached
     return tokens / max(steps, 1)

@@ -250,6 +250,8 @@ def attach_heads(
 
     weight = base.get_output_embeddings().weight
     device = weight.device if weight.device.type != "meta" else torch.device("cpu")
+    if isinstance(vars(base).get("generate"), functools.partial):
+        del base.generate  # a heads export loaded with trust_remote_code brings its own decoder
     base.__class__ = _leap_class(type(base))
     base.leap_heads = heads.to(device=device, dtype=dtype or (weight.dtype if weight.is_floating_point() else None))
     base.next_token_head = LeapHead(heads.config.hidden_size, heads.config.vocab_size, layers=0, own_unembedding=False)
