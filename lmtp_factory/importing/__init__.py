@@ -1,0 +1,1 @@
+"""Heads that other programs trained, turned into an ``lmtp/`` folder."""

@@ -1,0 +1,95 @@
+"""``lmtp-cli import``: heads that other programs trained, as an ``lmtp/`` folder."""
+
+import argparse
+import os
+from pathlib import Path
+
+from ..errors import LMTPError, first_line
+from ..files import CONFIG_FILE, HEADS_FOLDER
+from .offsets import asked_heads, check_asked, parse_offsets
+
+
+FORMAT_NAMES = ("auto", "release", "medusa")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to import, for which model, and how far the heads leap."""
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="directory or hub id with safetensors")
+    parser.add_argument("--base", metavar="MODEL", help="their base model (default: the one the checkpoint names)")
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help=f"receives {HEADS_FOLDER}/; may be the base model"
+    )
+    parser.add_argument("--format", choices=FORMAT_NAMES, default="auto", help="default: by the names of the tensors")
+    leaps = parser.add_mutually_exclusive_group()
+    leaps.add_argument("--stride", type=int, metavar="K", help="tokens that each head leaps; of Medusa's, keep these")
+    leaps.add_argument(
+        "--offsets", type=parse_offsets, metavar="N,N,...", help="tokens ahead, one a head; of Medusa's, keep these"
+    )
+    leaps.add_argument("--text", metavar="FILE", help="measure the offsets on text or on rows of lmtp-cli distill")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Find, check, read, if need be measure, and write."""
+    check_asked(args.stride, args.offsets)
+    if args.text and not Path(args.text).is_file():
+        raise LMTPError(f"--text {args.text} is no file: name a text file or the JSONL that lmtp-cli distill wrote.")
+
+    from ..modeling.checkpoint import save_heads
+    from .convert import check_shapes, find_heads, load_base_config, read_heads
+    from .source import open_checkpoint
+
+    checkpoint = open_checkpoint(args.checkpoint)
+    found = find_heads(checkpoint, None if args.format == "auto" else args.format)
+    if args.text:
+        chosen = {head + 2: head for head in range(found.num_heads)}  # all; what they predict is found out below
+    else:
+        chosen = asked_heads(checkpoint.name, found.num_heads, found.format.ADJACENT, args.stride, args.offsets)
+    base = args.base or found.format.base_model(checkpoint.config)
+    if not base:
+        raise LMTPError(f"{checkpoint.name} does not name its base model: write --base with its directory or hub id.")
+    _check_output(Path(args.output), base)
+
+    config = check_shapes(found, load_base_config(base))
+    print(f"{found.format.TITLE}: {found.num_heads} heads of {found.layers} residual block(s) for {base}")
+    config.offsets = (1, *chosen)
+    heads = read_heads(found, config, list(chosen.values()))
+    if args.text:
+        heads.config.offsets = (1, *_measured(base, heads, args.text))
+    folder = Path(args.output, HEADS_FOLDER)
+    save_heads(heads, folder)
+    print(f"Written: {folder}, offsets {','.join(map(str, heads.config.offsets[1:]))}")
+    return 0
+
+
+def _check_output(output: Path, base: str) -> None:
+    """Neither replace heads nor put these into another model, which :func:`load_model` would take for their base."""
+    if output.exists() and not output.is_dir():
+        raise LMTPError(f"--output {output} is a file: name a directory.")
+    if (output / HEADS_FOLDER).exists():
+        raise LMTPError(f"{output} has an {HEADS_FOLDER}/ already: name another --output or move that folder away.")
+    is_base = output.is_dir() and os.path.isdir(base) and output.samefile(base)
+    if not is_base and any((output / name).exists() for name in (CONFIG_FILE, "adapter_config.json")):
+        raise LMTPError(f"{output} holds a model that is not the heads' base {base}: name another --output.")
+
+
+def _measured(base: str, heads, text: str) -> tuple[int, ...]:
+    from ..evaluation.report import load_for_scoring
+    from .measure import decide, measure, read_text, table
+
+    rows = read_text(text, base, heads.config.vocab_size)
+    try:
+        model = load_for_scoring(base, heads.config.offsets)
+    except OSError as error:
+        raise LMTPError(
+            f"The base model {base} cannot be loaded ({first_line(error)}): measuring needs its weights, --stride and "
+            "--offsets do not."
+        ) from None
+    hits, found = measure(model, heads, rows), ()
+    try:
+        found = decide(hits)
+    finally:  # the numbers are what explains a refusal
+        if hits.shape[-1]:
+            print(f"Share of {hits.shape[-1]} positions of {text} where a head is right about the token so far ahead")
+            print("with a guess that is not the LM head's:")
+            print(table(hits, found))
+    return found
