@@ -143,10 +143,5 @@ class Acceptor:
         return sequences
 
     def stacked(self, name: str) -> tuple[Tensor, ...]:
-        """``scores`` or ``logits`` as stock returns them: (batch, vocabulary) a token; zeros where a row had ended."""
-        kept = [getattr(row, name) for row in self.rows]
-        blank = torch.zeros_like(kept[0][0])
-        return tuple(
-            torch.cat([row[place] if place < len(row) else blank for row in kept])
-            for place in range(max(map(len, kept)))
-        )
+        """``scores`` or ``logits`` as stock returns them: (batch, vocabulary) a token; all rows have as many."""
+        return tuple(map(torch.cat, zip(*(getattr(row, name) for row in self.rows), strict=True)))

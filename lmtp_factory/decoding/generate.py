@@ -20,18 +20,16 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .. import geometry
 from ..errors import LMTPError
-from ..modeling.heads import unembed
-from ..modeling.lmtp import softcap_of
 from . import packed
 from .accept import Acceptor
 from .cache import TreeCache
 from .draft import Window
 from .drafter import Drafter
 from .obstacles import obstacle
-from .plan import TreePlan, default_plan
+from .plan import TreePlan
 from .stats import DecodeStats
 from .stream import Stream
-from .verify import Verifier
+from .verify import Verifier, logits_of, takes_trees
 
 
 STRATEGIES = ("auto", "backward", "forward", "off")
@@ -110,17 +108,20 @@ def decode(
         new = generation_config.max_length - input_ids.shape[1]
         cache = TreeCache.replacing(given, config, columns=prompt_length(input_ids, model_kwargs) + new + plan.nodes)
         reason = None if cache is not None else f"a cache of type {type(given).__name__} cannot hold trees"
+    if reason is None and not takes_trees(model):
+        reason = "a forward over a tree is not what forwards over its branches are"
     if reason is not None:
         stats.strategy = f"off: {reason}"
         _say_once(f"Decoding without leap heads: {reason}.")
         return None
     stats.strategy = "backward" if request.strategy == "auto" else request.strategy
-    with packed.packed(model) if packed.can_pack(model) else nullcontext():
-        generation = Generation(
-            model, cache, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, stats
-        )
-        with stats.timed("total", input_ids.device):
-            generation.run(plan, streamer)
+    generation = Generation(
+        model, cache, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, stats
+    )
+    # torch.compile lays weights out by itself and does not take layers that have been laid out; nor does autocast.
+    pack = not generation.compiled and not torch.is_autocast_enabled("cpu") and packed.can_pack(model)
+    with packed.packed(model) if pack else nullcontext(), stats.timed("total", input_ids.device):
+        generation.run(plan, streamer)
     return generation.result(given)
 
 
@@ -136,6 +137,7 @@ class Generation:
     Attributes:
         acceptor: sequences and their ends.
         window: the last hidden states, from which the next draft is made.
+        compiled: whether forwards are, as ``generate`` would compile the model.
     """
 
     def __init__(self, model, cache, input_ids, processors, criteria, config, model_kwargs, stats):
@@ -147,6 +149,7 @@ class Generation:
         self.pad_token = None if pad is None else int(pad)
         self.offsets = model.leap_heads.config.offsets
         self.window: Window | None = None
+        self.compiled = model._valid_auto_compile_criteria(self.model_kwargs, config)
 
     def run(self, plan: TreePlan, streamer: BaseStreamer | None) -> None:
         """The loop."""
@@ -167,7 +170,7 @@ class Generation:
             plain_steps = plain_steps + 1 if tree.nodes == 1 else 0
             with self.stats.timed("verify", self.device):
                 hidden = self.verifier(tokens, tree, self.columns())
-                logits = self.logits(hidden)
+                logits = logits_of(self.model, hidden)
             with self.stats.timed("accept", self.device):
                 branches = self.acceptor.walk(logits, tokens, tree.parents)
             drafter.learn(tree, branches)
@@ -210,20 +213,10 @@ class Generation:
             positions=kwargs["position_ids"][..., -1:] + 1,
             prompt_mask=mask.bool() if padded else None,
             last_position=int(kwargs["position_ids"][..., -1].max()) + self.acceptor.wanted(),
-            forward=self.compiled_forward(),
+            forward=self.model.compiled_backbone(self.config.compile_config) if self.compiled else None,
         )
         nothing = self.input_ids.new_zeros(len(self.input_ids), 1)
-        self.acceptor.walk(self.logits(hidden[:, -1:]), nothing, nothing)
-
-    def compiled_forward(self):
-        """The compiled backbone where ``generate`` would compile the model; None elsewhere."""
-        if not self.model._valid_auto_compile_criteria(self.model_kwargs, self.config):
-            return None
-        return self.model.compiled_backbone(self.config.compile_config)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(batch, nodes, hidden) -> (batch, nodes, vocabulary), the LM head's."""
-        return unembed(hidden, self.model.get_output_embeddings(), softcap_of(self.model))
+        self.acceptor.walk(logits_of(model, hidden[:, -1:]), nothing, nothing)
 
     def roots(self) -> Tensor:
         """(batch,) the last token of each row."""

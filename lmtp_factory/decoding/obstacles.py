@@ -39,6 +39,7 @@ def obstacle(
     batch, text_config = len(input_ids), model.config.get_text_config()
     kinds = set(getattr(text_config, "layer_types", None) or ["full_attention"])
     attention = text_config._attn_implementation
+    uneven = batch > 1 and any(type(c) is not MaxLengthCriteria for c in criteria)  # rows may end before others
     reasons = {
         "use_cache is off": not model_kwargs.get("use_cache") or model_kwargs.get("past_key_values") is None,
         "prefill_chunk_size is set": config.prefill_chunk_size is not None,
@@ -46,6 +47,7 @@ def obstacle(
         f"attention {attention} takes no tree mask, load with attn_implementation sdpa (flash_attn: sdpa)": attention
         not in MASKED_ATTENTION,
         f"layers of type {', '.join(sorted(kinds - _ATTENTION_LAYERS))} cannot go back": not kinds <= _ATTENTION_LAYERS,
+        "its inputs are prepared by somebody else, as in prompt tuning": "prepare_inputs_for_generation" in vars(model),
         "layers share keys and values": bool(getattr(text_config, "num_kv_shared_layers", 0)),
         "the model takes no position_ids": model_kwargs.get("position_ids") is None,
         "generation may pass the length at which this model's rotary embedding changes": _passes_rope_limit(
@@ -53,9 +55,11 @@ def obstacle(
         ),
         "a logits processor wants the whole batch": batch > 1
         and any(isinstance(p, _WHOLE_BATCH_PROCESSORS) for p in processors),
-        "rows of a batch end by a criterion of their own and there is no end-of-sequence token to pad with": batch > 1
-        and not any(isinstance(c, EosTokenCriteria) for c in criteria)
-        and any(type(c) is not MaxLengthCriteria for c in criteria),
+        "rows of a batch end by a criterion of their own and there is no end-of-sequence token to pad with": uneven
+        and not any(isinstance(c, EosTokenCriteria) for c in criteria),
+        "scores are wanted of rows that may end before others": uneven
+        and config.return_dict_in_generate
+        and (config.output_scores or config.output_logits),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 

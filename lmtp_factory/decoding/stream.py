@@ -1,6 +1,5 @@
 """Handing tokens to a streamer in order, also where the rows of a batch advance by different numbers of tokens."""
 
-import torch
 from transformers.generation.streamers import BaseStreamer
 
 from .accept import Acceptor

@@ -4,13 +4,60 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
+from ..modeling.heads import unembed
+from ..modeling.lmtp import softcap_of
 from .cache import TreeCache
-from .tree import Tree
+from .tree import Tree, fixed
 
 
 # Attention implementations that take a mask of any shape.
 MASKED_ATTENTION = ("sdpa", "eager")
+# How far logits over a tree may be from those over a branch, as a part of their spread: bf16 noise stays far below,
+# wrong masks and heads go far beyond.
+_TOLERANCE = 0.1
+
+
+def logits_of(model: nn.Module, hidden: Tensor) -> Tensor:
+    """(..., hidden) final hidden states -> (..., vocabulary), the LM head's."""
+    return unembed(hidden, model.get_output_embeddings(), softcap_of(model))
+
+
+def takes_trees(model: nn.Module) -> bool:
+    """Whether a forward over a tree gives what forwards over its branches give; tried once for each model.
+
+    Some models build their masks by themselves, or have more between the last hidden state and the logits than a matrix.
+    """
+    known = vars(model).get("_takes_trees")
+    if known is None:
+        try:
+            known = _agrees_on_a_tree(model)
+        except Exception:  # a model may dislike a mask in any way
+            known = False
+        if not model.training:  # else dropout may be what differs
+            model._takes_trees = known
+    return known
+
+
+def _agrees_on_a_tree(model: nn.Module) -> bool:
+    config = model.config.get_text_config()
+    ids = (config.vocab_size // 3 + torch.arange(7, device=model.device)) % config.vocab_size
+    prompt, tokens = ids[None, :3], ids[None, 3:]
+    cache = TreeCache.replacing(DynamicCache(config=config), config, columns=0)
+    positions = torch.arange(3, device=model.device)[None]
+    model.base_model(input_ids=prompt, position_ids=positions, past_key_values=cache, use_cache=True)
+    for layer in cache.layers:
+        layer.settle(3, 3)
+    tree = fixed([(), (0,), (1,), (1, 0)], model.device)
+    hidden = Verifier(model, cache, positions[:, -1:] + 1, None, last_position=9)(tokens, tree, [3])
+    for leaf, branch in ((1, [0, 1]), (3, [0, 2, 3])):
+        path = torch.cat([prompt, tokens[:, branch]], dim=1)
+        theirs = model(input_ids=path, use_cache=False).logits[0, -1].float()
+        ours = logits_of(model, hidden[0, leaf]).float()
+        if not (ours - theirs).norm() <= _TOLERANCE * (theirs - theirs.mean()).norm():
+            return False
+    return True
 
 
 def tree_masks(

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 EXPORTS = ("ntp", "heads")
+DECODES = ("auto", "backward", "forward", "off")  # as decoding.generate.STRATEGIES, which imports too much for here
 
 
 @dataclass
@@ -70,6 +71,13 @@ class LMTPArguments:
         default="ntp",
         metadata={"help": "What `export` writes: `ntp` leaves the heads out, `heads` keeps them in `lmtp/`."},
     )
+    lmtp_decode: str = field(
+        default="auto",
+        metadata={
+            "help": "How chat, api and webchat decode: `auto` with the heads if there are some, `backward` (look-back), "
+            "`forward` (the paper's F-MTP), `off` (without)."
+        },
+    )
 
     @property
     def lmtp_stage(self) -> int | None:
@@ -90,6 +98,10 @@ class LMTPArguments:
             raise LMTPError(f"mtp_type is {self.mtp_type!r}, but it has to be one of {', '.join(STAGES.values())}.")
         if self.lmtp_export not in EXPORTS:
             raise LMTPError(f"lmtp_export is {self.lmtp_export!r}, but it has to be one of {', '.join(EXPORTS)}.")
+        if self.lmtp_decode is False:  # how YAML reads an unquoted off
+            self.lmtp_decode = "off"
+        if self.lmtp_decode not in DECODES:
+            raise LMTPError(f"lmtp_decode is {self.lmtp_decode!r}, but it has to be one of {', '.join(DECODES)}.")
         if self.lmtp_stage is not None:
             if self.stage != "sft":
                 raise LMTPError(f"mtp_type {self.mtp_type} goes with stage: sft, not with stage: {self.stage}.")

@@ -4,16 +4,26 @@ import functools
 import os
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ..config import LMTPConfig
 from ..data.rows import TEMPLATE_NAME, is_self_distilled
+from ..decoding.plan import read_plan
 from ..errors import LMTPError
 from ..files import HEADS_FOLDER
 from ..modeling import checkpoint
 from . import hooks
 from .stages import STAGES
-from .start import farthest_offset, hub_options, locate_exported_heads, starting_heads
+from .start import (
+    decoding_heads,
+    farthest_offset,
+    hub_options,
+    locate_exported_heads,
+    no_decoding,
+    starting_heads,
+)
 
 
 def extend_parser(parser: ModuleType) -> None:
@@ -56,20 +66,19 @@ def check_training(model_args, data_args, training_args, finetuning_args, genera
         _check_datasets(data_args)
     stage = finetuning_args.lmtp_stage
     if stage is None:
+        if training_args.predict_with_generate and not training_args.do_train:
+            _check_decoding(model_args, finetuning_args)
         return
     _check_backends(model_args, training_args, finetuning_args)
     _check_method(stage, model_args, training_args, finetuning_args)
     heads = starting_heads(model_args, finetuning_args, training_args.do_train)
     if heads is not None:
-        config = checkpoint.verify_heads(heads)
-        difference = finetuning_args.contradicts(config)
+        difference = finetuning_args.contradicts(_check_heads(heads, model_args))
         if difference:
             raise LMTPError(
                 f"The heads in {heads} do not fit what was written ({difference}): leave the key out to take the heads' "
                 "own value, or train stage 1 again."
             )
-        options = hub_options(model_args)
-        checkpoint.check_base_files(config, model_args.model_name_or_path, **options)
     reach = farthest_offset(model_args, finetuning_args, training_args.do_train)
     if data_args.cutoff_len <= reach:
         raise LMTPError(
@@ -174,15 +183,47 @@ def _check_writable(output_dir: str) -> None:
         raise LMTPError(f"output_dir {output_dir} cannot be written ({error.strerror}): name another one.") from None
 
 
+def _check_heads(heads: Path, model_args) -> LMTPConfig:
+    """Their configuration, if they are whole and this model's."""
+    config, options = checkpoint.verify_heads(heads), hub_options(model_args)
+    checkpoint.check_base_files(config, model_args.model_name_or_path, **options)
+    return config
+
+
+def _check_decoding(model_args, finetuning_args) -> None:
+    from llamafactory.extras.misc import get_current_device
+
+    decode = finetuning_args.lmtp_decode
+    asked_for = decode in ("backward", "forward")
+    obstacle = no_decoding(model_args, finetuning_args)
+    if asked_for and obstacle is not None:
+        raise LMTPError(
+            f"lmtp_decode: {decode} does not go with {obstacle}, because only the huggingface engine's own generate decodes "
+            "with leap heads: leave one of them out."
+        )
+    heads = decoding_heads(model_args, finetuning_args)
+    if heads is not None:
+        _check_heads(heads, model_args)
+        read_plan(heads, get_current_device())
+    elif asked_for:
+        raise LMTPError(
+            f"lmtp_decode: {decode} asks for leap heads, but neither the adapter nor the model directory has an lmtp/ "
+            "folder: name the stage-1 output in stage1_pretrained_path or write lmtp_decode: auto."
+        )
+    if asked_for:
+        hooks.require_all()
+
+
 def check_inference(model_args, data_args, finetuning_args, generating_args: Any = None) -> None:
-    """What an export with or without heads needs.
+    """What chat and its kin, or an export with or without heads, need.
 
     Raises:
-        LMTPError: no heads to keep, or heads in the target that an NTP export would leave lying there.
+        LMTPError: heads that are asked for and missing, damaged or another model's; heads in the target that an NTP export
+            would leave lying there.
     """
     if model_args.export_dir is None:
-        return
-    if finetuning_args.lmtp_export == "heads":
+        _check_decoding(model_args, finetuning_args)
+    elif finetuning_args.lmtp_export == "heads":
         hooks.require_all()
         heads = locate_exported_heads(model_args, finetuning_args)
         if heads is None:
@@ -190,9 +231,7 @@ def check_inference(model_args, data_args, finetuning_args, generating_args: Any
                 "lmtp_export: heads asks for leap heads, but neither the adapter nor the model directory has an lmtp/ "
                 "folder: name the stage-1 output in stage1_pretrained_path or write lmtp_export: ntp."
             )
-        config = checkpoint.verify_heads(heads)
-        options = hub_options(model_args)
-        checkpoint.check_base_files(config, model_args.model_name_or_path, **options)
+        _check_heads(heads, model_args)
     elif os.path.isdir(os.path.join(model_args.export_dir, HEADS_FOLDER)):
         raise LMTPError(
             f"export_dir {model_args.export_dir} already holds leap heads, which an export without heads would leave "

@@ -48,6 +48,8 @@ SEAMS = (
     Seam("model.loader", "loading:extend_loader", "heads attached to the loaded model, export"),
     Seam("train.callbacks", "trainer_log:extend_callbacks", "per-head metrics in trainer_log.jsonl"),
     Seam("train.sft.workflow", "workflow:extend_workflow", "training of the two stages"),
+    Seam("chat.hf_engine", "chat:extend_engine", "chat, api and web UI answer with the heads"),
+    Seam("chat.chat_model", "chat:extend_chat_model", "log lines between the answers of chat"),
 )
 
 _seams = {seam.name: seam for seam in SEAMS}

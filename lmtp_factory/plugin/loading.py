@@ -1,7 +1,8 @@
 """Leap heads on the model that LLaMA-Factory loads (``llamafactory.model.loader``)."""
 
+import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +16,7 @@ from ..modeling import attach_heads, load_heads
 from ..modeling.checkpoint import base_fingerprint, check_base
 from ..modeling.lmtp import base_of, fresh_heads
 from . import hooks, log
-from .start import hub_options, locate_exported_heads, starting_heads
+from .start import decoding_heads, hub_options, locate_exported_heads, starting_heads
 
 
 @contextmanager
@@ -35,13 +36,30 @@ def extend_loader(loader: ModuleType) -> None:
     init_adapter = hooks.expect(
         loader, "init_adapter", "config", "model", "model_args", "finetuning_args", "is_trainable"
     )
+    patch_model = hooks.expect(loader, "patch_model", "model")
 
     @functools.wraps(upstream)
     def load_model(*args, **kwargs):
-        with replaced(loader, init_adapter=functools.partial(_init_adapter, init_adapter)):
+        ours = {
+            "init_adapter": functools.partial(_init_adapter, init_adapter),
+            "patch_model": functools.partial(_patch_model, patch_model),
+        }
+        with replaced(loader, **ours):
             return upstream(*args, **kwargs)
 
     loader.load_model = load_model
+
+
+def _patch_model(upstream, model, *args, **kwargs):
+    """Without the ``generate`` that an export's ``custom_generate/`` has put on the instance.
+
+    transformers does that with ``trust_remote_code``, which the web UI always sets; upstream cannot patch such a model, and
+    the heads are attached here anyway.
+    """
+    generate = vars(model).get("generate")
+    if isinstance(generate, functools.partial) and "LeapModel" in getattr(generate.func, "__globals__", ()):
+        del model.generate
+    return upstream(model, *args, **kwargs)
 
 
 def _init_adapter(upstream, config, model, model_args, finetuning_args, is_trainable):
@@ -92,10 +110,42 @@ def _attach_for_training(model: nn.Module, model_args, finetuning_args, is_train
         head_decay=finetuning_args.head_decay,
         dtype=_trainable_dtype(base, model_args, finetuning_args) if is_trainable else None,
     )
+    base.decode_strategy = finetuning_args.lmtp_decode
     log.info(
         f"Leap heads predict {', '.join(f'+{offset}' for offset in heads.config.offsets[1:])} beside the LM head's +1."
     )
     return model
+
+
+def with_heads(upstream: Callable) -> Callable:
+    """``load_model`` for callers that generate: the model comes with its heads, if any and unless they are off."""
+
+    @functools.wraps(upstream)
+    def load_model(tokenizer, model_args, finetuning_args, *args, **kwargs):
+        folder = decoding_heads(model_args, finetuning_args)
+        inference = copy.copy(finetuning_args)
+        inference.mtp_type = None  # a stage's YAML serves here too, and nothing is trained
+        model = upstream(tokenizer, model_args, inference, *args, **kwargs)
+        if folder is not None:
+            _attach_for_decoding(model, folder, finetuning_args.lmtp_decode)
+        return model
+
+    return load_model
+
+
+def _attach_for_decoding(model: nn.Module, folder: Path, strategy: str) -> None:
+    base = base_of(model)
+    if "generate" in vars(base):  # upstream's patcher does not trust the generate of this class
+        log.warning(f"{type(base).__name__} has a generate of its own: decoding without the leap heads of {folder}.")
+        return
+    attach_heads(model, heads=load_heads(folder.parent))
+    base.decode_strategy = strategy
+    plan = base.decoding_plan()
+    size = f"{'up to ' if plan.kind == 'dynamic' else ''}{plan.nodes} nodes"
+    log.info(
+        f"Decoding with the leap heads of {folder}: {'backward' if strategy == 'auto' else strategy}, {plan.kind} tree of "
+        f"{size} ({plan.source})."
+    )
 
 
 def _cast_backbone(model: nn.Module, model_args, frozen: bool) -> None:

@@ -1,4 +1,4 @@
-"""Where leap heads are looked for, for training and for export: one place for each order."""
+"""Where leap heads are looked for, for training, export and decoding: one place for each order."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 from .. import geometry
 from ..errors import LMTPError
 from ..modeling.checkpoint import find_heads, read_config
+from . import log
 
 
 def starting_heads(model_args, finetuning_args, do_train: bool = True) -> Path | None:
@@ -56,6 +57,35 @@ def locate_exported_heads(model_args, finetuning_args) -> Path | None:
     """The ``lmtp/`` folder that goes with a model at inference: the last adapter's, the model's, stage 1's."""
     last_adapter = (model_args.adapter_name_or_path or [])[-1:]
     return _first([*last_adapter, model_args.model_name_or_path, finetuning_args.stage1_pretrained_path])
+
+
+def no_decoding(model_args, finetuning_args) -> str | None:
+    """What keeps upstream's own generation from using heads, as YAML spells it; None where nothing does."""
+    keys = {
+        f"infer_backend: {getattr(model_args.infer_backend, 'value', model_args.infer_backend)}": (
+            model_args.infer_backend != "huggingface"
+        ),
+        f"stage: {finetuning_args.stage}": finetuning_args.stage != "sft",
+        "use_unsloth": model_args.use_unsloth,
+        "use_kt": model_args.use_kt,
+        "mixture_of_depths": model_args.mixture_of_depths is not None,
+    }
+    return next((key for key, holds in keys.items() if holds), None)
+
+
+def decoding_heads(model_args, finetuning_args) -> Path | None:
+    """The ``lmtp/`` folder that ``generate`` decodes with; None where there is none or they are not to be used."""
+    decode = finetuning_args.lmtp_decode
+    if decode == "off" or no_decoding(model_args, finetuning_args) is not None:
+        return None
+    hub_options(model_args)  # ids of other hubs become directories
+    try:
+        return locate_exported_heads(model_args, finetuning_args)
+    except LMTPError as error:
+        if decode != "auto":
+            raise
+        log.warning(f"{error} Decoding without leap heads.")
+        return None
 
 
 def hub_options(model_args) -> dict[str, Any]:

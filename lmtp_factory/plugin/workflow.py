@@ -9,20 +9,23 @@ import torch
 from ..errors import LMTPError
 from ..modeling.loss import count_targets
 from . import hooks
-from .loading import replaced
+from .loading import replaced, with_heads
 from .start import farthest_offset
 
 
 def extend_workflow(workflow: ModuleType) -> None:
     """Replace ``run_sft`` by one that puts our parts into upstream's while an L-MTP stage runs."""
     upstream = hooks.expect(workflow, "run_sft", "model_args", "data_args", "training_args", "finetuning_args")
-    for name in ("CustomSeq2SeqTrainer", "get_dataset", "plot_loss"):
+    for name in ("CustomSeq2SeqTrainer", "get_dataset", "load_model", "plot_loss"):
         hooks.expect(workflow, name)
 
     @functools.wraps(upstream)
     def run_sft(model_args, data_args, training_args, finetuning_args, *args, **kwargs):
         if finetuning_args.lmtp_stage is None:
-            return upstream(model_args, data_args, training_args, finetuning_args, *args, **kwargs)
+            only_predicts = training_args.predict_with_generate and not training_args.do_train
+            ours = {"load_model": with_heads(workflow.load_model)} if only_predicts else {}
+            with replaced(workflow, **ours):
+                return upstream(model_args, data_args, training_args, finetuning_args, *args, **kwargs)
         from .plots import plot_head_metrics
         from .trainer import LeapTrainer
 

@@ -1,4 +1,7 @@
+import logging
+
 import pytest
+import talkers
 import tiny
 
 
@@ -24,3 +27,38 @@ def stage1(tmp_path_factory, llama, data):
     output = tmp_path_factory.mktemp("runs") / "stage1"
     runs.train(llama, data, output)
     return output
+
+
+@pytest.fixture
+def no_model_loads(monkeypatch):
+    """Loading a model is a failure here: the refusal has to come first."""
+    from llamafactory.model import loader
+
+    def load(*args, **kwargs):
+        raise AssertionError("a model was about to load")
+
+    monkeypatch.setattr(loader.AutoModelForCausalLM, "from_pretrained", load)
+
+
+@pytest.fixture(scope="session")
+def endless(tmp_path_factory):
+    """A heads export whose answers go on for ever."""
+    return talkers.endless(tmp_path_factory.mktemp("models") / "endless")
+
+
+@pytest.fixture(scope="session")
+def ending(tmp_path_factory):
+    """A heads export whose answers end."""
+    return talkers.ending(tmp_path_factory.mktemp("models") / "ending")
+
+
+@pytest.fixture
+def lines():
+    """What the plugin writes to LLaMA-Factory's log."""
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = logging.getLogger("llamafactory.lmtp")
+    logger.addHandler(handler)
+    yield messages
+    logger.removeHandler(handler)

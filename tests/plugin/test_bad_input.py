@@ -12,17 +12,6 @@ from lmtp_factory import LMTPConfig, LMTPError
 from lmtp_factory.modeling import LeapHeads, save_heads
 
 
-@pytest.fixture
-def no_model_loads(monkeypatch):
-    """Loading a model is a failure here: the refusal has to come first."""
-    from llamafactory.model import loader
-
-    def load(*args, **kwargs):
-        raise AssertionError("a model was about to load")
-
-    monkeypatch.setattr(loader.AutoModelForCausalLM, "from_pretrained", load)
-
-
 CONFIGURATION = [
     ({"num_heads": 0}, "num_heads is 0, but L-MTP needs at least one extra head: write num_heads: 1 or more."),
     ({"leap_stride": 0}, "leap_stride is 0"),

@@ -49,6 +49,11 @@ def test_the_seams_reach_their_users():
     assert list(constants.TRAINING_STAGES.values())[-2:] == ["lmtp1", "lmtp2"]
     assert "lmtp/model.safetensors" in constants.CHECKPOINT_NAMES
     assert "lmtp" in import_module("llamafactory.data.template").TEMPLATES
+    engine = import_module("llamafactory.chat.hf_engine")
+    assert engine.load_model.__code__.co_filename.endswith("lmtp_factory/plugin/loading.py")
+    for answers in (engine.HuggingfaceEngine.chat, engine.HuggingfaceEngine.stream_chat):
+        assert answers.__code__.co_filename.endswith("lmtp_factory/plugin/chat.py")
+    assert import_module("llamafactory.chat.chat_model").run_chat.__code__.co_filename.endswith("plugin/chat.py")
 
 
 def test_arguments_are_picklable_and_parse_again():
