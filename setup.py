@@ -7,6 +7,9 @@ from setuptools import find_packages, setup
 # Top-level folders that travel inside the wheel: lmtp_factory/resources.py finds them.
 RESOURCES = {"lmtp_factory.datasets": "data", "lmtp_factory.configs": "configs"}
 
+# What upstream wants to score batch predictions.
+PREDICT = ["jieba", "nltk", "rouge-chinese"]
+
 setup(
     name="lmtp_factory",
     version=re.search(r'__version__ = "(.+)"', Path("lmtp_factory/__init__.py").read_text(encoding="utf-8"))[1],
@@ -37,7 +40,7 @@ setup(
     ],
     extras_require={
         "demo": ["gguf>=0.10"],
-        "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.8", "gguf>=0.10", "tensorboard", "bitsandbytes", "ray"],
+        "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.8", "gguf>=0.10", "tensorboard", "bitsandbytes", "ray", *PREDICT],
     },
     entry_points={
         "console_scripts": ["lmtp-cli = lmtp_factory.cli:main"],
