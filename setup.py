@@ -40,7 +40,16 @@ setup(
     ],
     extras_require={
         "demo": ["gguf>=0.10"],
-        "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.8", "gguf>=0.10", "tensorboard", "bitsandbytes", "ray", *PREDICT],
+        "dev": [
+            "pytest>=8",
+            "hypothesis>=6",
+            "ruff>=0.8",
+            "gguf>=0.10",
+            "tensorboard",
+            "bitsandbytes",
+            "ray",
+            *PREDICT,
+        ],
     },
     entry_points={
         "console_scripts": ["lmtp-cli = lmtp_factory.cli:main"],

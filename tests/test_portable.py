@@ -70,7 +70,9 @@ def test_every_module_that_is_imported_is_there(export):
     """transformers follows the imports of generate.py only one level deep where the export is a local directory."""
     folder = export / "custom_generate"
     files = {path.stem for path in folder.glob("*.py")}
-    named = {line.split()[1][1:] for line in (folder / "generate.py").read_text().splitlines() if line.startswith("from .")}
+    named = {
+        line.split()[1][1:] for line in (folder / "generate.py").read_text().splitlines() if line.startswith("from .")
+    }
     assert named == files - {"generate"}
     for path in folder.glob("*.py"):
         assert "from .." not in path.read_text()

@@ -127,7 +127,9 @@ def _quantise(weight: Tensor):
 def _can_quantise() -> bool:
     try:
         weight, inputs = _sample_matrices()
-        return torch.allclose(torch.ops.quantized.linear_dynamic(inputs, _quantise(weight), True), inputs @ weight.T, atol=0.5)
+        return torch.allclose(
+            torch.ops.quantized.linear_dynamic(inputs, _quantise(weight), True), inputs @ weight.T, atol=0.5
+        )
     except (AttributeError, RuntimeError, NotImplementedError):
         return False
 

@@ -175,7 +175,9 @@ def table(rows: Sequence[ArmResult]) -> str:
     """Arms below each other."""
     levels = max(len(row.acceptance) for row in rows)
     width = max(len(row.name) for row in rows)
-    header = f"{'':<{width}} {'tokens/s':>9} {'x stock':>8} {'x own loop':>11} {'tau':>6} {'verify':>7}  accepted at level"
+    header = (
+        f"{'':<{width}} {'tokens/s':>9} {'x stock':>8} {'x own loop':>11} {'tau':>6} {'verify':>7}  accepted at level"
+    )
     lines = [f"{header} {' '.join(f'{level:>4}' for level in range(1, levels + 1))}"]
     for row in rows:
         share = "" if row.verify_share is None else f"{100 * row.verify_share:.0f}%"

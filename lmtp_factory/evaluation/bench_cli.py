@@ -18,7 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="an answer (default: 128)")
     parser.add_argument("--nodes", type=int, default=16, metavar="N", help="static and dynamic trees (default: 16)")
     parser.add_argument("--repeats", type=int, default=1, metavar="N", help="times each answer, the best one counts")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: fp32 on a CPU, else as saved")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: fp32 on a CPU, else as saved"
+    )
     parser.add_argument("--output-dir", metavar="DIR", help="also write bench.json and bench.png there")
 
 

@@ -73,7 +73,9 @@ def accuracies(observed: Sequence[Observed]) -> list[list[float]]:
     """For each level, how often the candidate of each rank is how the text goes on."""
     ranks = torch.cat([answer.ranks for answer in observed])
     width = observed[0].probabilities.shape[2]
-    return [[float((ranks[:, level] == rank).double().mean()) for rank in range(width)] for level in range(ranks.shape[1])]
+    return [
+        [float((ranks[:, level] == rank).double().mean()) for rank in range(width)] for level in range(ranks.shape[1])
+    ]
 
 
 def tau_of_paths(observed: Sequence[Observed], paths: Sequence[Sequence[int]]) -> float:

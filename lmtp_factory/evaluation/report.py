@@ -19,9 +19,7 @@ from .plots import draw_head_bars
 REPORT_FILE, PLOT_FILE = "report.json", "report.png"
 
 
-def load_for_scoring(
-    path: str, offsets: tuple[int, ...] | None = None, dtype: torch.dtype | None = None
-) -> nn.Module:
+def load_for_scoring(path: str, offsets: tuple[int, ...] | None = None, dtype: torch.dtype | None = None) -> nn.Module:
     """A model with heads: its own, or untrained ones at ``offsets`` (identity blocks on the LM head) where it has none.
 
     Weights are fp32 on a CPU, where bf16 arithmetic is slow, unless ``dtype`` says otherwise.

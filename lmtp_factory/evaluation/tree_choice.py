@@ -68,9 +68,7 @@ def table(options: Sequence[Option]) -> str:
     lines = [f"{'tree':<14} {'nodes':>5} {'tau':>6} {'tokens/s':>9}"]
     for option in options:
         mark = "  <- chosen" if option is best else ""
-        lines.append(
-            f"{option.kind:<14} {option.nodes:>5} {option.tau:>6.2f} {option.tokens_per_second:>9.1f}{mark}"
-        )
+        lines.append(f"{option.kind:<14} {option.nodes:>5} {option.tau:>6.2f} {option.tokens_per_second:>9.1f}{mark}")
     return "\n".join(lines)
 
 

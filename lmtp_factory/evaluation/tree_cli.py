@@ -12,7 +12,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", required=True, metavar="FILE", help="JSON or JSONL, as lmtp-cli distill reads")
     parser.add_argument("--limit", type=int, default=24, metavar="N", help="use the first N prompts (default: 24)")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="an answer (default: 128)")
-    parser.add_argument("--context", type=int, default=256, metavar="N", help="cached tokens when timing (default: 256)")
+    parser.add_argument(
+        "--context", type=int, default=256, metavar="N", help="cached tokens when timing (default: 256)"
+    )
     parser.add_argument("--width", type=int, default=8, metavar="N", help="candidates a level (default: 8)")
 
 

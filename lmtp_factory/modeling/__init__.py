@@ -5,8 +5,8 @@ from transformers import AutoConfig, AutoModel
 from ..config import LMTPConfig
 from .checkpoint import load_heads, save_heads
 from .heads import LeapHeads
-from .load import load_model
 from .lmtp import LeapOutput, attach_heads, heads_of
+from .load import load_model
 
 
 AutoConfig.register(LMTPConfig.model_type, LMTPConfig, exist_ok=True)

@@ -113,7 +113,16 @@ def test_bench_command(tmp_path, capsys):
     attach_heads(AutoModelForCausalLM.from_pretrained(path), LMTPConfig()).save_pretrained(path)
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("\n".join(json.dumps({"instruction": text}) for text, _ in tiny.tiny_texts(2)))
-    options = ["--prompts", str(prompts), "--max-new-tokens", "16", "--nodes", "6", "--output-dir", str(tmp_path / "out")]
+    options = [
+        "--prompts",
+        str(prompts),
+        "--max-new-tokens",
+        "16",
+        "--nodes",
+        "6",
+        "--output-dir",
+        str(tmp_path / "out"),
+    ]
     assert main(["bench", str(path), *options]) == 0
     facts = json.loads((tmp_path / "out" / "bench.json").read_text())
     arms = {arm["name"]: arm for arm in facts["arms"]}
