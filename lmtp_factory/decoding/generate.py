@@ -198,15 +198,15 @@ class Generation:
         inputs = {name: value for name, value in inputs.items() if name not in dropped}
         hidden = model.base_model(**inputs).last_hidden_state
 
-        self.start = self.cache.get_seq_length()
+        start = int(self.cache.get_seq_length())
         padded = mask is not None and not bool(mask.all())
         lengths = mask.sum(-1).tolist() if padded else [length] * len(self.input_ids)
         size = geometry.window(self.offsets)
         self.window = Window.of_prompt(hidden, [min(n, hidden.shape[1]) for n in lengths], size)
         for row in self.acceptor.rows:
-            row.columns = int(self.start)
+            row.columns = start
         for layer in self.cache.layers:
-            layer.settle(int(self.start), int(self.start))
+            layer.settle(start, start)
         self.verifier = Verifier(
             model,
             self.cache,
