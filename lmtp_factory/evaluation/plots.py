@@ -114,7 +114,7 @@ def _draw_paths(panel: "Axes", paths: Sequence[Sequence[int]]) -> None:
         if path:
             above = places[path[:-1]]
             panel.plot([-above[0], -across], [above[1], down], color="0.6", linewidth=0.8, zorder=1)
-    panel.scatter([-x for x, _ in places.values()], [y for _, y in places.values()], s=160, color="C0", zorder=2)
+    panel.scatter([-x for x, _ in places.values()], [y for _, y in places.values()], s=260, color="C0", zorder=2)
     for path, (across, down) in places.items():
         label = str(path[-1] + 1) if path else "root"
         panel.annotate(label, (-across, down), ha="center", va="center", fontsize=7, color="white", zorder=3)

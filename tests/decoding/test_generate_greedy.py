@@ -94,6 +94,17 @@ def test_a_cache_made_without_a_config(leap, architecture):
         assert ours.tolist() == expected.tolist()
 
 
+@pytest.mark.parametrize("architecture", ["mistral", "gemma3-text"])
+@pytest.mark.parametrize("window", [2, 3, 5])
+def test_branches_longer_than_the_sliding_window(leap, architecture, window):
+    """Their last nodes do not see their first ones."""
+    model = leap(architecture, heads={"offsets": (2, 3, 8)}, sliding_window=window)
+    for plan in (TreePlan("chain", 8), PLANS["dynamic"]):
+        for inputs in ({"input_ids": prompt()}, padded([9, 4])):
+            stats = check_drafts(model, inputs, plan, rank=lambda row, place: 0 if place % 17 else None)
+    assert len(stats.accepted) > 2 and check_drafts(model, inputs, TreePlan("chain", 8)).tau > 1.3
+
+
 def test_several_sequences_of_one_prompt(leap):
     check_drafts(leap("qwen2"), padded([4, 6]), PLANS["dynamic"], num_return_sequences=1)
     model, kwargs = leap("qwen2"), {"num_return_sequences": 3, "do_sample": True, "top_k": 1, "max_new_tokens": 12}
