@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ STRATEGIES = ("auto", "backward", "forward", "off")
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Request:
     """What one call of ``generate`` asks of the heads.
 
@@ -45,11 +45,13 @@ class Request:
             is stock; ``auto`` is ``backward``.
         plan: of the tree; None takes the model's own, ``lmtp/tree.json`` or the device's default.
         stats: to add to.
+        arrived: whether the call came to :func:`decode`.
     """
 
     strategy: str = "auto"
     plan: TreePlan | None = None
-    stats: DecodeStats | None = None
+    stats: DecodeStats = field(default_factory=DecodeStats)
+    arrived: bool = False
 
     def check(self) -> None:
         """Raise an LMTPError for an unknown strategy."""
@@ -67,6 +69,8 @@ def requested(request: Request, streamer: BaseStreamer | None) -> Iterator[None]
     try:
         request.check()
         yield
+        if not request.arrived and request.strategy != "off":
+            _leave_to_stock(request.stats, "beam search, assisted and other special generation has no look-back")
     except BaseException:
         if streamer is not None:
             streamer.end()  # whoever reads it would wait for ever
@@ -95,7 +99,7 @@ def decode(
         What ``_sample`` would return; None where this call cannot be sped up, after saying why once.
     """
     request = _request.get() or Request()
-    stats = request.stats or DecodeStats()
+    request.arrived, stats = True, request.stats
     if request.strategy == "off":
         return None
     plan = request.plan or model.decoding_plan()
@@ -111,8 +115,7 @@ def decode(
     if reason is None and not takes_trees(model):
         reason = "a forward over a tree is not what forwards over its branches are"
     if reason is not None:
-        stats.strategy = f"off: {reason}"
-        _say_once(f"Decoding without leap heads: {reason}.")
+        _leave_to_stock(stats, reason)
         return None
     stats.strategy = "backward" if request.strategy == "auto" else request.strategy
     generation = Generation(
@@ -251,6 +254,11 @@ class Generation:
             logits=self.acceptor.stacked("logits") if self.acceptor.keep_logits else None,
             past_key_values=given,
         )
+
+
+def _leave_to_stock(stats: DecodeStats, reason: str) -> None:
+    stats.strategy = f"off: {reason}"
+    _say_once(f"Decoding without leap heads: {reason}.")
 
 
 @functools.cache

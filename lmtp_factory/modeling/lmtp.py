@@ -136,9 +136,11 @@ class LeapModel:
             LMTPError: an unknown ``lmtp_decode``.
         """
         from ..decoding.generate import Request, requested
+        from ..decoding.stats import DecodeStats
 
         strategy = self.decode_strategy if lmtp_decode is None else lmtp_decode
-        with requested(Request(strategy, lmtp_tree, lmtp_stats), kwargs.get("streamer")):
+        request = Request(strategy, lmtp_tree, DecodeStats() if lmtp_stats is None else lmtp_stats)
+        with requested(request, kwargs.get("streamer")):
             return super().generate(*args, **kwargs)
 
     def _sample(
