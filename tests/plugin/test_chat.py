@@ -192,7 +192,8 @@ def test_generation_that_heads_cannot_help_is_told(ending, lines):
     """Beam search never comes to them."""
     answer = ask(chat_model(ending, num_beams=2))
     assert re.fullmatch(
-        rf"Answered with {answer['response_length']} tokens, [\d.]+ tokens/s, tau 1.00 .*, off: beam search.*\)\.", lines[-1]
+        rf"Answered with {answer['response_length']} tokens, [\d.]+ tokens/s, tau 1.00 .*, off: beam search.*\)\.",
+        lines[-1],
     )
     assert answer == ask(chat_model(ending, num_beams=2, lmtp_decode="off"))
 
