@@ -33,6 +33,7 @@ setup(
         "deepspeed>=0.16",
         "safetensors",
         "huggingface_hub",
+        "psutil",
         "matplotlib",
         "pyyaml",
         "tqdm",
