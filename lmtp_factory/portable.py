@@ -13,29 +13,34 @@ from . import __version__
 
 
 FOLDER = "custom_generate"
-# In the order of their imports. The second name is the file's where the first is taken.
+# Names of files have to differ; the decoder's is that of transformers' entry.
+_RENAMED = {"decoding/generate": "decode"}
 _MODULES = {
-    "errors": "errors",
-    "files": "files",
-    "geometry": "geometry",
-    "config": "config",
-    "modeling/loss": "loss",
-    "modeling/zero3": "zero3",
-    "modeling/heads": "heads",
-    "modeling/checkpoint": "checkpoint",
-    "modeling/lmtp": "lmtp",
-    "decoding/tree": "tree",
-    "decoding/cache": "cache",
-    "decoding/packed": "packed",
-    "decoding/plan": "plan",
-    "decoding/stats": "stats",
-    "decoding/draft": "draft",
-    "decoding/drafter": "drafter",
-    "decoding/verify": "verify",
-    "decoding/accept": "accept",
-    "decoding/stream": "stream",
-    "decoding/obstacles": "obstacles",
-    "decoding/generate": "decode",
+    module: _RENAMED.get(module, module.rpartition("/")[2])
+    for module in (
+        "errors",
+        "files",
+        "geometry",
+        "config",
+        "modeling/loss",
+        "modeling/zero3",
+        "modeling/heads",
+        "modeling/checkpoint",
+        "modeling/lmtp",
+        "decoding/tree",
+        "decoding/cache",
+        "decoding/packed",
+        "decoding/strategies",
+        "decoding/plan",
+        "decoding/stats",
+        "decoding/draft",
+        "decoding/drafter",
+        "decoding/verify",
+        "decoding/accept",
+        "decoding/stream",
+        "decoding/obstacles",
+        "decoding/generate",
+    )
 }
 _ENTRY = '''"""Look-back decoding with the leap heads in lmtp/, written by lmtp_factory {version}. MIT licence.
 

@@ -28,11 +28,11 @@ from .drafter import Drafter
 from .obstacles import obstacle
 from .plan import TreePlan
 from .stats import DecodeStats
+from .strategies import STRATEGIES
 from .stream import Stream
 from .verify import Verifier, logits_of, takes_trees
 
 
-STRATEGIES = ("auto", "backward", "forward", "off")
 logger = logging.getLogger(__name__)
 
 

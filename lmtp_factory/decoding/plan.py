@@ -117,8 +117,8 @@ class TreePlan:
         return best
 
 
-# Relative cost of a forward of n tokens where nothing was measured: on 2 CPU cores with SmolLM2-135M in fp32, with
-# packed weights and without (benchmarks/README.md). A GPU's curve is flat as far as the trees here go.
+# Relative cost of a forward of n tokens where nothing was measured. Packed: rounded from what lmtp-cli tree measured in
+# the demo (benchmarks/README.md). Plain: an estimate on the dear side. A GPU's is taken to be flat as far as trees go.
 _PACKED_CPU = CostCurve({1: 1.0, 16: 1.4, 32: 2.0, 64: 3.2})
 _PLAIN_CPU = CostCurve({1: 1.0, 2: 1.5, 4: 1.6, 8: 1.6, 16: 1.8, 32: 2.6, 64: 4.6})
 _GPU_NODES, _CPU_NODES = 32, 16

@@ -15,12 +15,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--context", type=int, default=256, metavar="N", help="cached tokens when timing (default: 256)"
     )
-    parser.add_argument("--width", type=int, default=8, metavar="N", help="candidates a level (default: 8)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Let the model write, time the device, weigh the trees, write ``lmtp/tree.json`` and ``lmtp/tree.png``."""
-    from ..decoding.plan import write_plan
+    from ..decoding.plan import DEFAULT_WIDTH, write_plan
     from ..modeling.checkpoint import find_heads
     from ..modeling.lmtp import base_of
     from .costs import measure_costs
@@ -35,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
         raise LMTPError(f"{args.model} is no directory with an lmtp/ folder: tree.json is written into it.")
     _, prompts = read_prompts(args.model, args.prompts, args.limit)
     model = base_of(load_for_scoring(args.model))
-    observed = [observe(model, row, args.width) for row in write_own_text(model, prompts, args.max_new_tokens)]
+    observed = [observe(model, row, DEFAULT_WIDTH) for row in write_own_text(model, prompts, args.max_new_tokens)]
     costs = measure_costs(model, context=args.context)
     options = weigh(observed, costs)
     best = max(options, key=lambda option: option.tokens_per_second)

@@ -5,6 +5,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 from .. import geometry
+from ..decoding.strategies import STRATEGIES
 from ..errors import LMTPError
 from . import hooks
 from .stages import STAGES
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 
 
 EXPORTS = ("ntp", "heads")
-DECODES = ("auto", "backward", "forward", "off")  # as decoding.generate.STRATEGIES, which imports too much for here
 
 
 @dataclass
@@ -100,8 +100,8 @@ class LMTPArguments:
             raise LMTPError(f"lmtp_export is {self.lmtp_export!r}, but it has to be one of {', '.join(EXPORTS)}.")
         if self.lmtp_decode is False:  # how YAML reads an unquoted off
             self.lmtp_decode = "off"
-        if self.lmtp_decode not in DECODES:
-            raise LMTPError(f"lmtp_decode is {self.lmtp_decode!r}, but it has to be one of {', '.join(DECODES)}.")
+        if self.lmtp_decode not in STRATEGIES:
+            raise LMTPError(f"lmtp_decode is {self.lmtp_decode!r}, but it has to be one of {', '.join(STRATEGIES)}.")
         if self.lmtp_stage is not None:
             if self.stage != "sft":
                 raise LMTPError(f"mtp_type {self.mtp_type} goes with stage: sft, not with stage: {self.stage}.")

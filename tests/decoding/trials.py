@@ -1,5 +1,6 @@
 """What the decoder's tests share: models whose tokens depend on all of their past, and drafts that know the answer."""
 
+import logging
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 
@@ -123,3 +124,49 @@ def oracle(continuations: Tensor, rank: Callable[[int, int], int | None] = lambd
         patch.setattr(generate, "Acceptor", Recorded)
         patch.setattr(drafter, "draft", draft)
         yield acceptors
+
+
+GREEDY = {"do_sample": False}
+CHAIN, DYNAMIC = PLANS["chain"], PLANS["dynamic"]
+OTHER_SEARCH = "beam search, assisted and other special generation has no look-back"
+
+
+def mixed(row: int, place: int) -> int | None:
+    return (0, 0, 1, 0, None, 0, 2)[(place + 3 * row) % 7]
+
+
+def same(model, inputs, plan=DYNAMIC, rank=mixed, new=24, **kwargs):
+    """Equal to stock with branches of all lengths accepted; ours, and the stats.
+
+    ``kwargs`` may hold functions, which are called for every generation: for objects that collect what they see.
+    """
+    whole = stock(model, **inputs, max_new_tokens=new, **GREEDY)
+    settings = {"max_new_tokens": new} | GREEDY | kwargs
+    expected = stock(model, **inputs, **{k: v() if callable(v) else v for k, v in settings.items()})
+    with oracle(whole, rank):
+        settings = {k: v() if callable(v) else v for k, v in settings.items()}
+        ours, stats = decoded(model, **inputs, lmtp_tree=plan, **settings)
+    assert ours.tolist() == expected.tolist()
+    return ours, stats
+
+
+def after_prompt(output, inputs) -> list[list[int]]:
+    return output[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+def left_to_stock(model, reason, caplog, *args, expected=None, **kwargs):
+    """As stock, and the log says why, once for any number of calls."""
+    generate._say_once.cache_clear()
+    stats, outputs = DecodeStats(), []
+    if expected is None:
+        expected = stock(model, *args, **kwargs)
+    with caplog.at_level(logging.WARNING, logger="lmtp_factory"):
+        for _ in range(2):
+            outputs.append(model.generate(*args, lmtp_stats=stats, **kwargs))
+    said = [record.message for record in caplog.records if record.name.startswith("lmtp_factory")]
+    assert said == [f"Decoding without leap heads: {reason}."]
+    assert stats.strategy == f"off: {reason}" and stats.tokens == 0
+    for output in outputs:
+        ours, theirs = (getattr(o, "sequences", o) for o in (output, expected))
+        assert torch.equal(ours, theirs)
+    return outputs[0]

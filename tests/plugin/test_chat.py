@@ -17,10 +17,8 @@ import torch
 from talkers import chat_model, soon
 
 from lmtp_factory import LMTPError
-from lmtp_factory.decoding.generate import STRATEGIES
 from lmtp_factory.modeling import heads_of
 from lmtp_factory.modeling.lmtp import LeapModel
-from lmtp_factory.plugin.arguments import DECODES
 from lmtp_factory.plugin.chat import extend_engine
 
 
@@ -91,10 +89,6 @@ def test_the_key_on_the_command_line(written, ending, tmp_path, monkeypatch):
     path = runs.write_yaml(tmp_path / "chat.yaml", {"model_name_or_path": str(ending), "template": "qwen"})
     monkeypatch.setattr(sys, "argv", [word.format(yaml=path, model=ending) for word in written])
     assert get_infer_args()[2].lmtp_decode == "off"
-
-
-def test_the_key_has_the_decoder_s_values():
-    assert DECODES == STRATEGIES
 
 
 # Answers ---------------------------------------------------------------------------------------------------------

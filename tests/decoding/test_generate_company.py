@@ -1,0 +1,85 @@
+"""Decoding with adapters, in several threads, inside itself, under autocast and inference mode."""
+
+import threading
+
+import torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+)
+from trials import GREEDY, check, decoded, left_to_stock, prompt, randomise, same, stir, stock
+
+from lmtp_factory import attach_heads
+from lmtp_factory.decoding.stats import DecodeStats
+
+
+def adapted(leap, tmp_path, config):
+    import tiny
+
+    model = AutoModelForCausalLM.from_pretrained(tiny.tiny_llama(tmp_path))
+    stir(model)
+    model.generation_config.eos_token_id = None
+    torch.manual_seed(0)
+    model = get_peft_model(model, config)
+    attach_heads(model)
+    randomise(model)
+    return model.eval()
+
+
+def test_heads_beside_an_unmerged_adapter(leap, tmp_path):
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = adapted(leap, tmp_path, config)
+    output, stats = same(model, {"input_ids": prompt()})
+    assert stats.tau > 1.3
+    with model.disable_adapter():
+        without, _ = check(model, input_ids=prompt(), max_new_tokens=24, **GREEDY)
+    assert without.tolist() != output.tolist()
+
+
+def test_prompt_tuning_is_left_to_stock(leap, tmp_path, caplog):
+    model = adapted(leap, tmp_path, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    reason = "its inputs are prepared by somebody else, as in prompt tuning"
+    left_to_stock(model, reason, caplog, input_ids=prompt(), max_new_tokens=8, **GREEDY)
+
+
+def test_threads_that_ask_for_different_things(leap):
+    model, outputs = leap(), {}
+    expected = [stock(model, prompt(seed=seed), max_new_tokens=24, **GREEDY) for seed in range(4)]
+
+    def work(seed):
+        stats = DecodeStats()
+        decode = ("auto", "off", "forward", "backward")[seed]
+        kwargs = {"lmtp_decode": decode, "lmtp_stats": stats, "max_new_tokens": 24} | GREEDY
+        outputs[seed] = model.generate(prompt(seed=seed), **kwargs), stats.strategy
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [outputs[seed][1] for seed in range(4)] == ["backward", "off", "forward", "backward"]
+    assert all(torch.equal(outputs[seed][0], expected[seed]) for seed in range(4))
+
+
+def test_a_criterion_that_generates_itself(leap):
+    """Each call has its own wishes, the inner one too."""
+    model, inner = leap(), DecodeStats()
+    answer = stock(model, prompt(seed=1), max_new_tokens=5, **GREEDY)
+
+    def ask(input_ids, scores, **kwargs):
+        model.generate(prompt(seed=1), max_new_tokens=5, lmtp_stats=inner, lmtp_decode="forward", **GREEDY)
+        return torch.zeros(1, dtype=torch.bool)
+
+    expected = stock(model, prompt(), max_new_tokens=6, **GREEDY)
+    ours, stats = decoded(model, prompt(), max_new_tokens=6, stopping_criteria=[ask], **GREEDY)
+    assert torch.equal(ours, expected) and torch.equal(stock(model, prompt(seed=1), max_new_tokens=5, **GREEDY), answer)
+    assert (stats.strategy, stats.rows, inner.strategy, inner.rows) == ("backward", 1, "forward", 6)
+
+
+def test_autocast_and_inference_mode(leap):
+    kwargs = {"max_new_tokens": 8} | GREEDY
+    with torch.inference_mode():
+        check(leap(), prompt(), **kwargs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # near ties may differ
+        assert decoded(leap(), prompt(), **kwargs)[1].tokens == 8
+    check(leap(), prompt(), **kwargs)
