@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import geometry
-from ..modeling.heads import like, softcapped
+from ..modeling.dtypes import like
+from ..modeling.heads import softcapped
 from ..modeling.lmtp import softcap_of
 from .packed import rough
 

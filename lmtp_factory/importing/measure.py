@@ -28,7 +28,7 @@ from ..errors import LMTPError, first_line
 from ..evaluation.heads import Row, read_rows
 from ..modeling.heads import LeapHeads
 from ..modeling.lmtp import base_of
-from ..modeling.loss import chunk_rows
+from ..modeling.loss.chunked import chunk_rows
 
 
 MOST_POSITIONS, FEWEST_POSITIONS = 4096, 256
@@ -86,7 +86,7 @@ def measure(model: nn.Module, heads: LeapHeads, rows: Sequence[Row]) -> Tensor:
     for head in heads.heads:
         # A copy of this one head: all of them may be too much to lie beside the model in its dtype and on its device.
         head = copy.deepcopy(head).to(states.device, states.dtype)
-        guesses = _guesses(states, lambda part, head=head: head.logits(part, lm_head), head.vocab_size)
+        guesses = _guesses(states, lambda part, head=head: head.logits(part, lm_head), heads.config.vocab_size)
         hits.append(((guesses == targets.T) & (guesses != next_token)).cpu())
     return torch.stack(hits)
 
@@ -172,7 +172,7 @@ def _positions(base: nn.Module, rows: Sequence[Row], farthest: int) -> Iterator[
 
 def _guesses(states: Tensor, project: Callable[[Tensor], Tensor], vocab_size: int) -> Tensor:
     """The most probable token at each state, without all logits at once."""
-    return torch.cat([project(part).argmax(-1) for part in states.split(chunk_rows(vocab_size))])
+    return torch.cat([project(part).argmax(-1) for part in states.split(chunk_rows(vocab_size, states.device))])
 
 
 def _is_json_object(line: str) -> bool:

@@ -8,13 +8,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..config import LMTPConfig
-from .loss import chunk_rows, chunked_cross_entropy
-
-
-def like(hidden: Tensor, layer: nn.Module) -> Tensor:
-    """``hidden`` in the layer's dtype: trained heads are fp32 on a backbone that may be bf16, with or without autocast."""
-    dtype = layer.weight.dtype
-    return hidden.to(dtype) if dtype.is_floating_point and not torch.is_autocast_enabled(hidden.device.type) else hidden
+from .dtypes import like
+from .loss.chunked import chunked_cross_entropy
+from .loss.eager import eager_cross_entropy
 
 
 class ResidualBlock(nn.Module):
@@ -43,15 +39,10 @@ def unembed(features: Tensor, unembedding: nn.Module, softcap: float | None = No
 
 
 class LeapHead(nn.Module):
-    """One head. Without blocks and with a shared unembedding it is the LM head itself.
-
-    ``forward`` is the training loss, not the logits: under ZeRO-3 a module's weights exist only while its ``forward``
-    runs, so the chunks have to be computed in here.
-    """
+    """One head: residual blocks, then its own unembedding or the LM head's."""
 
     def __init__(self, hidden_size: int, vocab_size: int, layers: int, own_unembedding: bool):
         super().__init__()
-        self.vocab_size = vocab_size
         self.blocks = nn.ModuleList(ResidualBlock(hidden_size) for _ in range(layers))
         self.unembed = nn.Linear(hidden_size, vocab_size, bias=False) if own_unembedding else None
 
@@ -64,26 +55,6 @@ class LeapHead(nn.Module):
     def logits(self, hidden: Tensor, lm_head: nn.Module, softcap: float | None = None) -> Tensor:
         """(..., hidden) final hidden states -> (..., vocabulary) logits."""
         return unembed(self.features(hidden), self.unembed or lm_head, softcap)
-
-    def forward(
-        self, hidden: Tensor, targets: Tensor, lm_head: nn.Module, softcap: float | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Summed cross-entropy (scalar fp32) and top-1 hits (scalar int64) over the valid targets.
-
-        Args:
-            hidden: (rows, hidden) final hidden states.
-            targets: (rows,) token ids, -100 where masked.
-            lm_head: the backbone's LM head, read where this head has no unembedding of its own.
-            softcap: the base model's ``final_logit_softcapping``.
-        """
-        modules = [self] if self.unembed is not None else [self, lm_head]
-        return chunked_cross_entropy(
-            hidden,
-            targets,
-            lambda rows: self.logits(rows, lm_head, softcap),
-            parameters=[parameter for module in modules for parameter in module.parameters()],
-            rows_per_chunk=chunk_rows(self.vocab_size),
-        )
 
 
 class LeapHeads(PreTrainedModel):
@@ -108,6 +79,48 @@ class LeapHeads(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: blocks start as the identity, and unembeddings as copies of the LM head or from a checkpoint."""
 
-    def forward(self, hidden_states: Tensor, lm_head: nn.Module, softcap: float | None = None) -> Tensor:
+    def logits(self, hidden: Tensor, lm_head: nn.Module, softcap: float | None = None) -> Tensor:
         """(..., hidden) final hidden states -> (heads, ..., vocabulary) logits of the extra heads."""
-        return torch.stack([head.logits(hidden_states, lm_head, softcap) for head in self.heads])
+        return torch.stack([head.logits(hidden, lm_head, softcap) for head in self.heads])
+
+    def forward(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        scales: Tensor,
+        lm_head: nn.Module,
+        *,
+        softcap: float | None = None,
+        path: str = "torch",
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The training loss, not the logits: under ZeRO-3 a module's weights exist only while its ``forward`` runs.
+
+        Args:
+            hidden: (rows, hidden) final hidden states.
+            targets: (heads, rows) token ids, -100 where masked; with one row more than there are extra heads the first
+                is the LM head's.
+            scales: (heads,) what each head's loss sum is multiplied by.
+            lm_head: the backbone's LM head, read by heads without an unembedding of their own.
+            softcap: the base model's ``final_logit_softcapping``.
+            path: ``torch``, ``triton`` or ``eager``, see :mod:`.loss.path`.
+
+        Returns:
+            Scalar loss; (heads,) loss sums, not scaled; (heads,) top-1 hits.
+        """
+        next_token = targets.shape[0] - len(self.heads)
+        features = [_as_it_is] * next_token + [head.features for head in self.heads]
+        unembeddings = [lm_head] * next_token + [head.unembed or lm_head for head in self.heads]
+        if path == "eager":
+            heads = [
+                lambda rows, f=f, u=u: unembed(f(rows), u, softcap) for f, u in zip(features, unembeddings, strict=True)
+            ]
+            return eager_cross_entropy(hidden, targets, scales, heads)
+        blocks = [()] * next_token + [tuple(head.blocks.parameters()) for head in self.heads]
+        return chunked_cross_entropy(
+            hidden, targets, scales, features, unembeddings, blocks, self.config.vocab_size, softcap=softcap, path=path
+        )
+
+
+def _as_it_is(hidden: Tensor) -> Tensor:
+    """What the LM head reads."""
+    return hidden

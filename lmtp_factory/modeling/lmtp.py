@@ -24,8 +24,9 @@ from ..config import LMTPConfig
 from ..errors import LMTPError
 from ..files import HEADS_FOLDER, TREE_FILE
 from .checkpoint import check_base, save_heads
-from .heads import LeapHead, LeapHeads
-from .loss import IGNORE_INDEX, head_weights, leap_targets
+from .heads import LeapHeads
+from .loss.path import AUTO, resolve_path
+from .loss.targets import IGNORE_INDEX, head_weights, leap_targets
 from .zero3 import fetch_together, gathered, hookable
 
 
@@ -61,6 +62,8 @@ class LeapModel:
     leap_stage: int | None
     head_weight: float
     head_decay: float
+    takes_token_types: bool
+    loss_path: str = AUTO  # see loss/path.py
     decode_strategy: str = "auto"  # what generate() does where its caller does not say: see lmtp_decode there
     _compiled_backbone: tuple | None = None
 
@@ -69,37 +72,54 @@ class LeapModel:
         offsets = self.leap_heads.config.offsets
         return offsets[1:] if self.leap_stage == 1 else offsets
 
-    def leap_loss(self, labels: Tensor, num_items_in_batch: Tensor | None = None, **inputs) -> LeapOutput:
+    def train(self, mode: bool = True) -> "LeapModel":
+        """As always, but a frozen backbone neither drops out nor checkpoints what needs no gradient."""
+        super().train(mode)
+        if self.leap_stage == 1:
+            self.base_model.eval()
+        return self
+
+    def final_hidden_states(self, **inputs) -> Tensor:
+        """(batch, length, hidden) what the LM head reads, from the backbone alone; in stage 1 without a graph."""
+        if self.takes_token_types and "token_type_ids" not in inputs and "input_ids" in inputs:
+            inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])  # Gemma 3 trains on nothing else
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.leap_stage != 1):
+            return self.base_model(**inputs, use_cache=False).last_hidden_state
+
+    def leap_loss(
+        self,
+        labels: Tensor,
+        num_items_in_batch: Tensor | None = None,
+        hidden_states: Tensor | None = None,
+        **inputs,
+    ) -> LeapOutput:
         """Losses of the stage's heads.
 
         Args:
             labels: (batch, length), -100 where masked.
             num_items_in_batch: what each head's loss sum is divided by: (heads,) valid targets of the whole
                 accumulated and distributed batch, or one number for all heads. None: this batch's own counts.
+            hidden_states: (batch, length, hidden) final hidden states, where they are known; the backbone does not run.
             inputs: the backbone's arguments; ``position_ids`` that restart mark packed documents.
         """
-        frozen_backbone = self.leap_stage == 1
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen_backbone):
-            hidden = self.base_model(**inputs, use_cache=False).last_hidden_state
-        hidden = hookable(hidden.flatten(0, 1))
+        if hidden_states is None:
+            hidden_states = self.final_hidden_states(**inputs)
+        hidden = hookable(hidden_states.flatten(0, 1))
 
-        heads = list(self.leap_heads.heads) if frozen_backbone else [self.next_token_head, *self.leap_heads.heads]
-        lm_head, softcap = self.get_output_embeddings(), softcap_of(self)
-        sums, hits, counts = [], [], []
-        for head, offset in zip(heads, self.leap_offsets(), strict=True):
-            targets = leap_targets(labels, offset, inputs.get("position_ids")).flatten()
-            loss_sum, head_hits = head(hidden, targets, lm_head, softcap)
-            sums.append(loss_sum)
-            hits.append(head_hits)
-            counts.append((targets != IGNORE_INDEX).sum())
-        sums, hits, counts = torch.stack(sums), torch.stack(hits), torch.stack(counts)
-
-        items = counts if num_items_in_batch is None else num_items_in_batch
-        items = torch.as_tensor(items, device=sums.device).clamp(min=1)
+        positions = inputs.get("position_ids")
+        targets = torch.stack([leap_targets(labels, offset, positions).flatten() for offset in self.leap_offsets()])
+        counts = (targets != IGNORE_INDEX).sum(-1)
+        items = torch.as_tensor(counts if num_items_in_batch is None else num_items_in_batch, device=counts.device)
         weights = head_weights(self.leap_heads.config.num_heads, self.leap_stage, self.head_weight, self.head_decay)
-        loss = (sums / items * sums.new_tensor(weights)).sum()
-        losses = (sums / counts.clamp(min=1)).detach()
-        return LeapOutput(loss=loss, losses=losses, loss_sums=sums.detach(), hits=hits, counts=counts)
+        loss, sums, hits = self.leap_heads(
+            hidden,
+            targets,
+            torch.tensor(weights, device=counts.device) / items.clamp(min=1),
+            self.get_output_embeddings(),
+            softcap=softcap_of(self),
+            path=resolve_path(self.loss_path, hidden.device),
+        )
+        return LeapOutput(loss=loss, losses=sums / counts.clamp(min=1), loss_sums=sums, hits=hits, counts=counts)
 
     def save_pretrained(self, save_directory, state_dict: dict | None = None, **kwargs) -> None:
         """The base model as it always is saved (none of it in stage 1: it is frozen), and the heads in ``lmtp/``.
@@ -203,11 +223,14 @@ def _leap_class(base: type[PreTrainedModel]) -> type:
             return base.forward(self, **kwargs)
         labels, items = kwargs["labels"], kwargs.get("num_items_in_batch")
         inputs = {name: value for name, value in kwargs.items() if name not in _WRAPPER_ONLY and value is not None}
-        if "token_type_ids" in parameters and "token_type_ids" not in inputs and "input_ids" in inputs:
-            inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])  # Gemma 3 trains on nothing else
         return self.leap_loss(labels, items, **inputs)
 
-    namespace = {"forward": forward, "__module__": base.__module__, "__qualname__": base.__qualname__}
+    namespace = {
+        "forward": forward,
+        "takes_token_types": "token_type_ids" in parameters,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+    }
     return type(base.__name__, (LeapModel, base), namespace)
 
 
@@ -256,16 +279,13 @@ def attach_heads(
         del base.generate  # a heads export loaded with trust_remote_code brings its own decoder
     base.__class__ = _leap_class(type(base))
     base.leap_heads = heads.to(device=device, dtype=dtype or (weight.dtype if weight.is_floating_point() else None))
-    base.next_token_head = LeapHead(heads.config.hidden_size, heads.config.vocab_size, layers=0, own_unembedding=False)
     base.leap_stage, base.head_weight, base.head_decay = stage, head_weight, head_decay
     if stage == 1:
         base.requires_grad_(False)
     base.leap_heads.requires_grad_(stage is not None)
-    base.leap_heads.train(model.training)
+    base.train(model.training)
 
-    fetch_together(base.next_token_head, [weight])
-    for head in base.leap_heads.heads:
-        fetch_together(head, [] if head.unembed else [weight])
+    fetch_together(base.leap_heads, [weight])
     return model
 
 

@@ -31,8 +31,8 @@ def hookable(hidden: Tensor) -> Tensor:
 def fetch_together(module: nn.Module, external: Iterable[nn.Parameter] = ()) -> None:
     """Let ZeRO-3 fetch ``module``'s whole subtree, and ``external`` parameters it reads, when its forward runs.
 
-    By default each layer is fetched on its own call. A head's loss calls its layers once a chunk and takes gradients
-    right there, and the number of chunks differs from step to step.
+    By default each layer is fetched on its own call. The leap loss uses its layers once a chunk and takes gradients right
+    there, and the number of chunks differs from step to step.
     """
     if not is_deepspeed_zero3_enabled():
         return

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, fields, make_dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_type_hints
 
 from .. import geometry
 from ..decoding.strategies import STRATEGIES
@@ -67,6 +67,18 @@ class LMTPArguments:
         default=False,
         metadata={"help": "Whether or not to tune the backbone's LM head too in stage 2 with LoRA."},
     )
+    hidden_cache_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Stage 1: a directory for the backbone's final hidden states, computed once and read in every epoch."
+        },
+    )
+    lmtp_loss: str = field(
+        default="auto",
+        metadata={
+            "help": "What computes the leap loss: `auto`, `triton` (CUDA), `torch`, or `eager` (all logits at once)."
+        },
+    )
     lmtp_export: str = field(
         default="ntp",
         metadata={"help": "What `export` writes: `ntp` leaves the heads out, `heads` keeps them in `lmtp/`."},
@@ -78,6 +90,9 @@ class LMTPArguments:
             "`forward` (the paper's F-MTP), `off` (without)."
         },
     )
+
+    # Whether batches are packed: written by checks.py, which sees that the key `packing` was left out.
+    packs_batches: ClassVar[bool] = False
 
     @property
     def lmtp_stage(self) -> int | None:

@@ -8,12 +8,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from ..config import LMTPConfig
 from ..data.rows import TEMPLATE_NAME, is_self_distilled
 from ..decoding.plan import read_plan
 from ..errors import LMTPError
 from ..files import HEADS_FOLDER
 from ..modeling import checkpoint
+from ..modeling.loss.path import resolve_path
 from . import hooks
 from .stages import STAGES
 from .start import (
@@ -69,8 +72,13 @@ def check_training(model_args, data_args, training_args, finetuning_args, genera
         if training_args.predict_with_generate and not training_args.do_train:
             _check_decoding(model_args, finetuning_args)
         return
+    from llamafactory.extras.misc import get_current_device
+
     _check_backends(model_args, training_args, finetuning_args)
     _check_method(stage, model_args, training_args, finetuning_args)
+    resolve_path(finetuning_args.lmtp_loss, torch.device(get_current_device()))
+    if finetuning_args.hidden_cache_dir is not None:
+        _check_hidden_cache(stage, data_args, training_args)
     heads = starting_heads(model_args, finetuning_args, training_args.do_train)
     if heads is not None:
         difference = finetuning_args.contradicts(_check_heads(heads, model_args))
@@ -93,6 +101,9 @@ def check_training(model_args, data_args, training_args, finetuning_args, genera
         )
     if training_args.should_save:
         _check_writable(training_args.output_dir)
+    # Upstream makes "left out" a False next. It deals streamed batches out to ranks by their rows, which packing changes.
+    dealt_out = data_args.streaming and training_args.world_size > 1
+    finetuning_args.packs_batches = stage == 1 and data_args.packing is None and not dealt_out
 
 
 def _check_backends(model_args, training_args, finetuning_args) -> None:
@@ -158,6 +169,18 @@ def _check_frozen(model_args, finetuning_args) -> None:
                 f"{key} would make embeddings that stage 1 neither trains nor saves: add the tokens to the base model and "
                 "save it first."
             )
+
+
+def _check_hidden_cache(stage: int, data_args, training_args) -> None:
+    refused = {
+        "stage: lmtp2": stage == 2 and "the backbone changes in every step",
+        "do_train: false": not training_args.do_train and "nothing is read twice",
+        "streaming": data_args.streaming and "a stream has no fixed documents",
+        "packing": data_args.packing and "the cache holds documents, not rows of several",
+    }
+    for key, reason in refused.items():
+        if reason:
+            raise LMTPError(f"hidden_cache_dir does not go with {key}, because {reason}: leave one of them out.")
 
 
 def _check_datasets(data_args) -> None:

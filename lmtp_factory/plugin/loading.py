@@ -9,12 +9,15 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from llamafactory.extras.misc import get_current_device
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..modeling import attach_heads, load_heads
 from ..modeling.checkpoint import base_fingerprint, check_base
 from ..modeling.lmtp import base_of, fresh_heads
+from ..modeling.loss.chunked import LOGIT_BYTES
+from ..modeling.loss.path import dense, resolve_path
 from . import hooks, log
 from .start import decoding_heads, hub_options, locate_exported_heads, starting_heads
 
@@ -110,11 +113,24 @@ def _attach_for_training(model: nn.Module, model_args, finetuning_args, is_train
         head_decay=finetuning_args.head_decay,
         dtype=_trainable_dtype(base, model_args, finetuning_args) if is_trainable else None,
     )
-    base.decode_strategy = finetuning_args.lmtp_decode
+    base.decode_strategy, base.loss_path = finetuning_args.lmtp_decode, finetuning_args.lmtp_loss
+    log.info(f"Leap loss: {_loss_in_words(base)}.")
     log.info(
         f"Leap heads predict {', '.join(f'+{offset}' for offset in heads.config.offsets[1:])} beside the LM head's +1."
     )
     return model
+
+
+def _loss_in_words(base: nn.Module) -> str:
+    device = torch.device(get_current_device())
+    path = resolve_path(base.loss_path, device)
+    if path == "eager":
+        return "eager, every head's logits at once"
+    size = LOGIT_BYTES.get(device.type, LOGIT_BYTES["cpu"]) // 2**20
+    softmax = {"torch": "plain torch", "triton": "a Triton kernel"}[path]
+    lm_head = base.get_output_embeddings()
+    backward = "" if dense(lm_head) else f"; {type(lm_head).__name__}, the LM head, takes its gradients by itself"
+    return f"chunks of at most {size} MB of logits, softmax in {softmax}{backward}"
 
 
 def with_heads(upstream: Callable) -> Callable:

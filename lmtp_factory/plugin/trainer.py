@@ -11,9 +11,10 @@ from ..errors import LMTPError
 from ..files import HEADS_FOLDER
 from ..modeling import heads_of, load_heads, save_heads
 from ..modeling.lmtp import HEADS_PREFIX, base_of
-from ..modeling.loss import count_targets, head_weights
+from ..modeling.loss.targets import count_targets, head_weights
 from ..modeling.zero3 import gathered
 from .head_metrics import HeadMetrics
+from .state_cache import CachedDocuments, FillCache
 
 
 class LeapTrainer(CustomSeq2SeqTrainer):
@@ -30,6 +31,8 @@ class LeapTrainer(CustomSeq2SeqTrainer):
         # Upstream clears this for models with a processor; ours divides by each head's own count, never by steps.
         self.model_accepts_loss_kwargs = True
         self.leap_model = base_of(self.model)
+        if isinstance(self.train_dataset, CachedDocuments):
+            self.add_callback(FillCache(self, self.train_dataset))
         first = 1 if self.leap_model.leap_stage == 1 else 0
         self.train_metrics = HeadMetrics(first, len(self.leap_model.leap_offsets()))
         self.eval_metrics = HeadMetrics(first, len(self.leap_model.leap_offsets()))
@@ -57,9 +60,8 @@ class LeapTrainer(CustomSeq2SeqTrainer):
         if self.args.predict_with_generate:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            outputs = model(**self._prepare_inputs(inputs))
-        self.eval_metrics.add(outputs)
-        return outputs.loss, None, None
+            self.eval_metrics.add(model(**self._prepare_inputs(inputs)))
+        return None, None, None  # evaluation_loop takes its means from eval_metrics
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)

@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 
 from ..errors import LMTPError
-from ..modeling.loss import count_targets
+from ..modeling.loss.targets import count_targets
 from . import hooks
 from .loading import replaced, with_heads
 from .start import farthest_offset
@@ -16,7 +16,13 @@ from .start import farthest_offset
 def extend_workflow(workflow: ModuleType) -> None:
     """Replace ``run_sft`` by one that puts our parts into upstream's while an L-MTP stage runs."""
     upstream = hooks.expect(workflow, "run_sft", "model_args", "data_args", "training_args", "finetuning_args")
-    for name in ("CustomSeq2SeqTrainer", "get_dataset", "load_model", "plot_loss"):
+    for name in (
+        "CustomSeq2SeqTrainer",
+        "SFTDataCollatorWith4DAttentionMask",
+        "get_dataset",
+        "load_model",
+        "plot_loss",
+    ):
         hooks.expect(workflow, name)
 
     @functools.wraps(upstream)
@@ -26,20 +32,38 @@ def extend_workflow(workflow: ModuleType) -> None:
             ours = {"load_model": with_heads(workflow.load_model)} if only_predicts else {}
             with replaced(workflow, **ours):
                 return upstream(model_args, data_args, training_args, finetuning_args, *args, **kwargs)
+        from .collator import CachedStatesCollator, packing_collator
         from .plots import plot_head_metrics
+        from .state_cache import with_cached_states
         from .trainer import LeapTrainer
+
+        cache_dir = finetuning_args.hidden_cache_dir
 
         def get_dataset(*dataset_args, **dataset_kwargs):
             module = workflow_get_dataset(*dataset_args, **dataset_kwargs)
             check_targets(module, farthest_offset(model_args, finetuning_args, training_args.do_train))
+            if cache_dir is not None:
+                module["train_dataset"] = with_cached_states(module["train_dataset"], model_args, cache_dir)
             return module
+
+        def collator(*, model, tokenizer, **collator_kwargs):
+            collate = workflow_collator(model=model, tokenizer=tokenizer, **collator_kwargs)
+            if finetuning_args.packs_batches:
+                collate = packing_collator(collate, model, tokenizer)
+            return collate if cache_dir is None else CachedStatesCollator(collate, tokenizer.pad_token_id)
 
         def plot_loss(save_dictionary, keys=("loss",)):
             workflow_plot_loss(save_dictionary, keys=list(keys))
             plot_head_metrics(save_dictionary)
 
         workflow_get_dataset, workflow_plot_loss = workflow.get_dataset, workflow.plot_loss
-        ours = {"CustomSeq2SeqTrainer": LeapTrainer, "get_dataset": get_dataset, "plot_loss": plot_loss}
+        workflow_collator = workflow.SFTDataCollatorWith4DAttentionMask
+        ours = {
+            "CustomSeq2SeqTrainer": LeapTrainer,
+            "SFTDataCollatorWith4DAttentionMask": collator,
+            "get_dataset": get_dataset,
+            "plot_loss": plot_loss,
+        }
         with replaced(workflow, **ours):
             return upstream(model_args, data_args, training_args, finetuning_args, *args, **kwargs)
 

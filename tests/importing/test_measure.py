@@ -85,7 +85,7 @@ def test_hits_are_counted_where_they_should_be(base_model, fitted, rows_file):
         ids = prompt + output
         states = base_model.model(torch.tensor([ids])).last_hidden_state[0]
         next_tokens = base_model.lm_head(states).argmax(-1)
-        guesses = heads(states, base_model.lm_head).argmax(-1)
+        guesses = heads.logits(states, base_model.lm_head).argmax(-1)
         for s in range(len(prompt) - 1, len(ids) - 9):  # predicting the first token of the output up to the last
             expected.append([[g[s] == ids[s + o] and g[s] != next_tokens[s] for o in range(1, 10)] for g in guesses])
     expected = torch.tensor(expected).permute(1, 2, 0)

@@ -34,7 +34,7 @@ def test_adjacent_heads(heads, config, base_model, tmp_path):
     model = load_model(str(tmp_path / "out"))
     assert model.leap_heads.config.offsets == (1, 2, 3, 4, 5, 6)
     states = base_model.model(torch.arange(40, 60)[None]).last_hidden_state
-    logits = model.leap_heads(states, model.lm_head)
+    logits = model.leap_heads.logits(states, model.lm_head)
     assert len(logits) == 5
     for i in range(5):
         blocks = [(f"{i}.{j}.linear.weight", f"{i}.{j}.linear.bias") for j in range(2)]
@@ -105,7 +105,7 @@ def test_heads_that_read_the_lm_head(heads, config, base_model, tmp_path):
     states = base_model.model(torch.arange(40, 60)[None]).last_hidden_state
     blocks = [(f"1.{j}.linear.weight", f"1.{j}.linear.bias") for j in range(2)]
     expected = foreign_logits(tensors | {"lm_head": base_model.lm_head.weight}, states, blocks, "lm_head")
-    torch.testing.assert_close(model.leap_heads(states, model.lm_head)[1], expected)
+    torch.testing.assert_close(model.leap_heads.logits(states, model.lm_head)[1], expected)
 
 
 def test_heads_that_are_not_there_are_refused(heads, config, tmp_path, capsys):

@@ -31,7 +31,7 @@ def test_logits_are_the_checkpoint_s_own(heads, base, base_model, tmp_path):
     assert command(checkpoint, base, tmp_path / "out", "--stride", 2) == 0
     model = load_model(str(tmp_path / "out"))
     states = base_model.model(torch.arange(40, 60)[None]).last_hidden_state
-    logits = model.leap_heads(states, model.lm_head)
+    logits = model.leap_heads.logits(states, model.lm_head)
     assert len(logits) == 3
     for i in range(3):
         blocks = [(f"heads.heads.{i}.resblock.0.l_proj.weight", f"heads.heads.{i}.resblock.0.l_proj.bias")]

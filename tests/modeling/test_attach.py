@@ -159,7 +159,7 @@ def test_heads_are_averaged_over_the_given_counts(tmp_path):
 def test_fresh_heads_predict_what_the_lm_head_predicts(tmp_path):
     model = attach_heads(load(tiny.tiny_llama(tmp_path)))
     hidden = torch.randn(3, model.config.hidden_size)
-    logits = model.leap_heads(hidden, model.get_output_embeddings())
+    logits = model.leap_heads.logits(hidden, model.get_output_embeddings())
     torch.testing.assert_close(logits, model.lm_head(hidden).expand(3, 3, -1))
 
 

@@ -62,6 +62,31 @@ def test_losses_equal_one_process(zero, stage, method, kind, llama, data, tmp_pa
         assert saved == set(load_file(llama / "model.safetensors"))
 
 
+@pytest.mark.parametrize("zero", [None, "zero2", "zero3"])
+def test_hidden_states_from_the_cache(zero, llama, data, tmp_path):
+    run = {"head_kind": "shared", "num_train_epochs": 2, **GLOBAL_BATCH, "max_steps": None}
+    alone = runs.train(
+        llama, data, tmp_path / "one", per_device_train_batch_size=4, hidden_cache_dir=str(tmp_path / "first"), **run
+    )
+    args = runs.arguments(
+        llama, data, tmp_path / "two", per_device_train_batch_size=2, hidden_cache_dir=str(tmp_path / "second"),
+        deepspeed=zero and deepspeed(zero), **run,
+    )  # fmt: skip
+    torchrun(runs.write_yaml(tmp_path / "x.yaml", args))
+    assert runs.step_losses(runs.history(tmp_path / "two")) == pytest.approx(runs.step_losses(alone), rel=5e-4)
+    assert len(list((tmp_path / "second").glob("*.safetensors"))) == 1  # nobody wrote what another had written
+
+
+def test_optimizer_states_of_the_heads_are_sharded(llama, data, tmp_path):
+    run = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1, "head_kind": "own"}
+    args = runs.arguments(llama, data, tmp_path, deepspeed=deepspeed("zero2"), **run)
+    torchrun(runs.write_yaml(tmp_path / "x.yaml", args))
+    states = sorted((tmp_path / "checkpoint-1").glob("global_step1/*optim_states.pt"))
+    parameters = sum(p.numel() for p in load_heads(tmp_path).parameters())
+    # fp32 master weights, and Adam's two moments: half of them on each rank.
+    assert [f.stat().st_size for f in states] == [pytest.approx(3 * 4 * parameters / 2, rel=0.1)] * 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", ["zero2", "zero3"])
 @pytest.mark.parametrize(("stage", "method"), [("lmtp1", "full"), ("lmtp2", "lora")])

@@ -1,0 +1,124 @@
+"""Stage 1 from hidden states on disk (``hidden_cache_dir``): the backbone runs once, however many epochs there are."""
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import Dataset
+from tqdm import tqdm
+from transformers import AutoConfig, TrainerCallback
+
+from ..data.cache_plan import CachePlan, documents_digest
+from ..data.hidden_cache import HiddenCache
+from ..data.packing import arrange, pack, places
+from ..errors import LMTPError
+from ..modeling.checkpoint import weights_fingerprint
+from ..modeling.documents import keeps_documents_apart
+from . import log
+from .collator import MEDIA
+from .start import hub_options
+
+
+# Small caches still have enough shards for every rank to compute some.
+_SHARDS, _LEAST_SHARD, _LARGEST_SHARD = 64, 8 * 2**20, 512 * 2**20
+
+
+class CachedDocuments(Dataset):
+    """Training documents with their final hidden states."""
+
+    def __init__(self, documents, cache: HiddenCache):
+        self.documents, self.cache = documents, cache
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.documents[index] | {"hidden_states": self.cache.document(index)}
+
+
+def with_cached_states(documents, model_args, folder: str) -> CachedDocuments:
+    """The training set with a cache, which is opened here, before the model loads, and filled by :class:`FillCache`.
+
+    Raises:
+        LMTPError: documents with media; what :meth:`HiddenCache.open` refuses.
+    """
+    if any(any(documents[key]) for key in MEDIA if key in documents.column_names):
+        raise LMTPError("hidden_cache_dir is for text alone, and the data has images, videos or audio: leave it out.")
+    options = hub_options(model_args)
+    config = AutoConfig.from_pretrained(model_args.model_name_or_path, **options)
+    hidden_size, ids = config.get_text_config().hidden_size, documents["input_ids"]
+    tokens = sum(map(len, ids))
+    shard_bytes = min(max(2 * tokens * hidden_size // _SHARDS, _LEAST_SHARD), _LARGEST_SHARD)
+    plan = CachePlan([len(document) for document in ids], hidden_size, shard_bytes)
+    facts = {
+        "model": model_args.model_name_or_path,
+        "weights": weights_fingerprint(model_args.model_name_or_path, config),
+        "compute dtype": str(model_args.compute_dtype).removeprefix("torch."),
+        "documents": documents_digest(ids),
+    }
+    if model_args.rope_scaling is not None:
+        facts["rope scaling"] = str(model_args.rope_scaling)
+    cache = HiddenCache.open(folder, plan, facts)
+    missing = len(cache.missing())
+    log.info(f"Final hidden states in {folder}: {plan.describe()}, {missing} of them still to be computed.")
+    return CachedDocuments(documents, cache)
+
+
+class FillCache(TrainerCallback):
+    """Computes the shards that are missing when training begins, which is when every parallel backbone can run."""
+
+    def __init__(self, trainer, documents: CachedDocuments):
+        self.trainer, self.documents, self.cache = trainer, documents.documents, documents.cache
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.trainer.accelerator.wait_for_everyone()  # nobody writes while somebody still counts what is missing
+        missing = self.cache.missing()
+        self.trainer.accelerator.wait_for_everyone()
+        if missing:
+            self._fill(missing, args)
+            self.trainer.accelerator.wait_for_everyone()
+            if self.cache.missing():
+                raise LMTPError(
+                    f"Other processes wrote hidden states to {self.cache.folder} that this one does not see: name a folder "
+                    "in hidden_cache_dir that all nodes share."
+                )
+
+    def _fill(self, missing: list[int], args) -> None:
+        tokens = args.per_device_train_batch_size * max(self.cache.plan.lengths)
+        work = [list(self._batches(missing[rank :: args.world_size], tokens)) for rank in range(args.world_size)]
+        mine, steps = work[args.process_index], max(map(len, work))
+        states: dict[int, torch.Tensor] = {}  # of each document of the shard at hand
+        apart = keeps_documents_apart(self.trainer.leap_model)
+        silent = args.disable_tqdm or args.process_index != 0
+        for step in tqdm(range(steps), desc="Hidden states", unit="batch", disable=silent):
+            # Under ZeRO-3 every rank takes part in every forward: one without work left repeats somebody's.
+            shard, batch = mine[step] if step < len(mine) else work[0][0]
+            computed = self._compute(batch, apart)
+            if step < len(mine):
+                states.update(computed)
+                if step + 1 == len(mine) or mine[step + 1][0] != shard:
+                    self.cache.write(shard, torch.cat([states.pop(i) for i in self.cache.plan.shards[shard]]))
+
+    def _batches(self, shards: list[int], tokens: int) -> Iterator[tuple[int, list[int]]]:
+        """Documents of like lengths, at most ``tokens`` with padding, each shard's before the next one's."""
+        lengths = self.cache.plan.lengths
+        for shard in shards:
+            batch: list[int] = []
+            for document in sorted(self.cache.plan.shards[shard], key=lambda i: lengths[i]):
+                if batch and lengths[document] * (len(batch) + 1) > tokens:
+                    yield shard, batch
+                    batch = []
+                batch.append(document)
+            yield shard, batch
+
+    @torch.no_grad()
+    def _compute(self, indices: list[int], apart: bool) -> dict[int, torch.Tensor]:
+        model, documents = self.trainer.leap_model, [self.documents[i] for i in indices]
+        lengths = [len(document["input_ids"]) for document in documents]
+        flash = model.config._attn_implementation == "flash_attention_2"
+        # Alone in a row a document needs no border, and causal attention no mask for the padding behind it.
+        rows = arrange(lengths, self.cache.plan.hidden_size, flash) if apart else [[i] for i in range(len(documents))]
+        batch = pack(documents, rows, self.trainer.processing_class.pad_token_id)
+        inputs = {key: batch[key].to(model.device) for key in ("input_ids", "position_ids")}
+        with self.trainer.accelerator.autocast():
+            hidden = model.final_hidden_states(**inputs).to("cpu", torch.bfloat16)
+        return {indices[i]: hidden[row, place] for i, (row, place) in places(lengths, rows).items()}
