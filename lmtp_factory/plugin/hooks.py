@@ -10,9 +10,10 @@ Standard library only: see :mod:`.autoload`.
 
 import importlib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 from ..errors import LMTPError
 
@@ -57,8 +58,12 @@ SEAMS = (
 BOARD_SEAMS = (
     Seam("webui.locales", "webui.locales:extend_locales", "labels and explanations in five languages"),
     Seam("webui.control", "webui.curves:extend_control", "per-head curves while the Board trains"),
+    Seam("webui.css", "webui.answer:extend_css", "the look of what is told about an answer"),
     Seam("webui.runner", "webui.runner:extend_runner", "commands and saved arguments of the two stages"),
     Seam("webui.components.train", "webui.panel:extend_train", "the L-MTP panel of the Train tab"),
+    Seam("webui.components.export", "webui.export:extend_export", "export with the heads from the Export tab"),
+    Seam("webui.components.chatbot", "webui.chat:extend_chatbot", "the decoding switch of the Chat tab"),
+    Seam("webui.chatter", "webui.chat:extend_chatter", "speed and drafted tokens of an answer"),
 )
 
 _seams = {seam.name: seam for seam in (*SEAMS, *BOARD_SEAMS)}
@@ -197,16 +202,21 @@ def require_all() -> None:
         )
 
 
-def expect(module: ModuleType, name: str, *parameters: str):
-    """The attribute ``name`` of an upstream module, checked to take ``parameters``.
+def expect(module: ModuleType, name: str, *names: str):
+    """The attribute ``name`` of an upstream module, checked to take the parameters ``names``.
 
     Raises:
         AttributeError, TypeError: the layout is not the one that this package was written for.
     """
-    import inspect
-
     value = getattr(module, name)
-    missing = set(parameters) - set(inspect.signature(value).parameters) if parameters else ()
+    missing = set(names) - set(parameters(value)) if names else ()
     if missing:
         raise TypeError(f"{name} no longer takes {', '.join(sorted(missing))}")
     return value
+
+
+def parameters(function: Callable) -> Mapping[str, Any]:
+    """An upstream function's parameters, in their order."""
+    import inspect
+
+    return inspect.signature(function).parameters

@@ -13,6 +13,7 @@ from ..arguments import LMTPArguments
 from .fields import ALL_FIELDS, AUTO, stage_of, written
 from .runs import finished_stage1_runs
 from .suggestions import Suggestions
+from .wiring import place_before
 
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def extend_train(train: ModuleType) -> None:
         elements |= panel.elements
         engine.manager.add_elems("train", elements)  # upstream does it again with what we return
         try:
-            panel.place_before(elements["extra_tab"])
+            place_before(panel.accordion, elements["extra_tab"])
             panel.connect(engine)
         except Exception as error:  # nothing shows the panel then
             hooks.fail(train.__name__, error)
@@ -102,12 +103,6 @@ class Panel:
         assert set(self.fields) == set(ALL_FIELDS)
         self.inputs = set(self.fields.values())
         self.elements = {"lmtp_panel": self.accordion, "lmtp_about": about, "lmtp_reach": reach, **self.fields}
-
-    def place_before(self, neighbour: "Component") -> None:
-        """Move the panel, which was built first, to its place among upstream's."""
-        siblings = self.accordion.parent.children
-        siblings.remove(self.accordion)
-        siblings.insert(siblings.index(neighbour), self.accordion)
 
     def connect(self, engine: "Engine") -> None:
         """What happens when somebody chooses or types."""

@@ -31,8 +31,18 @@ LABELS = {
     },
     "head_weight": {"label": "Head weight", "info": "Weight of the heads' losses beside the next-token loss."},
     "train_lm_head": {"label": "Train LM head", "info": "Tune the LM head too (with LoRA)."},
+    "lmtp_export": {
+        "label": "Leap heads",
+        "info": "ntp: a plain model without them; heads: the same model plus its heads, which L-MTP decodes faster.",
+    },
+    "lmtp_decode": {
+        "label": "Decoding",
+        "info": "Where the model has leap heads. auto: with them; backward: look-back; forward: F-MTP; off: stock.",
+    },
 }
 
 ALERTS = {
+    "lmtp_answer": "{tokens} tokens, {speed} tokens/s, tau {tau} (tokens a forward, {strategy})",
+    "lmtp_drafted": "show accepted drafts",
     "lmtp_refused": "L-MTP cannot run like this:",
 }

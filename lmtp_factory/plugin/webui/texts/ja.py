@@ -34,8 +34,18 @@ LABELS = {
     },
     "head_weight": {"label": "ヘッドの重み", "info": "次トークンの損失に対するヘッドの損失の重み。"},
     "train_lm_head": {"label": "LM ヘッドを学習", "info": "LM ヘッドもチューニングします（LoRA 使用時）。"},
+    "lmtp_export": {
+        "label": "L-MTP ヘッド",
+        "info": "ntp：ヘッドを含まない通常のモデル、heads：ヘッドも残し、L-MTP でより速くデコードできるモデル。",
+    },
+    "lmtp_decode": {
+        "label": "デコード方法",
+        "info": "ヘッドを持つモデルで有効。auto：ヘッドを使用、backward：後方参照、forward：論文の F-MTP、off：通常。",
+    },
 }
 
 ALERTS = {
+    "lmtp_answer": "{tokens} トークン、{speed} トークン/秒、tau {tau}（順伝播あたりのトークン数、{strategy}）",
+    "lmtp_drafted": "採用された下書きを表示",
     "lmtp_refused": "この設定では L-MTP を実行できません：",
 }

@@ -31,8 +31,18 @@ LABELS = {
     },
     "head_weight": {"label": "헤드 가중치", "info": "다음 토큰 손실에 대한 헤드 손실의 가중치."},
     "train_lm_head": {"label": "LM 헤드 학습", "info": "LM 헤드도 함께 튜닝합니다 (LoRA 사용 시)."},
+    "lmtp_export": {
+        "label": "L-MTP 헤드",
+        "info": "ntp: 헤드가 없는 일반 모델, heads: 같은 모델에 헤드를 포함하여 L-MTP로 더 빠르게 디코딩합니다.",
+    },
+    "lmtp_decode": {
+        "label": "디코딩",
+        "info": "헤드가 있는 모델에 적용됩니다. auto: 헤드 사용, backward: 되돌아보기, forward: F-MTP, off: 일반.",
+    },
 }
 
 ALERTS = {
+    "lmtp_answer": "{tokens} 토큰, {speed} 토큰/초, tau {tau} (순전파당 토큰 수, {strategy})",
+    "lmtp_drafted": "채택된 초안 보기",
     "lmtp_refused": "이 설정으로는 L-MTP를 실행할 수 없습니다:",
 }

@@ -27,8 +27,18 @@ LABELS = {
     },
     "head_weight": {"label": "预测头权重", "info": "预测头损失相对于下一词元损失的权重。"},
     "train_lm_head": {"label": "训练 LM 头", "info": "同时微调 LM 头（使用 LoRA 时）。"},
+    "lmtp_export": {
+        "label": "L-MTP 预测头",
+        "info": "ntp：不含预测头的普通模型；heads：同一模型并保留预测头，L-MTP 可更快解码。",
+    },
+    "lmtp_decode": {
+        "label": "解码方式",
+        "info": "用于带有预测头的模型。auto：使用预测头；backward：回看；forward：论文中的 F-MTP；off：普通解码。",
+    },
 }
 
 ALERTS = {
+    "lmtp_answer": "{tokens} 个词元，{speed} 词元/秒，tau {tau}（每次前向的词元数，{strategy}）",
+    "lmtp_drafted": "显示被接受的草稿",
     "lmtp_refused": "L-MTP 无法这样运行：",
 }
