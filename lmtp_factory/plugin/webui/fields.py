@@ -36,7 +36,8 @@ def train_arguments(manager: "Manager", data: dict, stage: int) -> dict[str, Any
         manager: the Board's, which knows components by their ids.
         data: component to value, as upstream's handlers get it.
     """
-    values = written({key: data.get(manager.get_elem_by_id(f"train.{key}")) for key in FIELDS[stage]})
+    fields = {name: component for name, component in manager.get_elem_iter() if name in FIELDS[stage]}
+    values = written({name: data.get(component) for name, component in fields.items()})
     if data[manager.get_elem_by_id("train.warmup_steps")]:  # the Trainer would let the ratio win
         values.pop("warmup_ratio", None)
     return values
