@@ -1,6 +1,7 @@
 """The L-MTP panel of the Train tab (``llamafactory.webui.components.train``), shown for the two stages only."""
 
 import functools
+import os
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -156,6 +157,8 @@ def tokens_predicted(label: str, num_heads: Any, leap_stride: Any, leap_offsets:
         arguments = FinetuningArguments(**keys)
         if stage_of(label) != 2 or not heads_from:
             return _in_words(arguments.heads_config())
+        if not os.path.isdir(heads_from):  # a hub id: known when it is loaded
+            return ""
         config = read_config(f"{heads_from}/{HEADS_FOLDER}")
         return arguments.contradicts(config) or _in_words(config)
     except LMTPError as error:

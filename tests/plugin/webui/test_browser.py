@@ -85,6 +85,9 @@ def set_up(page, model, data, stage, output):
     page.choose("compute_type", "fp32")
     page.fill("cutoff_len", 64)
     page.fill("gradient_accumulation_steps", 1)
+    page.tab.get_by_role("button", name=page.text("extra_tab")).click()
+    page.fill("extra_args", '{"optim": "adamw_torch", "preprocessing_num_workers": 1}')
+    page.tab.get_by_role("button", name=page.text("extra_tab")).click()
     page.enter("output_dir", output)
 
 
@@ -139,3 +142,87 @@ def test_the_whole_job(open_page, folder, llama, data, language):
         page.press("submit_btn")
         page.says(f"{strategy})" if language == "en" else f"{strategy}）", 60)
     page.shoot("chat")
+
+
+def test_other_stages_do_not_show_the_panel(open_page):
+    page = open_page("en", "dark")
+    panel = page.tab.get_by_role("button", name=page.text("lmtp_panel"))
+    assert not panel.is_visible()
+    page.shoot("plain")
+    page.choose("training_stage", STAGE1)
+    panel.wait_for()
+    page.choose("training_stage", "DPO")
+    panel.wait_for(state="hidden")
+    assert page.value("learning_rate") == "5e-5" and page.value("finetuning_type") == "lora"
+
+
+@pytest.mark.parametrize("language", ["en", "ru", "zh", "ko", "ja"])
+def test_the_panel_in_every_language(open_page, language):
+    page = open_page(language, "dark" if language in ("en", "ja") else "light")
+    for stage, own in ((STAGE1, "hidden_cache_dir"), (STAGE2, "head_weight")):
+        page.choose("training_stage", stage)
+        page.field(own).wait_for()
+        page.shoot(f"panel{STAGE_LABELS[stage][-1]}")
+
+
+def test_typed_values_stay_and_the_reach_is_told(open_page):
+    page = open_page()
+    page.fill("learning_rate", "2e-4")
+    page.choose("training_stage", STAGE1)
+    page.settle()
+    assert page.value("learning_rate") == "2e-4" and page.value("finetuning_type") == "full"
+    assert page.value("lmtp_reach") == "+1, +3, +5, +7"
+    page.fill("num_heads", 2)
+    pages.soon(lambda: page.value("lmtp_reach") == "+1, +3, +5", "the reach of two heads")
+    page.fill("num_heads", "")
+    pages.soon(lambda: page.value("lmtp_reach") == "+1, +3, +5, +7", "the reach of three heads")
+    page.fill("leap_offsets", "6,3")
+    pages.soon(lambda: "rising" in page.value("lmtp_reach") or "6" in page.value("lmtp_reach"), "a refusal")
+
+
+def test_arguments_are_saved_and_loaded(open_page, folder, llama, data):
+    page = open_page()
+    set_up(page, llama, data, STAGE2, "saved")
+    page.fill("leap_offsets", "2,3")
+    page.fill("head_weight", 0.2)
+    page.enter("config_path", "lmtp.yaml")
+    page.press("arg_save_btn")
+    page.says("lmtp.yaml")
+    pages.soon(lambda: (folder / "llamaboard_config" / "lmtp.yaml").is_file(), "saved arguments")
+
+    page = open_page()
+    page.enter("config_path", "lmtp.yaml")
+    page.press("arg_load_btn")
+    page.field("head_weight").wait_for()
+    page.settle()
+    assert (page.value("leap_offsets"), page.value("head_weight")) == ("2,3", "0.2")
+    assert page.value("learning_rate") == "1e-5"
+    page.tab.get_by_label("tiny").or_(page.tab.get_by_text("tiny", exact=True)).first.wait_for()
+
+
+def test_a_refusal_is_readable(open_page, llama, data):
+    page = open_page()
+    set_up(page, llama, data, STAGE1, "refused")
+    page.choose("finetuning_type", "lora")
+    page.settle()
+    page.press("start_btn")
+    page.says("L-MTP cannot run like this:", TRAINS_WITHIN)
+    page.says("Stage 1 trains only the heads")
+    page.shoot("refused")
+    page.choose("finetuning_type", "full")
+    page.fill("leap_offsets", "6,3")
+    page.press("cmd_preview_btn")
+    page.shoot("refused_at_once")
+
+
+def test_a_run_is_shown_live_and_stopped(open_page, llama, data):
+    page = open_page("en", "dark")
+    set_up(page, llama, data, STAGE1, "a_run_with_a_name_that_is_longer_than_most_people_would_write_it")
+    page.fill("num_train_epochs", "500")
+    page.press("start_btn")
+    page.tab.get_by_text("Running ").first.wait_for(timeout=1000 * TRAINS_WITHIN)
+    page.tab.locator("img[src*='image'], .plot-container img, [data-testid='matplotlib'] img").first.wait_for()
+    page.settle()
+    page.shoot("live")
+    page.press("stop_btn")
+    page.says(page.alert("info_aborted"), 60)

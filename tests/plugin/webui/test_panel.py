@@ -139,7 +139,9 @@ def test_the_panel_tells_how_far_the_heads_look(folder):
     run = str(finished(folder))
     assert panel.tokens_predicted(STAGE2, None, None, "", run) == "+1, +4, +7"
     assert "the heads have 2" in panel.tokens_predicted(STAGE2, 3, None, "", run)
-    assert "nowhere" in panel.tokens_predicted(STAGE2, None, None, "", "nowhere")
+    assert panel.tokens_predicted(STAGE2, None, None, "", "somebody/heads") == ""  # of the hub
+    (folder / "empty").mkdir()
+    assert "empty" in panel.tokens_predicted(STAGE2, None, None, "", "empty")
 
 
 def test_choosing_an_lmtp_stage_keeps_the_dataset(board):
