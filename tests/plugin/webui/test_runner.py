@@ -162,7 +162,8 @@ def test_a_real_refusal_is_found(llama, data, tmp_path):
     "edit",
     [
         "module.create_train_tab = lambda: None",  # noticed when the module is extended
-        "import gradio; gradio.Number = None",  # noticed when the page is built
+        "from lmtp_factory.plugin.webui import panel; panel.LMTPConfig = None",  # when the panel is built
+        "from lmtp_factory.plugin.webui import panel; panel.place_before = None",  # when it finds its place
     ],
 )
 def test_a_board_that_does_not_fit_is_upstreams(edit):
