@@ -61,14 +61,25 @@ class Page:
         self.tab.set_default_timeout(20_000)
         self.errors: list[str] = []
         self.tab.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.screenshots, self.language, self.theme = screenshots, "en", theme
+        self.screenshots, self.theme = screenshots, theme
         self.tab.goto(f"{address}/?__theme={theme}", wait_until="domcontentloaded")
         self.tab.get_by_role("tab").first.wait_for()
-        # The page asks for saved settings when it is loaded; what is filled in before would be lost.
+        # The page asks for saved settings when it is loaded, and comes in the language that was chosen last; what is
+        # filled in before would be lost.
+        self.language = soon(self._language, "a language")
         soon(lambda: self.value("output_dir"), "an output name")
         self.choose("lang", language)
         self.language = language
         self.tab.get_by_text(self.text("dataset_dir")).first.wait_for()
+
+    def _language(self) -> str | None:
+        """That of the labels that the page shows now."""
+        from llamafactory.webui.locales import LOCALES
+
+        for language, text in LOCALES["lang"].items():
+            if self.tab.locator(f'input[aria-label="{text["label"]}"]').is_visible():
+                return language
+        return None
 
     def text(self, name: str, kind: str = "label") -> str:
         """Upstream's or our own text for a component."""
@@ -106,13 +117,13 @@ class Page:
 
     def choose(self, name: str, value: str) -> None:
         """Pick from a dropdown; one that takes several gets one more."""
-        field = self.field(name)
+        field, box = self.field(name), self.tab.locator(".wrap", has=self.field(name)).last
         field.click()
-        option = self.tab.get_by_role("option", name=value, exact=True)
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception):  # some only offer, others search too
             field.fill(value, timeout=1000)
-        option.first.click()
+        self.tab.get_by_role("option", name=value, exact=True).first.click()
         self.tab.keyboard.press("Escape")
+        soon(lambda: field.input_value() == value or value in box.inner_text(), f"{value} as {name}")
 
     def enter(self, name: str, value: str) -> None:
         """Type into a dropdown what it may not offer."""

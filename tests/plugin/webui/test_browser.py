@@ -151,8 +151,10 @@ def test_other_stages_do_not_show_the_panel(open_page):
     page.shoot("plain")
     page.choose("training_stage", STAGE1)
     panel.wait_for()
+    page.settle()
     page.choose("training_stage", "DPO")
     panel.wait_for(state="hidden")
+    page.settle()
     assert page.value("learning_rate") == "5e-5" and page.value("finetuning_type") == "lora"
 
 
