@@ -9,6 +9,10 @@ from .. import hooks
 from ..trainer_log import head_metrics
 
 
+# Inches; the viewer is a narrow column, so a smaller figure means larger letters. Its label lies on the figure's top.
+_SIZE, _BELOW_LABEL = (5, 11), 0.95
+
+
 def extend_control(control: ModuleType) -> None:
     """Let the loss viewer show the heads too, where the log has some."""
     upstream = hooks.expect(control, "gen_loss_plot", "trainer_log")
@@ -24,8 +28,8 @@ def extend_control(control: ModuleType) -> None:
             rows = figure.add_gridspec(3, 1)
             figure.axes[0].set_subplotspec(rows[0])
             draw_curves(curves, [figure.add_subplot(rows[1]), figure.add_subplot(rows[2])])
-            figure.set_size_inches(6.4, 12)
-            figure.set_layout_engine("constrained")
+            figure.set_size_inches(_SIZE)
+            figure.set_layout_engine("constrained", rect=(0, 0, 1, _BELOW_LABEL))
         return figure
 
     control.gen_loss_plot = gen_loss_plot

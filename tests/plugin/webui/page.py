@@ -17,6 +17,7 @@ from lmtp_factory.plugin.webui import locales
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 STARTS_WITHIN = 120
+WIDTH, HIGHEST = 1440, 3200  # of a screenshot
 
 
 @contextlib.contextmanager
@@ -56,7 +57,7 @@ class Page:
     def __init__(
         self, browser, address: str, language: str = "en", theme: str = "light", screenshots: Path | None = None
     ):
-        self.tab = browser.new_page(viewport={"width": 1440, "height": 1000})
+        self.tab = browser.new_page(viewport={"width": WIDTH, "height": 1000})
         self.tab.route(re.compile(r"^(?!http://127\.0\.0\.1).*"), lambda route: route.abort())  # fonts
         self.tab.set_default_timeout(20_000)
         self.errors: list[str] = []
@@ -162,11 +163,13 @@ class Page:
         self.tab.get_by_text(text).locator("visible=true").first.wait_for(timeout=1000 * seconds)
 
     def shoot(self, name: str) -> None:
-        """Keep a picture of the whole page."""
+        """Keep a picture of the page, as far down as something but a long log is to be seen."""
         if self.screenshots is not None:
             self.tab.wait_for_timeout(500)
             path = self.screenshots / f"{name}_{self.language}_{self.theme}.png"
-            self.tab.screenshot(path=path, full_page=True)
+            height = min(self.tab.evaluate("document.documentElement.scrollHeight"), HIGHEST)
+            clip = {"x": 0, "y": 0, "width": WIDTH, "height": height}
+            self.tab.screenshot(path=path, full_page=True, clip=clip)
 
 
 def soon(condition, what: str, seconds: float = 20):

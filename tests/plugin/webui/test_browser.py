@@ -91,9 +91,12 @@ def set_up(page, model, data, stage, output):
     page.enter("output_dir", output)
 
 
-def run(page, seconds=TRAINS_WITHIN):
+def run(page, output):
+    """Start, and wait for the end of the run that writes to ``output``."""
     page.press("start_btn")
-    page.says(page.alert("info_finished"), seconds)
+    pages.soon(lambda: (output / "train_results.json").is_file(), "to the end of training", TRAINS_WITHIN)
+    page.says(page.alert("info_finished"), 30)
+    page.settle()
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
@@ -105,9 +108,9 @@ def test_the_whole_job(open_page, folder, llama, data, language):
     page.press("cmd_preview_btn")
     page.says("--num_heads 2")
     page.shoot("preview")
-    run(page)
-    page.shoot("stage1")
     warm = folder / "saves" / "Custom" / "full" / f"warm_{language}"
+    run(page, warm)
+    page.shoot("stage1")
     assert (warm / "lmtp" / "model.safetensors").is_file()
     log = [json.loads(line) for line in (warm / "trainer_log.jsonl").read_text().splitlines()]
     assert "loss_head_2" in log[0]
@@ -119,9 +122,10 @@ def test_the_whole_job(open_page, folder, llama, data, language):
     assert page.value("stage1_pretrained_path") == run_dir
     assert run_dir in page.options("stage1_pretrained_path")
     page.enter("output_dir", f"tuned_{language}")
-    run(page)
+    tuned = folder / "saves" / "Custom" / "lora" / f"tuned_{language}"
+    run(page, tuned)
     page.shoot("stage2")
-    assert (folder / "saves" / "Custom" / "lora" / f"tuned_{language}" / "lmtp" / "model.safetensors").is_file()
+    assert (tuned / "lmtp" / "model.safetensors").is_file()
 
     page.choose("checkpoint_path", f"tuned_{language}")
     page.open_tab("Export")
