@@ -232,3 +232,25 @@ def test_a_run_is_shown_live_and_stopped(open_page, llama, data):
     page.shoot("live")
     page.press("stop_btn")
     page.says(page.alert("info_aborted"), 60)
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_accepted_drafts_are_shown(open_page, ending, theme):
+    """A heads export, loaded without any checkpoint."""
+    page = open_page("en", theme)
+    page.choose("model_name", "Custom")
+    page.settle()
+    page.fill("model_path", ending)
+    page.choose("template", "qwen")
+    page.open_tab("Chat")
+    page.fill("extra_args", '{"do_sample": false}')
+    page.press("load_btn")
+    page.says(page.alert("info_loaded"), 60)
+    page.write("query", "what does a frog do?")
+    page.press("submit_btn")
+    page.says("backward)", 60)
+    page.tab.locator(".lmtp-answer summary").click()
+    page.tab.locator(".lmtp-drafted").first.wait_for()
+    page.shoot("drafts")
+    page.press("unload_btn")
+    page.says(page.alert("info_unloaded"))
