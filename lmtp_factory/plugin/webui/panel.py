@@ -84,6 +84,7 @@ class Panel:
                 leap_stride = gr.Number(value=None, minimum=1, precision=0, placeholder=str(fresh.stride))
                 leap_offsets = gr.Textbox()
                 reach = gr.Textbox(value=_in_words(fresh), interactive=False)
+            self.problem = gr.Markdown(visible=False)
             with gr.Row():
                 head_kind = gr.Dropdown(choices=[AUTO, *HEAD_KINDS], value=AUTO)
                 head_layers = gr.Number(value=None, minimum=1, precision=0, placeholder=str(fresh.head_layers))
@@ -130,7 +131,9 @@ class Panel:
 
         geometry = [self.fields[key] for key in ("num_heads", "leap_stride", "leap_offsets", "stage1_pretrained_path")]
         for component in (stage, *geometry):
-            component.change(tokens_predicted, [stage, *geometry], [self.elements["lmtp_reach"]], queue=False)
+            component.change(
+                check_geometry, [stage, *geometry], [self.elements["lmtp_reach"], self.problem], queue=False
+            )
 
     @staticmethod
     def show(label: str) -> list:
@@ -148,21 +151,34 @@ def list_runs(model_name: str | None, model_path: str | None) -> dict:
     return gr.update(choices=["", *finished_stage1_runs(model_name, model_path)])
 
 
+def check_geometry(*values) -> tuple[str, dict]:
+    """How far ahead the heads look, and the line that says why there can be no such heads."""
+    import gradio as gr
+
+    try:
+        return tokens_predicted(*values), gr.update(visible=False)
+    except LMTPError as error:
+        return "", gr.update(value=f"⚠ {error}", visible=True)
+
+
 def tokens_predicted(label: str, num_heads: Any, leap_stride: Any, leap_offsets: str, heads_from: str | None) -> str:
-    """How far ahead the heads look that these fields describe, or why there are no such heads."""
+    """How far ahead the heads look that these fields describe; empty where only the hub knows.
+
+    Raises:
+        LMTPError: impossible offsets, or others than the heads in ``heads_from`` have.
+    """
     from llamafactory.hparams import FinetuningArguments
 
     keys = written({"num_heads": num_heads, "leap_stride": leap_stride, "leap_offsets": leap_offsets})
-    try:
-        arguments = FinetuningArguments(**keys)
-        if stage_of(label) != 2 or not heads_from:
-            return _in_words(arguments.heads_config())
-        if not os.path.isdir(heads_from):  # a hub id: known when it is loaded
+    arguments = FinetuningArguments(**keys)
+    config = arguments.heads_config()
+    if stage_of(label) == 2 and heads_from:
+        if not os.path.isdir(heads_from):
             return ""
         config = read_config(f"{heads_from}/{HEADS_FOLDER}")
-        return arguments.contradicts(config) or _in_words(config)
-    except LMTPError as error:
-        return str(error)
+        if difference := arguments.contradicts(config):
+            raise LMTPError(f"The heads in {heads_from} do not fit: {difference}.")
+    return _in_words(config)
 
 
 def _in_words(config: LMTPConfig) -> str:

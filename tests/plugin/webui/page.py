@@ -118,13 +118,16 @@ class Page:
 
     def choose(self, name: str, value: str) -> None:
         """Pick from a dropdown; one that takes several gets one more."""
-        field, box = self.field(name), self.tab.locator(".wrap", has=self.field(name)).last
+        field = self.field(name).element_handle()  # by itself: a choice of the language changes its label
         field.click()
         with contextlib.suppress(Exception):  # some only offer, others search too
             field.fill(value, timeout=1000)
         self.tab.get_by_role("option", name=value, exact=True).first.click()
         self.tab.keyboard.press("Escape")
-        soon(lambda: field.input_value() == value or value in box.inner_text(), f"{value} as {name}")
+        chosen = (
+            "(input, value) => input.value === value || input.parentElement.parentElement.innerText.includes(value)"
+        )
+        soon(lambda: field.evaluate(chosen, value), f"{value} as {name}")
 
     def enter(self, name: str, value: str) -> None:
         """Type into a dropdown what it may not offer."""
@@ -145,6 +148,13 @@ class Page:
     def write(self, name: str, value: str) -> None:
         """Type into a box that shows a placeholder instead of a label."""
         self.tab.get_by_placeholder(self.text(name, "placeholder")).locator("visible=true").first.fill(value)
+
+    def load_model(self) -> None:
+        """In the Chat tab, until one can write to the model."""
+        self.open_tab("Chat")
+        self.press("load_btn")
+        query = self.tab.get_by_placeholder(self.text("query", "placeholder"))
+        query.locator("visible=true").first.wait_for(timeout=60_000)
 
     def settle(self) -> None:
         """Let the handlers of a change that has just been made end."""

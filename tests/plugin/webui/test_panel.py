@@ -132,16 +132,21 @@ def test_finished_warm_ups_of_the_chosen_model(folder):
 
 
 def test_the_panel_tells_how_far_the_heads_look(folder):
-    assert panel.tokens_predicted(STAGE1, None, None, "", "") == "+1, +3, +5, +7"
-    assert panel.tokens_predicted(STAGE1, 2, 1, "", None) == "+1, +2, +3"
-    assert panel.tokens_predicted(STAGE1, None, None, "2,3,6", "") == "+1, +2, +3, +6"
-    assert "leap_offsets" in panel.tokens_predicted(STAGE1, None, None, "two", "")
+    def told(*values):
+        reach, problem = panel.check_geometry(*values)
+        assert problem["visible"] == (not reach) or values[-1] == "somebody/heads"
+        return reach or problem.get("value", "")
+
+    assert told(STAGE1, None, None, "", "") == "+1, +3, +5, +7"
+    assert told(STAGE1, 2, 1, "", None) == "+1, +2, +3"
+    assert told(STAGE1, None, None, "2,3,6", "") == "+1, +2, +3, +6"
+    assert "leap_offsets" in told(STAGE1, None, None, "two", "")
     run = str(finished(folder))
-    assert panel.tokens_predicted(STAGE2, None, None, "", run) == "+1, +4, +7"
-    assert "the heads have 2" in panel.tokens_predicted(STAGE2, 3, None, "", run)
-    assert panel.tokens_predicted(STAGE2, None, None, "", "somebody/heads") == ""  # of the hub
+    assert told(STAGE2, None, None, "", run) == "+1, +4, +7"
+    assert "the heads have 2" in told(STAGE2, 3, None, "", run)
+    assert told(STAGE2, None, None, "", "somebody/heads") == ""  # of the hub
     (folder / "empty").mkdir()
-    assert "empty" in panel.tokens_predicted(STAGE2, None, None, "", "empty")
+    assert "empty" in told(STAGE2, None, None, "", "empty")
 
 
 def test_choosing_an_lmtp_stage_keeps_the_dataset(board):
