@@ -7,6 +7,7 @@ from pathlib import Path
 
 import page as pages
 import pytest
+import talkers
 
 from lmtp_factory.plugin.stages import STAGE_LABELS
 
@@ -45,6 +46,12 @@ def screenshots(tmp_path_factory):
     folder = Path(named) if named else tmp_path_factory.mktemp("screenshots")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+@pytest.fixture(scope="module")
+def speaking(tmp_path_factory):
+    """A heads export that speaks English."""
+    return talkers.speaking(tmp_path_factory.mktemp("models") / "speaking")
 
 
 @pytest.fixture(scope="module")
@@ -239,12 +246,12 @@ def test_a_run_is_shown_live_and_stopped(open_page, llama, data):
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_accepted_drafts_are_shown(open_page, ending, theme):
+def test_accepted_drafts_are_shown(open_page, speaking, theme):
     """A heads export, loaded without any checkpoint."""
     page = open_page("en", theme)
     page.choose("model_name", "Custom")
     page.settle()
-    page.fill("model_path", ending)
+    page.fill("model_path", speaking)
     page.choose("template", "qwen")
     page.open_tab("Chat")
     page.fill("extra_args", '{"do_sample": false}')
@@ -254,6 +261,8 @@ def test_accepted_drafts_are_shown(open_page, ending, theme):
     page.says("backward)", 60)
     page.tab.locator(".lmtp-answer summary").click()
     page.tab.locator(".lmtp-drafted").first.wait_for()
+    page.says("a frog leaps over the old stone")
+    page.tab.get_by_text("non-instruct").wait_for(state="hidden")
     page.shoot("drafts")
     page.press("unload_btn")
     page.settle()
