@@ -11,7 +11,7 @@ from ...files import HEADS_FOLDER
 from ...modeling.checkpoint import read_config
 from .. import hooks
 from ..arguments import LMTPArguments
-from .fields import ALL_FIELDS, AUTO, stage_of, written
+from .fields import AUTO, stage_of, written
 from .runs import finished_stage1_runs
 from .suggestions import Suggestions
 from .wiring import place_before
@@ -102,7 +102,6 @@ class Panel:
             head_layers=head_layers, head_decay=head_decay, warmup_ratio=warmup_ratio, hidden_cache_dir=hidden_cache_dir,
             stage1_pretrained_path=stage1_pretrained_path, head_weight=head_weight, train_lm_head=train_lm_head,
         )  # fmt: skip
-        assert set(self.fields) == set(ALL_FIELDS)
         self.inputs = set(self.fields.values())
         self.elements = {"lmtp_panel": self.accordion, "lmtp_about": about, "lmtp_reach": reach, **self.fields}
 

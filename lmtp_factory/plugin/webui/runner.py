@@ -22,6 +22,7 @@ def extend_runner(module: ModuleType) -> None:
     upstream = hooks.expect(module, "Runner")
     hooks.expect(upstream, "_initialize", "data", "do_train", "from_preview")
     hooks.expect(upstream, "_parse_train_args", "data")
+    hooks.expect(upstream, "_parse_eval_args", "data")
     hooks.expect(upstream, "_build_config_dict", "data")
     hooks.expect(upstream, "monitor")
     get_trainer_info = hooks.expect(module, "get_trainer_info", "lang", "output_path", "do_train")
@@ -62,9 +63,18 @@ def extend_runner(module: ModuleType) -> None:
             args |= {k: v for k, v in train_arguments(self.manager, data, stage).items() if k not in args}
             if stage == 1 and not args.get("packing"):
                 args.pop("packing", None)  # left out, stage 1 packs its batches
-            if holds_only_heads(args["model_name_or_path"]):  # a checkpoint for upstream, but not a model
-                args.setdefault("stage1_pretrained_path", args["model_name_or_path"])
-                args["model_name_or_path"] = self._value(data, "top.model_path")
+            return self._with_base(args, data)
+
+        def _parse_eval_args(self, data):
+            return self._with_base(super()._parse_eval_args(data), data)
+
+        def _with_base(self, args: dict, data: dict) -> dict:
+            chosen = args["model_name_or_path"]
+            if holds_only_heads(chosen):  # a checkpoint for upstream, but not a model
+                args |= {
+                    "model_name_or_path": self._value(data, "top.model_path"),
+                    "stage1_pretrained_path": args.get("stage1_pretrained_path", chosen),
+                }
             return args
 
         def _build_config_dict(self, data):

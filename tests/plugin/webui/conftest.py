@@ -30,17 +30,19 @@ class Board:
         return self.engine.manager.get_elem_by_id(id)
 
     def data(self, stage: str, **values) -> dict:
-        """What a button's handler gets: every component's value, some of them changed (``top__lang="en"``)."""
-        fixed = {
-            "top__lang": "en",
-            "top__model_name": "Custom",
-            "top__model_path": "some/model",
-            "train__training_stage": stage,
-            "train__dataset": ["tiny"],
-            "train__output_dir": "run",
-            "train__config_path": "saved.yaml",
-        }
-        inputs = next(fn for fn in self.blocks.fns.values() if fn.name == "preview_train").inputs
+        """What a button of the Train tab gets: its inputs' values, some of them changed (``top__lang="en"``)."""
+        fixed = dict(
+            train__training_stage=stage, train__dataset=["tiny"], train__output_dir="run", train__config_path="saved.yaml"
+        )  # fmt: skip
+        return self._inputs("preview_train", fixed | values)
+
+    def evaluation_data(self, **values) -> dict:
+        """The same for the Evaluate tab."""
+        return self._inputs("preview_eval", values)
+
+    def _inputs(self, handler: str, values: dict) -> dict:
+        fixed = dict(top__lang="en", top__model_name="Custom", top__model_path="some/model")
+        inputs = next(fn for fn in self.blocks.fns.values() if fn.name == handler).inputs
         data = {component: component.value for component in inputs}
         return data | {self.component(id.replace("__", ".")): value for id, value in (fixed | values).items()}
 

@@ -71,9 +71,13 @@ def test_a_warm_up_chosen_as_checkpoint_is_no_model(board, folder):
     heads = folder / "saves" / "Custom" / "full" / "warm" / "lmtp"
     heads.mkdir(parents=True)
     (heads / "model.safetensors").touch()
-    args = arguments(board, STAGE2, top__finetuning_type="full", top__checkpoint_path="warm")
-    assert args["model_name_or_path"] == "some/model"
-    assert args["stage1_pretrained_path"] == "saves/Custom/full/warm"
+    chosen = dict(top__finetuning_type="full", top__checkpoint_path="warm")
+    evaluation = dict(eval__dataset=["tiny"], eval__output_dir="scores", eval__max_samples="10")
+    data = board.data(STAGE2, **chosen) | board.evaluation_data(**chosen, **evaluation)
+    for parse in (board.engine.runner._parse_train_args, board.engine.runner._parse_eval_args):
+        args = parse(data)
+        assert args["model_name_or_path"] == "some/model"
+        assert args["stage1_pretrained_path"] == "saves/Custom/full/warm"
 
 
 @pytest.mark.parametrize("stage", [STAGE1, STAGE2])
