@@ -241,6 +241,10 @@ def test_a_run_is_shown_live_and_stopped(open_page, llama, data):
     page.tab.locator("img[src*='image'], .plot-container img, [data-testid='matplotlib'] img").first.wait_for()
     page.settle()
     page.shoot("live")
+    page.tab.reload()  # somebody comes back to a run
+    page.tab.get_by_text("Running ").first.wait_for(timeout=60_000)
+    page.field("num_heads").wait_for()
+    assert page.value("training_stage") == STAGE1
     page.press("stop_btn")
     page.says(page.alert("info_aborted"), 60)
 
