@@ -366,7 +366,9 @@ def test_webchat_answers(ending, expected, streamed, lines, tmp_path, monkeypatc
         )
     finally:
         demo.close()
-    assert chatbot[-1]["content"] == streamed[FIRST]
+    answer, _, told = chatbot[-1]["content"].rpartition("\n\n")
+    assert answer == streamed[FIRST]
+    assert "lmtp-answer" in told and f"{expected[FIRST]['response_length']} tokens, " in told
     assert lines[-1].startswith(f"Answered with {expected[FIRST]['response_length']} tokens, ")
 
 
