@@ -251,9 +251,7 @@ def test_a_manifest_being_written_is_no_foreign_file(tmp_path, plan):
 @pytest.mark.parametrize("name", ["file", "file/below"])
 def test_folder_that_cannot_be_made(tmp_path, plan, name):
     (tmp_path / "file").touch()
-    with pytest.raises(
-        LMTPError, match=r"file.*` cannot hold .* \(Not a directory\): name another folder"
-    ):
+    with pytest.raises(LMTPError, match=r"file.*` cannot hold .* \(Not a directory\): name another folder"):
         HiddenCache.open(tmp_path / name, plan, FACTS)
 
 
