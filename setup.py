@@ -49,6 +49,7 @@ setup(
             "tensorboard",
             "bitsandbytes",
             "ray",
+            "playwright",
             *PREDICT,
         ],
     },

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     seams = {} if versions["llamafactory"] is None or autoload.is_disabled() else _seams()
     if seams:
         print("Seams into LLaMA-Factory")
-        purposes = {seam.name: seam.purpose for seam in hooks.SEAMS}
+        purposes = {seam.name: seam.purpose for seam in (*hooks.SEAMS, *hooks.BOARD_SEAMS)}
         for name, reason in seams.items():
             print(f"  {'attached' if reason is None else 'MISSING '}  {name:<44} {purposes[name]}")
             if reason is not None:
@@ -91,7 +91,7 @@ def _autoload_problems() -> Iterator[str]:
 def _seams() -> dict[str, str | None]:
     if find_spec("torch") is not None:
         import torch  # noqa: F401  attaches the hooks, as in every program
-    return hooks.attach_all()
+    return hooks.attach_all((*hooks.SEAMS, *hooks.BOARD_SEAMS))
 
 
 def _device() -> str:

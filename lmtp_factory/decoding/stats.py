@@ -22,6 +22,7 @@ class DecodeStats:
         steps: forwards after the prefill, each counted once for every row that it served.
         accepted: for each level of the trees, how many steps accepted it.
         nodes: verified, roots counted.
+        advances: for each of the steps, how many tokens it brought; all but the last of them were drafted.
         seconds: time of the whole generation, and of each of its phases; the device is waited for only with ``profile``.
         profile: wait for the device at every phase's end, so that phases on a GPU are timed and not just launched.
     """
@@ -32,6 +33,7 @@ class DecodeStats:
     steps: int = 0
     nodes: int = 0
     accepted: list[int] = field(default_factory=list)
+    advances: list[int] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("total", "prefill", *PHASES), 0.0))
     profile: bool = False
 
@@ -54,6 +56,7 @@ class DecodeStats:
         for branch in filter(None, branches):
             self.steps += 1
             self.nodes += nodes
+            self.advances.append(len(branch))
             self.accepted.extend([0] * (len(branch) - 1 - len(self.accepted)))
             for level in range(len(branch) - 1):
                 self.accepted[level] += 1

@@ -28,7 +28,12 @@ def draw_head_curves(curves: Mapping[str, Sequence[tuple[int, float]]], path: st
     """
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 2)
+    draw_curves(curves, figure.subplots(1, 2))
+    figure.savefig(path, dpi=100)
+
+
+def draw_curves(curves: Mapping[str, Sequence[tuple[int, float]]], panels: Sequence["Axes"]) -> None:
+    """The same on two panels, the first for losses and the second for accuracies."""
     for name, points in curves.items():
         head = int(name.rsplit("_", 1)[1])
         is_accuracy, is_eval = "acc_head" in name, name.startswith("eval_")
@@ -44,7 +49,6 @@ def draw_head_curves(curves: Mapping[str, Sequence[tuple[int, float]]], path: st
         panel.grid(alpha=0.3)
         if panel.lines:
             panel.legend()
-    figure.savefig(path, dpi=100)
 
 
 def draw_head_bars(scores: Mapping[str, "HeadScores"], path: str | os.PathLike) -> None:

@@ -11,6 +11,7 @@ import inspect
 import threading
 import time
 from contextlib import aclosing
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -50,12 +51,12 @@ def extend_engine(module: ModuleType) -> None:
         return responses
 
     @functools.wraps(stream_chat)
-    async def stream_chat_with_heads(self, *args, **kwargs):
+    async def stream_chat_with_heads(self, *args, lmtp_wish: Wish | None = None, **kwargs):
         if heads_of(self.model) is None:
             async for text in stream_chat(self, *args, **kwargs):
                 yield text
             return
-        answer = Answer(self.model, Reader())
+        answer = Answer(self.model, Reader(), lmtp_wish)
         async with aclosing(stream_chat(answer.engine(self), *args, **kwargs)) as texts:
             try:
                 async for text in texts:
@@ -85,6 +86,21 @@ def extend_chat_model(module: ModuleType) -> None:
     module.run_chat = run_chat
 
 
+@dataclass
+class Wish:
+    """How somebody wants one streamed answer, and what came of it.
+
+    Attributes:
+        strategy: to decode with; ``auto`` takes what the model was loaded with.
+        stats: of the answer, once it has ended.
+        tokens: the answer's ids, once it has ended; empty where ``generate`` failed.
+    """
+
+    strategy: str = "auto"
+    stats: DecodeStats | None = None
+    tokens: list[int] = field(default_factory=list)
+
+
 class Reader(StoppingCriteria):
     """Ends a generation once the consumer of its stream has gone away."""
 
@@ -103,8 +119,8 @@ class Answer:
         finished: set when ``generate`` has ended, in the thread where upstream runs it.
     """
 
-    def __init__(self, model: nn.Module, reader: Reader | None = None):
-        self.model, self.reader = model, reader
+    def __init__(self, model: nn.Module, reader: Reader | None = None, wish: Wish | None = None):
+        self.model, self.reader, self.wish = model, reader, wish or Wish()
         self.stats, self.finished = DecodeStats(), threading.Event()
 
     def __getattr__(self, name: str) -> Any:
@@ -120,13 +136,18 @@ class Answer:
         """The model's, counted."""
         if self.reader is not None:
             kwargs["stopping_criteria"] = StoppingCriteriaList([self.reader])
+        if self.wish.strategy != "auto":
+            kwargs["lmtp_decode"] = self.wish.strategy
         started = time.perf_counter()
         try:
             output = self.model.generate(**kwargs, lmtp_stats=self.stats)
-            if not self.stats.tokens and isinstance(output, Tensor):  # stock generate counts nothing
-                self.stats.rows = len(output)
-                self.stats.tokens = output[:, kwargs["inputs"].shape[1] :].numel()
+            new = output[:, kwargs["inputs"].shape[1] :] if isinstance(output, Tensor) else None
+            if not self.stats.tokens and new is not None:  # stock generate counts nothing
+                self.stats.rows = len(new)
+                self.stats.tokens = new.numel()
                 self.stats.seconds["total"] = time.perf_counter() - started
+            if new is not None:
+                self.wish.stats, self.wish.tokens = self.stats, new[0].tolist()
         finally:
             self.finished.set()
         if self.reader is not None and self.reader.gone.is_set():

@@ -2,16 +2,18 @@
 
 Each seam names a module of LLaMA-Factory and a function of ours that extends it. The function runs right after the
 module's own code, before any importer can copy a name out of it. Whatever goes wrong is recorded and told on stderr,
-but leaves LLaMA-Factory working; :func:`require_all` then refuses L-MTP stages (they never train plain SFT instead).
+but leaves LLaMA-Factory working; :func:`require_all` then refuses L-MTP stages (they never train plain SFT instead). The
+seams of LLaMA Board stand apart: training neither needs nor imports them.
 
 Standard library only: see :mod:`.autoload`.
 """
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 from ..errors import LMTPError
 
@@ -52,7 +54,19 @@ SEAMS = (
     Seam("chat.chat_model", "chat:extend_chat_model", "log lines between the answers of chat"),
 )
 
-_seams = {seam.name: seam for seam in SEAMS}
+# What the web UI shows. Where one is missing the Board is upstream's own in that place, and training goes on.
+BOARD_SEAMS = (
+    Seam("webui.locales", "webui.locales:extend_locales", "labels and explanations in five languages"),
+    Seam("webui.control", "webui.curves:extend_control", "per-head curves while the Board trains"),
+    Seam("webui.css", "webui.answer:extend_css", "the look of what is told about an answer"),
+    Seam("webui.runner", "webui.runner:extend_runner", "commands and saved arguments of the two stages"),
+    Seam("webui.components.train", "webui.panel:extend_train", "the L-MTP panel of the Train tab"),
+    Seam("webui.components.export", "webui.export:extend_export", "export with the heads from the Export tab"),
+    Seam("webui.components.chatbot", "webui.chat:extend_chatbot", "the decoding switch of the Chat tab"),
+    Seam("webui.chatter", "webui.chat:extend_chatter", "speed and drafted tokens of an answer"),
+)
+
+_seams = {seam.name: seam for seam in (*SEAMS, *BOARD_SEAMS)}
 _attached: set[str] = set()
 _failures: dict[str, str] = {}
 _waiting: list[Seam] = []  # their modules were being imported when we were installed
@@ -100,7 +114,7 @@ def install() -> None:
     if any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return
     sys.meta_path.insert(0, _Finder())
-    _waiting.extend(seam for seam in SEAMS if seam.name in sys.modules)
+    _waiting.extend(seam for seam in _seams.values() if seam.name in sys.modules)
     settle()
 
 
@@ -131,7 +145,7 @@ def _extend(seam: Seam, module: ModuleType) -> None:
         extend: Callable[[ModuleType], None] = getattr(importlib.import_module(f".{file}", __package__), function)
         extend(module)
     except Exception as error:
-        _fail(seam, f"{type(error).__name__}: {error}")
+        fail(seam.name, error)
     else:
         _attached.add(seam.name)
         _failures.pop(seam.name, None)
@@ -140,10 +154,13 @@ def _extend(seam: Seam, module: ModuleType) -> None:
 def _fail(seam: Seam, reason: str) -> None:
     _failures[seam.name] = reason
     _attached.discard(seam.name)  # a module that is reloaded comes back without its extension
-    print(
-        f"lmtp_factory: cannot extend {seam.name} of LLaMA-Factory {version()} ({reason}); L-MTP stages are off.",
-        file=sys.stderr,
-    )
+    lost = "LLaMA Board goes on without it" if seam in BOARD_SEAMS else "L-MTP stages are off"
+    print(f"lmtp_factory: cannot extend {seam.name} of LLaMA-Factory {version()} ({reason}); {lost}.", file=sys.stderr)
+
+
+def fail(name: str, error: Exception) -> None:
+    """Record that a seam which had attached turned out not to fit."""
+    _fail(_seams[name], f"{type(error).__name__}: {error}")
 
 
 def version() -> str:
@@ -156,9 +173,9 @@ def version() -> str:
         return "(not installed)"
 
 
-def attach_all() -> dict[str, str | None]:
-    """Import every seam's module. Each seam's name with None where it is attached, else the reason why not."""
-    for seam in SEAMS:
+def attach_all(seams: Iterable[Seam] = SEAMS) -> dict[str, str | None]:
+    """Import the seams' modules. Each seam's name with None where it is attached, else the reason why not."""
+    for seam in seams:
         if seam.name in _attached or seam.name in _failures:
             continue
         try:
@@ -168,11 +185,11 @@ def attach_all() -> dict[str, str | None]:
             _failures[seam.name] = f"{type(error).__name__}: {error}"
         if seam.name not in _attached:
             _failures.setdefault(seam.name, "its hook did not run")
-    return {seam.name: None if seam.name in _attached else _failures[seam.name] for seam in SEAMS}
+    return {seam.name: None if seam.name in _attached else _failures[seam.name] for seam in seams}
 
 
 def require_all() -> None:
-    """Refuse to go on unless every seam is attached.
+    """Refuse to go on unless every seam that training needs is attached.
 
     Raises:
         LMTPError: naming LLaMA-Factory's version and each seam that is missing.
@@ -185,16 +202,21 @@ def require_all() -> None:
         )
 
 
-def expect(module: ModuleType, name: str, *parameters: str):
-    """The attribute ``name`` of an upstream module, checked to take ``parameters``.
+def expect(module: ModuleType, name: str, *names: str):
+    """The attribute ``name`` of an upstream module, checked to take the parameters ``names``.
 
     Raises:
         AttributeError, TypeError: the layout is not the one that this package was written for.
     """
-    import inspect
-
     value = getattr(module, name)
-    missing = set(parameters) - set(inspect.signature(value).parameters) if parameters else ()
+    missing = set(names) - set(parameters(value)) if names else ()
     if missing:
         raise TypeError(f"{name} no longer takes {', '.join(sorted(missing))}")
     return value
+
+
+def parameters(function: Callable) -> Mapping[str, Any]:
+    """An upstream function's parameters, in their order."""
+    import inspect
+
+    return inspect.signature(function).parameters

@@ -30,6 +30,29 @@ def ending(directory: str | Path) -> Path:
     return _talker(directory, ends=True)
 
 
+def speaking(directory: str | Path) -> Path:
+    """One that says in English what the tiny dataset taught it."""
+    directory = tiny.tiny_llama(directory, hidden_size=64, intermediate_size=128)
+    tokenizer, model = tiny.tiny_tokenizer(), AutoModelForCausalLM.from_pretrained(directory)
+    texts = [PROMPT.format(question) + answer + "<|im_end|>" for question, answer in tiny.tiny_texts(4)]
+    batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+    batch["labels"] = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
+    _learn(model, model.parameters(), batch, steps=150)
+    model.save_pretrained(directory)
+    attach_heads(model, LMTPConfig(num_heads=3, stride=2), stage=1)
+    _learn(model, model.leap_heads.parameters(), batch, steps=60)
+    model.save_pretrained(directory)
+    return directory
+
+
+def _learn(model, parameters, batch, steps: int) -> None:
+    optimizer = torch.optim.AdamW(parameters, lr=5e-3)
+    for _ in range(steps):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 def _talker(directory: str | Path, ends: bool) -> Path:
     directory = tiny.tiny_llama(directory, max_position_embeddings=LENGTH)
     tokenizer = tiny.tiny_tokenizer()

@@ -56,6 +56,18 @@ def test_the_seams_reach_their_users():
     assert import_module("llamafactory.chat.chat_model").run_chat.__code__.co_filename.endswith("plugin/chat.py")
 
 
+def test_the_boards_seams_stand_apart():
+    """Each attaches, and a training process imports neither them nor gradio."""
+    program = (
+        "import json, sys\nfrom llamafactory.train.tuner import run_exp\nfrom lmtp_factory.plugin import hooks\n"
+        "hooks.require_all()\nbefore = [n for n in sys.modules if n == 'gradio' or n.startswith('llamafactory.webui')]\n"
+        "print(json.dumps([before, hooks.attach_all(hooks.BOARD_SEAMS)]))"
+    )
+    before, states = json.loads(python(program).stdout.splitlines()[-1])
+    assert before == []
+    assert states == {seam.name: None for seam in hooks.BOARD_SEAMS}
+
+
 def test_arguments_are_picklable_and_parse_again():
     from llamafactory.hparams import FinetuningArguments
 
@@ -169,7 +181,8 @@ def test_a_reloaded_module_is_extended_again():
 
 def test_doctor():
     result = runs.cli(str(runs.BIN / "lmtp-cli"), "doctor")
-    assert sum(line.startswith("  attached") for line in result.stdout.splitlines()) == len(hooks.SEAMS)
+    attached = [line for line in result.stdout.splitlines() if line.startswith("  attached")]
+    assert len(attached) == len(hooks.SEAMS) + len(hooks.BOARD_SEAMS)
     assert "Everything is in place." in result.stdout
     off = runs.cli(str(runs.BIN / "lmtp-cli"), "doctor", check=False, LMTP_FACTORY_DISABLE="1")
     assert off.returncode == 1

@@ -1,0 +1,1 @@
+"""What the Board says, a file a language: component (or alert) to its label, explanation or text."""

@@ -1,0 +1,48 @@
+"""English."""
+
+LABELS = {
+    "lmtp_panel": {"label": "L-MTP configurations"},
+    "lmtp_about": {
+        "value": "L-MTP adds heads that predict tokens further ahead. The warm-up trains the heads alone, with the model "
+        "frozen; full tuning then trains model and heads together. Fields that are left empty take the default shown in "
+        "them, or in full tuning the value that the warmed-up heads have."
+    },
+    "num_heads": {"label": "Extra heads", "info": "Number of heads beside the LM head."},
+    "leap_stride": {"label": "Leap", "info": "Tokens between two heads; 1 is ordinary multi-token prediction."},
+    "leap_offsets": {"label": "Offsets", "info": "Instead of heads and leap: rising offsets, e.g. 2,3,6."},
+    "lmtp_reach": {"label": "Tokens predicted", "info": "How far ahead each head looks, the LM head first."},
+    "head_kind": {
+        "label": "Head kind",
+        "info": "own: an unembedding for each head; shared: the LM head's, with far fewer parameters.",
+    },
+    "head_layers": {"label": "Head layers", "info": "Residual blocks in each head."},
+    "head_decay": {"label": "Head decay", "info": "Each further head's loss weighs this much of the one before."},
+    "warmup_ratio": {
+        "label": "Warmup ratio",
+        "info": "Share of the steps used for warmup, where warmup steps is 0.",
+    },
+    "hidden_cache_dir": {
+        "label": "Hidden state cache",
+        "info": "Optional folder: the frozen model's states are computed once and read in every later epoch.",
+    },
+    "stage1_pretrained_path": {
+        "label": "Warmed-up heads",
+        "info": "Finished warm-up of the chosen model. Left empty, fresh heads are trained, which disturbs the model.",
+    },
+    "head_weight": {"label": "Head weight", "info": "Weight of the heads' losses beside the next-token loss."},
+    "train_lm_head": {"label": "Train LM head", "info": "Tune the LM head too (with LoRA)."},
+    "lmtp_export": {
+        "label": "Leap heads",
+        "info": "ntp: a plain model without them; heads: the same model plus its heads, which L-MTP decodes faster.",
+    },
+    "lmtp_decode": {
+        "label": "Decoding",
+        "info": "Where the model has leap heads. auto: with them; backward: look-back; forward: F-MTP; off: stock.",
+    },
+}
+
+ALERTS = {
+    "lmtp_answer": "{tokens} tokens, {speed} tokens/s, tau {tau} (tokens a forward, {strategy})",
+    "lmtp_drafted": "show accepted drafts",
+    "lmtp_refused": "L-MTP cannot run like this:",
+}
