@@ -32,6 +32,7 @@ _MODULES = {
         "modeling/heads",
         "modeling/checkpoint",
         "modeling/lmtp",
+        "modeling/attach",
         "decoding/tree",
         "decoding/cache",
         "decoding/packed",
@@ -77,7 +78,7 @@ def write_custom_generate(directory: str | os.PathLike) -> None:
     for module, name in _MODULES.items():
         text = (source / f"{module}.py").read_text(encoding="utf-8")
         (folder / f"{name}.py").write_text(_flattened(text), encoding="utf-8")
-    named = {"lmtp": "LeapModel, attach_heads", "checkpoint": "load_heads"}
+    named = {"lmtp": "LeapModel", "attach": "attach_heads", "checkpoint": "load_heads"}
     imports = [f"from .{name} import {named[name]}" for name in sorted(named)]
     imports += [f"from .{name} import __name__ as _{name}" for name in sorted(_MODULES.values()) if name not in named]
     (folder / "generate.py").write_text(

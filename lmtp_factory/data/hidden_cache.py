@@ -30,7 +30,7 @@ _TENSOR = "hidden"
 _HEADER_DTYPE = "BF16"  # safetensors' name of DTYPE
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=128)
 def _open_shard(path: Path, process: int, identity: tuple[int, ...]) -> Any:
     """The rows of a shard, memory-mapped and not yet read; an errored opening is not remembered.
 

@@ -4,6 +4,8 @@ A batch keeps its documents, only their places change: each document has positio
 attention, and the targets of the heads, know where it ends. Losses and gradients are those of padded rows.
 """
 
+import heapq
+import math
 from collections.abc import Sequence
 
 import torch
@@ -12,11 +14,14 @@ from torch import Tensor
 from ..modeling.loss.targets import IGNORE_INDEX
 
 
+# Attention that is told by a mask where a document ends, in any number of rows.
+WITH_MASK = ("sdpa", "eager", "flex_attention")
+
 # Lengths of rows are rounded up to this; tensor cores want it.
 MULTIPLE = 8
 
 
-def arrange(lengths: Sequence[int], hidden_size: int, one_row: bool = False) -> list[list[int]]:
+def arrange(lengths: Sequence[int], hidden_size: int, attention: str = "sdpa") -> list[list[int]]:
     """Which documents share a row.
 
     Rows are as long as the longest, so few rows waste little; but with a mask attention takes time for every pair of
@@ -27,29 +32,38 @@ def arrange(lengths: Sequence[int], hidden_size: int, one_row: bool = False) -> 
     Args:
         lengths: tokens of each document.
         hidden_size: the model's h.
-        one_row: everything in one row, for attention that takes no time across documents.
+        attention: the model's implementation. ``eager`` keeps a score for every pair of positions: it gets no more of
+            them than padded rows have. Flash kernels take borders from positions in a single row only, and no time for
+            pairs across them: they get one row.
 
     Returns:
         Of each row the documents' indices.
     """
-    if one_row:
+    if attention not in WITH_MASK:
         return [list(range(len(lengths)))]
-
-    def cost(rows: list[list[int]]) -> float:
-        longest = _row_length(lengths, rows)
-        return len(rows) * longest * (1 + longest / (6 * hidden_size))
-
-    return min((_balanced(lengths, count) for count in range(1, len(lengths) + 1)), key=cost)
+    tokens, count = sum(lengths), len(lengths)
+    most_scores = count * _row_length(lengths, [[i] for i in range(count)]) ** 2
+    best, least = [], math.inf
+    while count and tokens * (1 + tokens / count / (6 * hidden_size)) < least:  # what `count` full rows would cost
+        rows = _balanced(lengths, count)
+        length = _row_length(lengths, rows)
+        if attention == "eager" and count * length**2 > most_scores:
+            break
+        cost = count * length * (1 + length / (6 * hidden_size))
+        if cost < least:
+            best, least = rows, cost
+        count -= max(1, count // 20)  # of hundreds of documents not every count is worth its sorting
+    return best
 
 
 def _balanced(lengths: Sequence[int], count: int) -> list[list[int]]:
     """``count`` rows of nearly equal length: the longest document left goes into the shortest row."""
     rows: list[list[int]] = [[] for _ in range(count)]
-    filled = [0] * count
+    filled = [(0, row) for row in range(count)]
     for document in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        shortest = filled.index(min(filled))
-        rows[shortest].append(document)
-        filled[shortest] += lengths[document]
+        tokens, row = filled[0]
+        rows[row].append(document)
+        heapq.heapreplace(filled, (tokens + lengths[document], row))
     return rows
 
 

@@ -3,9 +3,10 @@
 from transformers import AutoConfig, AutoModel
 
 from ..config import LMTPConfig
+from .attach import attach_heads
 from .checkpoint import load_heads, save_heads
 from .heads import LeapHeads
-from .lmtp import LeapOutput, attach_heads, heads_of
+from .lmtp import LeapOutput, heads_of
 from .load import load_model
 
 

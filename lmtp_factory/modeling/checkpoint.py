@@ -195,7 +195,7 @@ def base_fingerprint(base: str, **hub_options: Any) -> str | None:
 def weights_fingerprint(base: str, config: PretrainedConfig) -> str:
     """Hash of what a model computes with: its configuration, and its commit on the hub or samples of its weight files.
 
-    Samples, because reading all of a large model takes minutes; training changes weights everywhere.
+    Samples, because reading all of a large model takes minutes; a change of a few small tensors may stay unnoticed.
     """
     values = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode())

@@ -4,7 +4,6 @@ The subclass keeps the base's name and ``config.model_type``, so that everything
 checkpointing, LLaMA-Factory's tables, ``save_pretrained``'s ``architectures``) goes on as before.
 """
 
-import copy
 import functools
 import importlib.util
 import inspect
@@ -20,14 +19,12 @@ from torch import Tensor, nn
 from transformers import CompileConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..config import LMTPConfig
-from ..errors import LMTPError
 from ..files import HEADS_FOLDER, TREE_FILE
-from .checkpoint import check_base, save_heads
+from .checkpoint import save_heads
 from .heads import LeapHeads
 from .loss.path import AUTO, resolve_path
 from .loss.targets import IGNORE_INDEX, head_weights, leap_targets
-from .zero3 import fetch_together, gathered, hookable
+from .zero3 import hookable
 
 
 if TYPE_CHECKING:  # decoding builds on modeling; generate() imports it when called
@@ -56,7 +53,7 @@ class LeapOutput(CausalLMOutputWithPast):
 
 
 class LeapModel:
-    """Mixin in front of a ``*ForCausalLM`` class; see :func:`attach_heads`."""
+    """Mixin in front of a ``*ForCausalLM`` class; see :func:`~.attach.attach_heads`."""
 
     leap_heads: LeapHeads
     leap_stage: int | None
@@ -213,7 +210,8 @@ class LeapModel:
 
 
 @functools.cache
-def _leap_class(base: type[PreTrainedModel]) -> type:
+def leap_class(base: type[PreTrainedModel]) -> type:
+    """``base`` with :class:`LeapModel` in front, under its own name."""
     parameters = list(inspect.signature(base.forward).parameters)[1:]
 
     @functools.wraps(base.forward)  # generate() reads the signature to see what the model takes
@@ -232,79 +230,6 @@ def _leap_class(base: type[PreTrainedModel]) -> type:
         "__qualname__": base.__qualname__,
     }
     return type(base.__name__, (LeapModel, base), namespace)
-
-
-def attach_heads(
-    model: nn.Module,
-    config: LMTPConfig | None = None,
-    stage: int | None = None,
-    *,
-    heads: LeapHeads | None = None,
-    head_weight: float = 0.1,
-    head_decay: float = 1.0,
-    dtype: torch.dtype | None = None,
-) -> nn.Module:
-    """Give leap heads to a loaded causal LM, in place.
-
-    Args:
-        model: a transformers causal LM (or image-text model with an LM head), or a PEFT model around one.
-        config: geometry and kind of fresh heads; default :class:`LMTPConfig`.
-        stage: 1 freezes everything but the heads and trains them alone; 2 trains the heads together with whatever of
-            the backbone requires gradients; None attaches them for inference.
-        heads: trained heads to attach instead of fresh ones.
-        head_weight: beta of stage 2.
-        head_decay: w_i = head_decay ** (i - 1).
-        dtype: of the heads' parameters; default the LM head's.
-
-    Returns:
-        ``model``. Given ``labels`` its forward returns a :class:`LeapOutput` with the stage's ``loss``.
-
-    Raises:
-        LMTPError: heads of another base model; a base whose logits are scaled; an LM head that cannot be copied.
-    """
-    base = base_of(model)
-    if isinstance(base, LeapModel):
-        raise LMTPError("This model has leap heads already: attach them once.")
-    for scale in ("logit_scale", "logits_scaling"):
-        if getattr(base.config.get_text_config(), scale, None) is not None:
-            raise LMTPError(f"{type(base).__name__} multiplies its logits by {scale}, which leap heads do not support.")
-    if heads is None:
-        heads = fresh_heads(base, config or LMTPConfig())
-    else:
-        check_base(heads.config, base.config)
-
-    weight = base.get_output_embeddings().weight
-    device = weight.device if weight.device.type != "meta" else torch.device("cpu")
-    if isinstance(vars(base).get("generate"), functools.partial):
-        del base.generate  # a heads export loaded with trust_remote_code brings its own decoder
-    base.__class__ = _leap_class(type(base))
-    base.leap_heads = heads.to(device=device, dtype=dtype or (weight.dtype if weight.is_floating_point() else None))
-    base.leap_stage, base.head_weight, base.head_decay = stage, head_weight, head_decay
-    if stage == 1:
-        base.requires_grad_(False)
-    base.leap_heads.requires_grad_(stage is not None)
-    base.train(model.training)
-
-    fetch_together(base.leap_heads, [weight])
-    return model
-
-
-def fresh_heads(base: PreTrainedModel, config: LMTPConfig) -> LeapHeads:
-    """Untrained heads for ``base``: identity blocks and, for ``own``, copies of its LM head."""
-    text_config, lm_head = base.config.get_text_config(), base.get_output_embeddings()
-    if lm_head is None:
-        raise LMTPError(f"{type(base).__name__} has no LM head to predict tokens with: load a *ForCausalLM class.")
-    config = copy.deepcopy(config)
-    config.hidden_size, config.vocab_size = text_config.hidden_size, text_config.vocab_size
-    config.base_model = config.base_model or base.config.name_or_path
-    heads = LeapHeads(config)
-    if config.head_kind == "own":
-        if not lm_head.weight.is_floating_point():
-            raise LMTPError("The LM head is quantised and cannot be copied into the heads: write head_kind: shared.")
-        with gathered([lm_head.weight]), torch.no_grad():
-            for head in heads.heads:
-                head.unembed.weight.copy_(lm_head.weight)
-    return heads
 
 
 def base_of(model: nn.Module) -> nn.Module:

@@ -8,8 +8,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from ..errors import LMTPError
+from .attach import attach_heads
 from .checkpoint import base_fingerprint, check_base, load_heads
-from .lmtp import attach_heads
 
 
 def load_model(path: str, **from_pretrained_kwargs) -> nn.Module:

@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..config import LMTPConfig
 from ..data.rows import TEMPLATE_NAME, is_self_distilled
@@ -101,9 +102,7 @@ def check_training(model_args, data_args, training_args, finetuning_args, genera
         )
     if training_args.should_save:
         _check_writable(training_args.output_dir)
-    # Upstream makes "left out" a False next. It deals streamed batches out to ranks by their rows, which packing changes.
-    dealt_out = data_args.streaming and training_args.world_size > 1
-    finetuning_args.packs_batches = stage == 1 and data_args.packing is None and not dealt_out
+    finetuning_args.packs_batches = stage == 1 and data_args.packing is None  # upstream makes this a False next
 
 
 def _check_backends(model_args, training_args, finetuning_args) -> None:
@@ -147,6 +146,10 @@ def _check_method(stage: int, model_args, training_args, finetuning_args) -> Non
         raise LMTPError(f"Stage 2 does not run with finetuning_type: {method}: write lora, full or freeze.")
     if stage == 1:
         _check_frozen(model_args, finetuning_args)
+    if "lm_head" in (finetuning_args.lora_target or ()) and is_deepspeed_zero3_enabled():
+        raise LMTPError(
+            "lora_target: lm_head does not go with ZeRO-3: write train_lm_head: true instead, or use ZeRO-2."
+        )
     if finetuning_args.train_lm_head and method == "freeze":
         raise LMTPError(
             "train_lm_head goes with finetuning_type: lora: with freeze write freeze_extra_modules: lm_head."

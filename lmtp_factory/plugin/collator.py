@@ -4,57 +4,72 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ..data.packing import arrange, pack
+from ..data.hidden_cache import HiddenCache
+from ..data.packing import WITH_MASK, arrange, pack
 from ..modeling.documents import keeps_documents_apart
 from . import log
 
 
 MEDIA = ("images", "videos", "audios")
+# Where a document of the cache stands, in a training example.
+CACHE_INDEX = "cache_index"
 
 
-def packing_collator(upstream: Callable, model, tokenizer) -> Callable:
-    """``upstream``, or where ``model`` allows it one that packs. The log says which and why."""
-    flash = model.config._attn_implementation == "flash_attention_2"
-    if not keeps_documents_apart(model):
-        log.info("Stage 1 pads its batches, because this model's attention does not stop where a packed document ends.")
+def packing_collator(upstream: Callable, model, tokenizer, data_args, training_args) -> Callable:
+    """``upstream``, or where nothing speaks against it one that packs. The log says which and why."""
+    plugin = upstream.template.mm_plugin
+    obstacles = {
+        # Several ranks share out the rows of a streamed batch, and packing leaves fewer rows than ranks.
+        "streamed batches are shared out by rows": data_args.streaming and training_args.world_size > 1,
+        "generation needs padding on the left": training_args.predict_with_generate,
+        # Upstream gives every batch a medium then, so that all ranks run the same modules.
+        "batches without media would not run what those with media run on other ranks": (
+            is_deepspeed_zero3_enabled() and any((plugin.image_token, plugin.video_token, plugin.audio_token))
+        ),
+    }
+    obstacle = next((words for words, holds in obstacles.items() if holds), None)
+    attention = None if obstacle else model.config._attn_implementation  # upstream passes no model for generation
+    if obstacle is None and not keeps_documents_apart(model, rows=2 if attention in WITH_MASK else 1):
+        obstacle = "this model's attention does not stop where a packed document ends"
+    if obstacle is not None:
+        log.info(f"Stage 1 pads its batches, because {obstacle}.")
         return upstream
-    log.info(
-        "Stage 1 packs the documents of each batch, borders kept, so that it computes no padding (packing: false pads)."
-    )
-    return PackingCollator(upstream, model.config.get_text_config().hidden_size, flash, tokenizer.pad_token_id)
+    log.info("Stage 1 packs the documents of each batch, borders kept, and computes no padding (packing: false pads).")
+    return PackingCollator(upstream, model.config.get_text_config().hidden_size, attention, tokenizer.pad_token_id)
 
 
 class PackingCollator:
-    """Packs the documents of a batch; what it cannot pack goes to ``upstream``.
+    """Packs the documents of a batch; one with media, or with positions of its own, goes to ``upstream``.
 
     Args:
-        upstream: the collator for documents with media or with positions of their own.
-        hidden_size: the model's.
-        one_row: all documents in one row, see :func:`~lmtp_factory.data.packing.arrange`.
+        hidden_size, attention: the model's, see :func:`~lmtp_factory.data.packing.arrange`.
         pad_token_id: for what is left of a row.
     """
 
-    def __init__(self, upstream: Callable, hidden_size: int, one_row: bool, pad_token_id: int):
-        self.upstream, self.hidden_size, self.one_row, self.pad_token_id = upstream, hidden_size, one_row, pad_token_id
+    def __init__(self, upstream: Callable, hidden_size: int, attention: str, pad_token_id: int):
+        self.upstream, self.pad_token_id = upstream, pad_token_id
+        self.hidden_size, self.attention = hidden_size, attention
 
     def __call__(self, features: list[dict]) -> dict[str, Tensor]:
         if any(feature.get(key) for feature in features for key in (*MEDIA, "position_ids")):
             return self.upstream(features)
         lengths = [len(feature["input_ids"]) for feature in features]
-        return pack(features, arrange(lengths, self.hidden_size, self.one_row), self.pad_token_id)
+        return pack(features, arrange(lengths, self.hidden_size, self.attention), self.pad_token_id)
 
 
 class CachedStatesCollator:
-    """One row of all documents with their final hidden states; documents without go to ``upstream``."""
+    """One row of all documents with their final hidden states; those that are not in the cache go to ``upstream``."""
 
-    def __init__(self, upstream: Callable, pad_token_id: int):
-        self.upstream, self.pad_token_id = upstream, pad_token_id
+    def __init__(self, upstream: Callable, cache: HiddenCache, pad_token_id: int):
+        self.upstream, self.cache, self.pad_token_id = upstream, cache, pad_token_id
 
     def __call__(self, features: list[dict]) -> dict[str, Tensor]:
-        if "hidden_states" not in features[0]:
+        if CACHE_INDEX not in features[0]:
             return self.upstream(features)
         batch = pack(features, [list(range(len(features)))], self.pad_token_id)
-        states = torch.cat([feature["hidden_states"] for feature in features])
+        states = torch.cat([self.cache.document(feature[CACHE_INDEX]) for feature in features])
         beyond = batch["input_ids"].shape[1] - len(states)
-        return batch | {"hidden_states": torch.nn.functional.pad(states, (0, 0, 0, beyond)).unsqueeze(0)}
+        return batch | {"hidden_states": F.pad(states, (0, 0, 0, beyond)).unsqueeze(0)}

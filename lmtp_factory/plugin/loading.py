@@ -14,8 +14,9 @@ from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..modeling import attach_heads, load_heads
+from ..modeling.attach import fresh_heads
 from ..modeling.checkpoint import base_fingerprint, check_base
-from ..modeling.lmtp import base_of, fresh_heads
+from ..modeling.lmtp import base_of
 from ..modeling.loss.chunked import LOGIT_BYTES
 from ..modeling.loss.path import dense, resolve_path
 from . import hooks, log

@@ -3,27 +3,28 @@
 from collections.abc import Iterator
 
 import torch
+from accelerate.utils import broadcast_object_list, gather_object
 from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import AutoConfig, TrainerCallback
 
-from ..data.cache_plan import CachePlan, documents_digest
+from ..data.cache_plan import DTYPE, SHARD_BYTES, CachePlan, documents_digest
 from ..data.hidden_cache import HiddenCache
-from ..data.packing import arrange, pack, places
+from ..data.packing import WITH_MASK, arrange, pack, places
 from ..errors import LMTPError
 from ..modeling.checkpoint import weights_fingerprint
 from ..modeling.documents import keeps_documents_apart
 from . import log
-from .collator import MEDIA
+from .collator import CACHE_INDEX, MEDIA
 from .start import hub_options
 
 
 # Small caches still have enough shards for every rank to compute some.
-_SHARDS, _LEAST_SHARD, _LARGEST_SHARD = 64, 8 * 2**20, 512 * 2**20
+_SHARDS, _LEAST_SHARD = 64, 8 * 2**20
 
 
 class CachedDocuments(Dataset):
-    """Training documents with their final hidden states."""
+    """Training documents that know their place in the cache; only the collator reads states."""
 
     def __init__(self, documents, cache: HiddenCache):
         self.documents, self.cache = documents, cache
@@ -32,10 +33,10 @@ class CachedDocuments(Dataset):
         return len(self.documents)
 
     def __getitem__(self, index: int) -> dict:
-        return self.documents[index] | {"hidden_states": self.cache.document(index)}
+        return self.documents[index] | {CACHE_INDEX: index}
 
 
-def with_cached_states(documents, model_args, folder: str) -> CachedDocuments:
+def with_cached_states(documents, model_args, data_args, folder: str) -> CachedDocuments:
     """The training set with a cache, which is opened here, before the model loads, and filled by :class:`FillCache`.
 
     Raises:
@@ -46,9 +47,9 @@ def with_cached_states(documents, model_args, folder: str) -> CachedDocuments:
     options = hub_options(model_args)
     config = AutoConfig.from_pretrained(model_args.model_name_or_path, **options)
     hidden_size, ids = config.get_text_config().hidden_size, documents["input_ids"]
-    tokens = sum(map(len, ids))
-    shard_bytes = min(max(2 * tokens * hidden_size // _SHARDS, _LEAST_SHARD), _LARGEST_SHARD)
-    plan = CachePlan([len(document) for document in ids], hidden_size, shard_bytes)
+    lengths = [len(document) for document in ids]
+    total = sum(lengths) * hidden_size * DTYPE.itemsize
+    plan = CachePlan(lengths, hidden_size, min(max(total // _SHARDS, _LEAST_SHARD), SHARD_BYTES))
     facts = {
         "model": model_args.model_name_or_path,
         "weights": weights_fingerprint(model_args.model_name_or_path, config),
@@ -56,7 +57,7 @@ def with_cached_states(documents, model_args, folder: str) -> CachedDocuments:
         "documents": documents_digest(ids),
     }
     if model_args.rope_scaling is not None:
-        facts["rope scaling"] = str(model_args.rope_scaling)
+        facts["rope scaling"] = f"{model_args.rope_scaling} for cutoff_len {data_args.cutoff_len}"
     cache = HiddenCache.open(folder, plan, facts)
     missing = len(cache.missing())
     log.info(f"Final hidden states in {folder}: {plan.describe()}, {missing} of them still to be computed.")
@@ -70,24 +71,24 @@ class FillCache(TrainerCallback):
         self.trainer, self.documents, self.cache = trainer, documents.documents, documents.cache
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self.trainer.accelerator.wait_for_everyone()  # nobody writes while somebody still counts what is missing
-        missing = self.cache.missing()
-        self.trainer.accelerator.wait_for_everyone()
+        # What rank 0 sees: a shard that only some see would set the ranks to different work.
+        (missing,) = broadcast_object_list([self.cache.missing()])
         if missing:
             self._fill(missing, args)
-            self.trainer.accelerator.wait_for_everyone()
-            if self.cache.missing():
-                raise LMTPError(
-                    f"Other processes wrote hidden states to {self.cache.folder} that this one does not see: name a folder "
-                    "in hidden_cache_dir that all nodes share."
-                )
+        self.trainer.accelerator.wait_for_everyone()
+        if any(gather_object([bool(self.cache.missing())])):
+            raise LMTPError(
+                f"Not every process sees the hidden states in {self.cache.folder} that the others wrote: name a folder in "
+                "hidden_cache_dir that all nodes share."
+            )
 
     def _fill(self, missing: list[int], args) -> None:
-        tokens = args.per_device_train_batch_size * max(self.cache.plan.lengths)
+        tokens = self.trainer._train_batch_size * max(self.cache.plan.lengths)
         work = [list(self._batches(missing[rank :: args.world_size], tokens)) for rank in range(args.world_size)]
         mine, steps = work[args.process_index], max(map(len, work))
         states: dict[int, torch.Tensor] = {}  # of each document of the shard at hand
-        apart = keeps_documents_apart(self.trainer.leap_model)
+        model = self.trainer.leap_model
+        apart = keeps_documents_apart(model, rows=2 if model.config._attn_implementation in WITH_MASK else 1)
         silent = args.disable_tqdm or args.process_index != 0
         for step in tqdm(range(steps), desc="Hidden states", unit="batch", disable=silent):
             # Under ZeRO-3 every rank takes part in every forward: one without work left repeats somebody's.
@@ -114,11 +115,12 @@ class FillCache(TrainerCallback):
     def _compute(self, indices: list[int], apart: bool) -> dict[int, torch.Tensor]:
         model, documents = self.trainer.leap_model, [self.documents[i] for i in indices]
         lengths = [len(document["input_ids"]) for document in documents]
-        flash = model.config._attn_implementation == "flash_attention_2"
+        attention = model.config._attn_implementation
         # Alone in a row a document needs no border, and causal attention no mask for the padding behind it.
-        rows = arrange(lengths, self.cache.plan.hidden_size, flash) if apart else [[i] for i in range(len(documents))]
+        alone = [[i] for i in range(len(documents))]
+        rows = arrange(lengths, self.cache.plan.hidden_size, attention) if apart else alone
         batch = pack(documents, rows, self.trainer.processing_class.pad_token_id)
         inputs = {key: batch[key].to(model.device) for key in ("input_ids", "position_ids")}
         with self.trainer.accelerator.autocast():
-            hidden = model.final_hidden_states(**inputs).to("cpu", torch.bfloat16)
+            hidden = model.final_hidden_states(**inputs).to("cpu", DTYPE)
         return {indices[i]: hidden[row, place] for i, (row, place) in places(lengths, rows).items()}

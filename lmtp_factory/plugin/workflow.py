@@ -37,20 +37,21 @@ def extend_workflow(workflow: ModuleType) -> None:
         from .state_cache import with_cached_states
         from .trainer import LeapTrainer
 
-        cache_dir = finetuning_args.hidden_cache_dir
+        cache_dir, caches = finetuning_args.hidden_cache_dir, []
 
         def get_dataset(*dataset_args, **dataset_kwargs):
             module = workflow_get_dataset(*dataset_args, **dataset_kwargs)
             check_targets(module, farthest_offset(model_args, finetuning_args, training_args.do_train))
             if cache_dir is not None:
-                module["train_dataset"] = with_cached_states(module["train_dataset"], model_args, cache_dir)
+                module["train_dataset"] = with_cached_states(module["train_dataset"], model_args, data_args, cache_dir)
+                caches.append(module["train_dataset"].cache)
             return module
 
         def collator(*, model, tokenizer, **collator_kwargs):
             collate = workflow_collator(model=model, tokenizer=tokenizer, **collator_kwargs)
             if finetuning_args.packs_batches:
-                collate = packing_collator(collate, model, tokenizer)
-            return collate if cache_dir is None else CachedStatesCollator(collate, tokenizer.pad_token_id)
+                collate = packing_collator(collate, model, tokenizer, data_args, training_args)
+            return CachedStatesCollator(collate, *caches, tokenizer.pad_token_id) if caches else collate
 
         def plot_loss(save_dictionary, keys=("loss",)):
             workflow_plot_loss(save_dictionary, keys=list(keys))

@@ -12,19 +12,36 @@ from lmtp_factory.modeling.loss.targets import IGNORE_INDEX, leap_targets
 lengths = st.lists(st.integers(1, 300), min_size=1, max_size=24)
 
 
-@given(lengths, st.integers(16, 4096), st.booleans())
-def test_every_document_has_one_place(sizes, hidden_size, one_row):
-    rows = arrange(sizes, hidden_size, one_row)
+@given(lengths, st.integers(16, 4096), st.sampled_from(["sdpa", "eager", "flash_attention_2", "kernels/some-flash"]))
+def test_every_document_has_one_place(sizes, hidden_size, attention):
+    rows = arrange(sizes, hidden_size, attention)
     assert sorted(i for row in rows for i in row) == list(range(len(sizes)))
-    assert all(rows) or len(sizes) < len(rows)
-    assert not one_row or len(rows) == 1
+    assert all(rows)
+    assert "flash" not in attention or len(rows) == 1
+    if attention == "eager":  # never more scores than padded rows have
+        assert len(rows) * row_length(sizes, rows) ** 2 <= len(sizes) * (max(sizes) + MULTIPLE) ** 2
+
+
+def row_length(sizes, rows):
+    return -(-max(sum(sizes[i] for i in row) for row in rows) // MULTIPLE) * MULTIPLE
+
+
+def test_many_documents_are_arranged_in_no_time():
+    sizes = [5 + (37 * i) % 60 for i in range(3000)]
+    rows = arrange(sizes, 576)
+    assert len(rows) * row_length(sizes, rows) < 1.1 * sum(sizes)
+
+
+def test_uneven_documents_waste_little():
+    sizes = [60 + (7919 * i) % 900 for i in range(32)]
+    padded, packed = len(sizes) * max(sizes), arrange(sizes, 2048)
+    assert len(packed) * row_length(sizes, packed) < 0.65 * padded
 
 
 @given(lengths, st.integers(16, 4096))
 def test_never_more_work_than_padding(sizes, hidden_size):
     def work(rows):
-        longest = -(-max(sum(sizes[i] for i in row) for row in rows) // MULTIPLE) * MULTIPLE
-        return len(rows) * longest * (6 * hidden_size + longest)
+        return len(rows) * row_length(sizes, rows) * (6 * hidden_size + row_length(sizes, rows))
 
     assert work(arrange(sizes, hidden_size)) <= work([[i] for i in range(len(sizes))])
 

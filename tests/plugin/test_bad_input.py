@@ -7,6 +7,7 @@ import shutil
 import pytest
 import runs
 import tiny
+import torch
 
 from lmtp_factory import LMTPConfig, LMTPError
 from lmtp_factory.modeling import LeapHeads, save_heads
@@ -40,6 +41,7 @@ CONFIGURATION = [
     ({"leap_stride": "two"}, "leap_stride is 'two', but it has to be a whole number"),
     ({"head_decay": "x"}, "head_decay is 'x', but it has to be a number"),
     ({"do_train": None, "do_eval": True, "val_size": 4}, "There are no leap heads to evaluate"),
+    ({"lmtp_loss": "fast"}, "lmtp_loss is 'fast', but it has to be one of auto, triton, torch, eager"),
     ({"use_unsloth": True}, "do not run with use_unsloth"),
     ({"use_kt": True}, "do not run with use_kt"),
     ({"mixture_of_depths": "convert"}, "do not run with mixture_of_depths"),
@@ -62,6 +64,12 @@ def test_configuration(overrides, message, llama, data, tmp_path, no_model_loads
         runs.train(llama, data, tmp_path, **overrides)
     sentence = str(caught.value)
     assert sentence.endswith(".") and "\n" not in sentence
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel runs here")
+def test_a_kernel_that_the_device_cannot_run(llama, data, tmp_path, no_model_loads):
+    with pytest.raises(LMTPError, match="lmtp_loss: triton needs a CUDA device and Triton, and this is cpu"):
+        runs.train(llama, data, tmp_path, lmtp_loss="triton")
 
 
 def test_deepspeed_without_torchrun(llama, data, tmp_path, no_model_loads):

@@ -366,10 +366,11 @@ def test_webchat_answers(ending, expected, streamed, lines, tmp_path, monkeypatc
         )
     finally:
         demo.close()
-    answer, _, told = chatbot[-1]["content"].rpartition("\n\n")
-    assert answer == streamed[FIRST]
-    assert "lmtp-answer" in told and f"{expected[FIRST]['response_length']} tokens, " in told
-    assert lines[-1].startswith(f"Answered with {expected[FIRST]['response_length']} tokens, ")
+    said, told = chatbot[-1]["content"].split("\n\n<details class='lmtp-answer'>")
+    assert said == streamed[FIRST]
+    tokens = expected[FIRST]["response_length"]
+    assert told.startswith(f"<summary>{tokens} tokens, ")
+    assert lines[-1].startswith(f"Answered with {tokens} tokens, ")
 
 
 def test_batch_prediction(ending, data, tmp_path, lines):

@@ -1,14 +1,24 @@
 """Stage 1 packs the documents of a batch: same losses as padded rows, no document sees another."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import runs
 import tiny
 import torch
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from lmtp_factory import LMTPConfig, attach_heads, load_model
+from lmtp_factory.modeling import documents
 from lmtp_factory.modeling.documents import keeps_documents_apart
+from lmtp_factory.plugin import collator
+from lmtp_factory.plugin.collator import PackingCollator, packing_collator
 
 
 MODELS = [
@@ -99,7 +109,7 @@ def test_a_model_that_mixes_documents_pads(llama, data, tmp_path, lines, monkeyp
 
     def leaking(self, **inputs):
         states = final_hidden_states(self, **inputs)
-        return states + 1e-3 * states.cumsum(1)  # as a running state would
+        return states + 0.1 * states.cumsum(1)  # as a running state would
 
     monkeypatch.setattr(LeapModel, "final_hidden_states", leaking)
     monkeypatch.setattr("lmtp_factory.plugin.trainer.LeapTrainer.compute_loss", upstream_batches(seen := []))
@@ -122,10 +132,76 @@ def upstream_batches(seen):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
-def test_documents_are_kept_apart(make, attention, tmp_path):
+def test_documents_are_kept_apart(make, attention, tmp_path, monkeypatch):
     model = load_plain(make(tmp_path), attention)
     attach_heads(model, LMTPConfig(num_heads=1), stage=1)
-    assert keeps_documents_apart(model)
+    assert keeps_documents_apart(model, rows=1) and keeps_documents_apart(model, rows=2)
+    monkeypatch.setattr(documents, "is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr(type(model), "final_hidden_states", None)  # it cannot run
+    assert keeps_documents_apart(model, rows=2)
+
+
+def test_experts_of_other_tokens_are_no_leak(tmp_path):
+    config = Qwen3MoeConfig(
+        vocab_size=400, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_experts=8, num_experts_per_tok=2,
+    )  # fmt: skip
+    model = attach_heads(Qwen3MoeForCausalLM(config).eval(), LMTPConfig(num_heads=1), stage=1)
+    assert keeps_documents_apart(model, rows=2)
+
+
+def tiny_qwen_vl():
+    """Several axes of positions, which hide where a document begins."""
+    text = {
+        "vocab_size": 400, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]},
+    }  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)).eval()
+
+
+def test_positions_with_several_axes_are_found_out(monkeypatch):
+    model = attach_heads(tiny_qwen_vl(), LMTPConfig(num_heads=1), stage=1)
+    assert not keeps_documents_apart(model, rows=2)
+    monkeypatch.setattr(documents, "is_deepspeed_zero3_enabled", lambda: True)
+    assert not keeps_documents_apart(model, rows=2)
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"streaming": True, "world_size": 2}, "streamed batches are shared out by rows"),
+        ({"predict_with_generate": True}, "generation needs padding on the left"),
+        ({"zero3": True, "image_token": "<image>"}, "batches without media would not run"),
+        ({"streaming": True}, None),
+        ({"image_token": "<image>"}, None),
+    ],
+)
+def test_what_keeps_batches_padded(changed, reason, tmp_path, lines, monkeypatch):
+    facts = {"streaming": False, "world_size": 1, "predict_with_generate": False, "zero3": False, "image_token": None}
+    facts |= changed
+    model = attach_heads(load_plain(tiny.tiny_llama(tmp_path), "sdpa"), LMTPConfig(num_heads=1), stage=1)
+    monkeypatch.setattr(collator, "is_deepspeed_zero3_enabled", lambda: facts["zero3"])
+    plugin = SimpleNamespace(image_token=facts["image_token"], video_token=None, audio_token=None)
+    upstream = SimpleNamespace(template=SimpleNamespace(mm_plugin=plugin))
+    arguments = SimpleNamespace(**facts)
+    collate = packing_collator(upstream, model, tiny.tiny_tokenizer(), arguments, arguments)
+    assert (collate is upstream) == (reason is not None)
+    assert any(f"pads its batches, because {reason}" in line for line in lines) == (reason is not None)
+
+
+def test_documents_with_media_or_positions_go_upstream():
+    collate = PackingCollator(lambda features: "upstream", 32, "sdpa", 0)
+    text = {"input_ids": [1, 2, 3], "labels": [1, 2, 3], "images": None, "videos": None, "audios": None}
+    assert set(collate([text, text])) == {"input_ids", "labels", "position_ids"}
+    assert collate([text, text | {"images": ["a.png"]}]) == "upstream"
+    assert collate([text | {"position_ids": [0, 1, 0]}]) == "upstream"
+
+
+def test_prediction_while_evaluating(llama, data, tmp_path):
+    run = {"val_size": 4, "eval_strategy": "steps", "eval_steps": 2, "predict_with_generate": True, "max_new_tokens": 4}
+    entries = runs.train(llama, data, tmp_path, max_steps=2, **run)
+    assert any("eval_rouge-1" in entry for entry in entries)
 
 
 def load_plain(path, attention):

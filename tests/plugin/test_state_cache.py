@@ -66,7 +66,7 @@ def test_evaluation_reads_the_backbone(llama, data, tmp_path, backbone):
 
 
 def test_a_model_that_mixes_documents(llama, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(state_cache, "keeps_documents_apart", lambda model: False)
+    monkeypatch.setattr(state_cache, "keeps_documents_apart", lambda model, rows: False)
     alone = runs.train(llama, data, tmp_path / "a", hidden_cache_dir=str(tmp_path / "one"), max_steps=3)
     monkeypatch.undo()
     packed = runs.train(llama, data, tmp_path / "b", hidden_cache_dir=str(tmp_path / "two"), max_steps=3)
@@ -78,6 +78,11 @@ def test_in_loader_workers(llama, data, tmp_path):
     here = runs.train(llama, data, tmp_path / "a", hidden_cache_dir=folder)
     workers = runs.train(llama, data, tmp_path / "b", hidden_cache_dir=folder, dataloader_num_workers=2)
     assert runs.step_losses(workers) == runs.step_losses(here)
+
+
+def test_sampling_by_length_reads_no_states_before_they_are_there(llama, data, tmp_path):
+    run = {"hidden_cache_dir": str(tmp_path / "cache"), "train_sampling_strategy": "group_by_length"}
+    assert len(runs.step_losses(runs.train(llama, data, tmp_path / "out", **run))) == 4
 
 
 def test_resuming_from_a_checkpoint(llama, data, tmp_path):

@@ -259,3 +259,25 @@ def test_train_lm_head_beside_lora(llama, data, stage1, tmp_path):
     lm_head = next(tensor for name, tensor in saved.items() if "lm_head" in name)
     base = load_file(llama / "model.safetensors")
     assert not torch.equal(lm_head, base["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        {"stage": "lmtp1", "head_kind": "own"},
+        {"stage": "lmtp1", "head_kind": "shared"},
+        {"stage": "lmtp2", "finetuning_type": "lora", "train_lm_head": True, "head_kind": "shared"},
+        {"stage": "lmtp2", "finetuning_type": "lora", "lora_target": "all,lm_head", "head_kind": "shared"},
+        {"stage": "lmtp2", "finetuning_type": "full", "disable_gradient_checkpointing": True},
+        {"stage": "lmtp2", "finetuning_type": "full", "disable_gradient_checkpointing": False},
+    ],
+    ids=lambda run: "-".join(str(value) for value in run.values()),
+)
+def test_every_path_of_the_loss_trains_the_same(run, llama, data, tmp_path, lines):
+    ours = runs.train(llama, data, tmp_path / "torch", lmtp_loss="torch", **run)
+    eager = runs.train(llama, data, tmp_path / "eager", lmtp_loss="eager", **run)
+    assert runs.step_losses(ours) == pytest.approx(runs.step_losses(eager), rel=1e-4)
+    said = [line for line in lines if line.startswith("Leap loss: ")]
+    assert said[0].startswith("Leap loss: chunks of at most 256 MB of logits, softmax in plain torch")
+    assert ("takes its gradients by itself" in said[0]) == ("lora_target" in run)
+    assert said[1] == "Leap loss: eager, every head's logits at once."

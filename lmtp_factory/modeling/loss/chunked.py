@@ -16,10 +16,10 @@ from .path import dense, softmax_of
 from .targets import IGNORE_INDEX
 
 
-# What one chunk's logits may take. A chunk reads the unembedding twice and updates its fp32 gradient once, so it does
-# `rows / 4` operations a byte in bf16: a CPU (200 GFLOP/s, 20 GB/s) is kept busy by some 40 rows, an H200 (990 TFLOP/s,
-# 4.8 TB/s) by some 800. With a vocabulary of 152,064, 256 MB admit 441 rows in fp32 and 1 GB 3,530 rows in bf16; with
-# 262,144 it is 256 and 2,048.
+# What one chunk's logits may take. For 6 * rows operations on each number of the unembedding a chunk reads it twice and
+# reads and writes its fp32 gradient: 16 bytes in fp32, 12 in bf16. So a CPU (200 GFLOP/s, 20 GB/s) is kept busy by some 30
+# rows, an H200 (990 TFLOP/s in bf16, 4.8 TB/s) by some 400. With a vocabulary of 152,064, 256 MB admit 441 rows in fp32
+# and 1 GB 3,530 rows in bf16; with 262,144 it is 256 and 2,048.
 LOGIT_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
 
 # A weight gradient that cannot be summed up in place by the matmul itself takes a product of this size beside it.
@@ -89,9 +89,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 sums[i] += losses.sum()
                 hits[i] += right.sum()
             head.release()
-            gradients |= {p: gradients[p].to(p.dtype) for p in mine if last_use[p] == i}
-        hidden_gradient = None if hidden_gradient is None else hidden_gradient.to(hidden.dtype)
-        ctx.gradients = hidden_gradient, [gradients[p] for p in parameters]
+            gradients |= {p: _kept(gradients[p], p.dtype) for p in mine if last_use[p] == i}
+        ctx.dtypes = [t.dtype for t in (hidden, *parameters)]
+        ctx.gradients = [hidden_gradient, *(gradients[p] for p in parameters)]
+        if hidden_gradient is not None:
+            ctx.gradients[0] = _kept(hidden_gradient, hidden.dtype)
         ctx.mark_non_differentiable(sums, hits)
         return (sums * scales).sum(), sums, hits
 
@@ -99,10 +101,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss, *_):
         if ctx.gradients is None:
             raise RuntimeError("The leap loss hands out its gradients once: call backward once for each forward.")
+        gradients, ctx.gradients = ctx.gradients, None
         # In place: the sums are as large as the unembeddings, and autograd may take them over as they are.
-        (hidden_gradient, gradients), ctx.gradients = ctx.gradients, None
-        scaled = [None if g is None else g.mul_(grad_loss.to(g.dtype)) for g in (hidden_gradient, *gradients)]
+        scaled = [
+            None if gradient is None else gradient.mul_(grad_loss.to(gradient.dtype)).to(dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+        ]
         return scaled[0], None, None, None, *scaled[1:]
+
+
+def _kept(total: Tensor, dtype: torch.dtype) -> Tensor:
+    """A finished sum as it waits for the backward: in its tensor's dtype, but fp16 only after the loss scale is in it."""
+    return total if dtype == torch.float16 else total.to(dtype)
 
 
 class _Head:
@@ -141,11 +151,12 @@ class _Head:
         losses, hits, gradient = project(features.detach(), targets, scale, gradients, features.requires_grad)
         if gradient is not None:
             wanted = [inputs] * inputs.requires_grad + blocks
-            found = list(torch.autograd.grad(features, wanted, gradient.to(features.dtype) * scale))
+            # Scaled only when they are summed up, in fp32: a scale is about one over all tokens, too small for fp16.
+            found = list(torch.autograd.grad(features, wanted, gradient.to(features.dtype)))
             if inputs.requires_grad:
-                hidden_gradient.index_add_(0, rows, found.pop(0).to(hidden_gradient.dtype))
+                hidden_gradient.index_add_(0, rows, found.pop(0).to(hidden_gradient.dtype) * scale)
             for parameter, part in zip(blocks, found, strict=True):
-                gradients[parameter] += part
+                gradients[parameter] += part.to(gradients[parameter].dtype) * scale
         return losses, hits
 
     def _project(self, features, targets, scale, gradients, features_need):
@@ -179,12 +190,12 @@ class _Head:
         feature_gradient = found.pop(0) if features_need else None
         for parameter, part in zip(trained, found, strict=True):
             if part is not None:
-                gradients[parameter] += part * scale
+                gradients[parameter] += part.to(gradients[parameter].dtype) * scale
         return losses, hits, feature_gradient
 
 
 def _valid_rows(targets: Tensor) -> tuple[Tensor, ...]:
-    """Of each head the rows with a target; the host waits for the device once for all heads."""
+    """Of each head the rows with a target. The host waits for the device here, for all heads together."""
     heads, rows = (targets != IGNORE_INDEX).nonzero(as_tuple=True)
     return rows.split(torch.bincount(heads, minlength=len(targets)).tolist())
 
@@ -194,7 +205,7 @@ def _add_product_(total: Tensor, logits: Tensor, features: Tensor, scale: Tensor
     if total.dtype == logits.dtype:
         total.addmm_(logits.t(), features * scale)
         return
-    # Unscaled products: in fp16 scaled ones would vanish.
+    # The product comes unscaled and is scaled in total's dtype, see above.
     rows = max(1, _PRODUCT_BYTES // (total.shape[1] * total.element_size()))
     for part, columns in zip(total.split(rows), logits.split(rows, dim=1)):
         part.addcmul_((columns.t() @ features).to(total.dtype), scale.to(total.dtype))

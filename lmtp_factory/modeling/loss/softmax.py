@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-# Logits that one pass works on. On a CPU the block goes through four passes, and 4 MB of it stay in the caches between
+# Logits that one pass works on. On a CPU the block goes through five passes, and 4 MB of it stay in the caches between
 # them: 6 rows of 152,064 fp32 logits. On a GPU each pass is a kernel launch, so the blocks are larger.
 _BLOCK_BYTES = {"cpu": 4 * 2**20, "cuda": 128 * 2**20}
 

@@ -10,9 +10,9 @@ plain torch, fp32   5                           3
 plain torch, bf16   1 in bf16, 6 in fp32        1 in bf16, 4 in fp32
 =================== =========================== ===========================
 
-Without a softcap, that is, which adds eight sweeps to plain torch and none here. The maximum and the sum of exponentials
-take one sweep together, since a sum can be rescaled when a larger maximum turns up (Milakov and Gimelshein, arXiv
-1805.02867); the gradient needs the finished sum, hence the second.
+Without a softcap, that is, which adds nine reads and eight writes to plain torch and none here. The maximum and the sum
+of exponentials take one sweep together, since a sum can be rescaled when a larger maximum turns up (Milakov and
+Gimelshein, arXiv 1805.02867); the gradient needs the finished sum, hence the second.
 
 Only the caller that chose this path imports this module: it needs Triton, which torch brings on Linux alone.
 """

@@ -1,0 +1,155 @@
+"""What :mod:`stage_throughput` compares: one training step of every arm on the same documents."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+from lmtp_factory import LMTPConfig, attach_heads
+from lmtp_factory.data.cache_plan import CachePlan
+from lmtp_factory.data.hidden_cache import HiddenCache
+from lmtp_factory.data.packing import arrange, pack
+from lmtp_factory.modeling.lmtp import softcap_of
+from lmtp_factory.modeling.loss.targets import IGNORE_INDEX
+from lmtp_factory.plugin.collator import CACHE_INDEX, CachedStatesCollator
+
+
+ARMS = {
+    "stage 1, naive": "padded; LM head and its loss computed, inner hidden states kept, all logits stacked",
+    "stage 1": "packed; final hidden states and the leap loss",
+    "stage 1, cached": "the same with the final hidden states read from the cache on disk",
+    "stage 1, backbone": "packed; nothing but the frozen forward, which no stage 1 without a cache goes below",
+    "LoRA SFT": "padded; transformers' own loss",
+    "stage 2, naive": "padded; inner hidden states kept, all logits stacked",
+    "stage 2": "padded; one backbone pass and the leap loss",
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all arms share."""
+
+    model: str
+    batch: int
+    dtype: str
+    device: str
+    heads: int
+    kind: str
+    checkpointing: bool
+
+
+def make_step(
+    arm: str, setting: Setting, documents: Sequence[dict], folder: str
+) -> tuple[Callable[[Sequence[dict]], None], int, int]:
+    """The arm's training step (forward, backward and AdamW), bytes of the base model, and of what was added to it.
+
+    Args:
+        documents: all that will be trained on.
+        folder: an empty one, for the cache.
+    """
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(setting.model, dtype=DTYPES[setting.dtype]).to(setting.device)
+    base_bytes = sum(p.nbytes for p in model.parameters())
+    hidden_size, pad = model.config.hidden_size, model.config.pad_token_id or 0
+    if arm.startswith("stage 1"):
+        model.requires_grad_(False)
+    else:
+        model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
+        if setting.checkpointing:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable()
+    leap_model = model
+    if arm != "LoRA SFT":
+        attach_heads(
+            model, LMTPConfig(num_heads=setting.heads, head_kind=setting.kind), stage=1 if "stage 1" in arm else 2
+        )
+        leap_model = model if "stage 1" in arm else model.get_base_model()
+        leap_model.leap_heads.float()
+    model.train()
+    added_bytes = sum(p.nbytes for p in model.parameters()) - base_bytes
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True) if trained else None  # the Trainer's default
+
+    def packed(batch: Sequence[dict]) -> dict[str, Tensor]:
+        return pack(batch, arrange([len(d["input_ids"]) for d in batch], hidden_size), pad)
+
+    cached = (
+        CachedStatesCollator(None, fill(folder, leap_model, documents, pad), pad) if arm == "stage 1, cached" else None
+    )
+
+    def loss_of(batch: Sequence[dict]) -> Tensor:
+        if arm in ("stage 1", "stage 1, backbone"):
+            inputs = _moved(packed(batch), setting.device)
+            return model(**inputs).loss if arm == "stage 1" else leap_model.final_hidden_states(**_unlabelled(inputs))
+        if arm == "stage 1, cached":
+            return model(**_moved(cached(batch), setting.device)).loss
+        inputs = _moved(padded(batch, pad), setting.device)
+        return naive_loss(leap_model, inputs) if "naive" in arm else model(**inputs).loss
+
+    def step(batch: Sequence[dict]) -> None:
+        with torch.autocast(torch.device(setting.device).type, torch.bfloat16, enabled=setting.dtype == "bf16"):
+            loss = loss_of(batch)
+        if loss.requires_grad:
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    return step, base_bytes, added_bytes
+
+
+@torch.no_grad()
+def fill(folder: str, model: nn.Module, documents: Sequence[dict], pad: int) -> HiddenCache:
+    """A cache of the documents' hidden states; each document gets its place in it."""
+    plan = CachePlan([len(document["input_ids"]) for document in documents], model.config.hidden_size)
+    cache = HiddenCache.open(folder, plan, {})
+    for shard, members in enumerate(plan.shards):
+        states = []
+        for document in (documents[i] for i in members):
+            alone = _unlabelled(_moved(pack([document], [[0]], pad), str(model.device)))
+            states.append(model.final_hidden_states(**alone)[0, : len(document["input_ids"])])
+        cache.write(shard, torch.cat(states))
+    for i, document in enumerate(documents):
+        document[CACHE_INDEX] = i
+    return cache
+
+
+def padded(batch: Sequence[dict], pad: int) -> dict[str, Tensor]:
+    """One document a row, as upstream's collator makes them."""
+
+    def column(key: str, value: int) -> Tensor:
+        rows = [torch.as_tensor(document[key]) for document in batch]
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+    batch_of = {"input_ids": column("input_ids", pad), "labels": column("labels", IGNORE_INDEX)}
+    lengths = torch.tensor([len(document["input_ids"]) for document in batch])
+    mask = torch.arange(batch_of["input_ids"].shape[1]) < lengths.unsqueeze(1)
+    return batch_of | {"attention_mask": mask.long()}
+
+
+def naive_loss(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """Heads as one would add them first: the model's own output with every hidden state, and logits of all in one tensor."""
+    labels, stage = inputs["labels"], model.leap_stage
+    model.leap_stage = None  # the base class's forward
+    output = model(**inputs, output_hidden_states=True, use_cache=False)
+    model.leap_stage = stage
+    heads = model.leap_heads.logits(output.hidden_states[-1], model.get_output_embeddings(), softcap_of(model))
+    logits = torch.cat([output.logits.unsqueeze(0), heads.to(output.logits.dtype)])
+    losses = []
+    for head_logits, offset in zip(logits, model.leap_heads.config.offsets, strict=True):
+        shifted = head_logits[:, :-offset].float().flatten(0, 1)
+        losses.append(F.cross_entropy(shifted, labels[:, offset:].flatten(), ignore_index=IGNORE_INDEX))
+    return sum(losses[1:]) if stage == 1 else losses[0] + 0.1 * sum(losses[1:])
+
+
+def _moved(inputs: dict[str, Tensor], device: str) -> dict[str, Tensor]:
+    return {key: value.to(device) for key, value in inputs.items()}
+
+
+def _unlabelled(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value for key, value in inputs.items() if key != "labels"}
