@@ -170,7 +170,7 @@ def test_a_real_refusal_is_found(llama, data, tmp_path):
         "from lmtp_factory.plugin.webui import panel; panel.place_before = None",  # when it finds its place
     ],
 )
-def test_a_board_that_does_not_fit_is_upstreams(edit):
+def test_a_board_that_does_not_fit_is_upstreams(edit, folder):
     program = f"""
 import lmtp_factory.plugin.hooks as hooks
 extend = hooks._extend
