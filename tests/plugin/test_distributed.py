@@ -26,11 +26,11 @@ def deepspeed(name: str) -> str:
 @pytest.mark.parametrize(
     ("zero", "stage", "method", "kind"),
     [
-        (None, "lmtp1", "full", "own"),
+        pytest.param(None, "lmtp1", "full", "own", marks=pytest.mark.slow),
         (None, "lmtp2", "lora", "own"),
         ("zero2", "lmtp1", "full", "own"),
-        ("zero2", "lmtp2", "lora", "own"),
-        ("zero2", "lmtp2", "full", "shared"),
+        pytest.param("zero2", "lmtp2", "lora", "own", marks=pytest.mark.slow),
+        pytest.param("zero2", "lmtp2", "full", "shared", marks=pytest.mark.slow),
         ("zero3", "lmtp1", "full", "shared"),
         ("zero3", "lmtp2", "lora", "own"),
         ("zero3", "lmtp2", "full", "shared"),
@@ -70,7 +70,7 @@ def wide_llama(tmp_path_factory):
     return tiny.tiny_llama(tmp_path_factory.mktemp("models") / "wide", hidden_size=512)
 
 
-@pytest.mark.parametrize("zero", [None, "zero2", "zero3"])
+@pytest.mark.parametrize("zero", [None, pytest.param("zero2", marks=pytest.mark.slow), "zero3"])
 def test_hidden_states_from_the_cache(zero, wide_llama, tmp_path):
     llama, data = wide_llama, tmp_path / "data"
     tiny.tiny_dataset(data, rows=400)
