@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from loss_arms import DTYPES
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -28,7 +29,6 @@ ARMS = {
     "stage 2, naive": "padded; inner hidden states kept, all logits stacked",
     "stage 2": "padded; one backbone pass and the leap loss",
 }
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from loss_arms import DTYPES
 from loss_memory import GIVES_BACK, cell
 from peak_memory import MIB, PeakMemory
-from stage_arms import ARMS, DTYPES, Setting, make_step
+from stage_arms import ARMS, Setting, make_step
 
 from lmtp_factory import resources
 from lmtp_factory.config import HEAD_KINDS
@@ -136,7 +137,7 @@ def run(step: Callable, batches: list[list[dict]], device: str) -> tuple[int | N
     """Peak bytes of all steps, and seconds of all but the first."""
 
     def wait() -> None:
-        if device == "cuda":
+        if torch.device(device).type == "cuda":
             torch.cuda.synchronize()
 
     with PeakMemory(device) as peak:

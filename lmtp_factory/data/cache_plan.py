@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
+from accelerate.utils import convert_bytes
 
 
 SHARD_BYTES = 512 * 2**20
@@ -18,15 +19,6 @@ def documents_digest(rows: Iterable[Sequence[int]]) -> str:
         ids = np.asarray(row, dtype="<i8")
         hasher.update(np.asarray(ids.size, dtype="<i8").tobytes() + ids.tobytes())
     return hasher.hexdigest()[:16]
-
-
-def size_in_words(count: float) -> str:
-    """A number of bytes as people write it."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:,.1f} TiB"
 
 
 class CachePlan:
@@ -92,4 +84,4 @@ class CachePlan:
         """What the cache takes, for a sentence."""
         shards = f"{len(self.shards):,} shard{'' if len(self.shards) == 1 else 's'}"
         sizes = f"{self.tokens:,} tokens x {self.hidden_size} x {DTYPE.itemsize} bytes"
-        return f"{sizes} = {size_in_words(self.bytes)} in {shards}"
+        return f"{sizes} = {convert_bytes(self.bytes)} in {shards}"

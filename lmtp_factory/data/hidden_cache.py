@@ -15,13 +15,14 @@ import shutil
 from pathlib import Path
 from typing import Any, Self
 
+from accelerate.utils import convert_bytes
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import LMTPError, first_line
 from ..files import atomic_write
-from .cache_plan import DTYPE, CachePlan, size_in_words
+from .cache_plan import DTYPE, CachePlan
 
 
 FORMAT = 1
@@ -108,8 +109,8 @@ class HiddenCache:
         free = shutil.disk_usage(existing).free
         if needed > free:
             raise LMTPError(
-                f"The hidden states still to be written to `{self.folder}` take {size_in_words(needed)}, and its disk has "
-                f"{size_in_words(free)} free: name a folder on a larger disk, make room, or leave hidden_cache_dir out."
+                f"The hidden states still to be written to `{self.folder}` take {convert_bytes(needed)}, and its disk has "
+                f"{convert_bytes(free)} free: name a folder on a larger disk, make room, or leave hidden_cache_dir out."
             )
 
     def missing(self) -> list[int]:

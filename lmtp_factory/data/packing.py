@@ -11,11 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..modeling.documents import WITH_MASK
 from ..modeling.loss.targets import IGNORE_INDEX
 
-
-# Attention that is told by a mask where a document ends, in any number of rows.
-WITH_MASK = ("sdpa", "eager", "flex_attention")
 
 # Lengths of rows are rounded up to this; tensor cores want it.
 MULTIPLE = 8

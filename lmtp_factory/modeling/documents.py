@@ -9,6 +9,9 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from .lmtp import LeapModel
 
 
+# Attention that is told by a mask where a document ends, in any number of rows; flash kernels see it in a single row only.
+WITH_MASK = ("sdpa", "eager", "flex_attention")
+
 # First documents of the two rows that are tried, and the length of both.
 _FIRST, _LENGTH = (17, 9), 40
 
@@ -18,7 +21,7 @@ _TOLERANCE = 1e-2
 
 
 @torch.no_grad()
-def keeps_documents_apart(base: LeapModel, rows: int) -> bool:
+def keeps_documents_apart(base: LeapModel) -> bool:
     """Tried on the model itself: does the second document of a row change with the tokens of the first?
 
     transformers' own models take borders from positions; code that comes with a checkpoint, layers with a running state and
@@ -26,10 +29,10 @@ def keeps_documents_apart(base: LeapModel, rows: int) -> bool:
 
     Args:
         base: a causal LM with leap heads. Under ZeRO-3, where it cannot run by itself, its code is looked at instead.
-        rows: 1 where packed batches will have one row, else 2: some kernels see borders in a single row only.
     """
     if is_deepspeed_zero3_enabled():
         return _looks_as_if(base)
+    rows = 2 if base.config._attn_implementation in WITH_MASK else 1  # as packed batches will have
     ids = torch.arange(1, 1 + rows * _LENGTH, device=base.device).view(rows, _LENGTH)
     positions = torch.stack([torch.cat([torch.arange(n), torch.arange(_LENGTH - n)]) for n in _FIRST[:rows]])
     other_ids = ids.clone()

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..data.hidden_cache import HiddenCache
-from ..data.packing import WITH_MASK, arrange, pack
+from ..data.packing import arrange, pack
 from ..modeling.documents import keeps_documents_apart
 from . import log
 
@@ -31,14 +31,16 @@ def packing_collator(upstream: Callable, model, tokenizer, data_args, training_a
         ),
     }
     obstacle = next((words for words, holds in obstacles.items() if holds), None)
-    attention = None if obstacle else model.config._attn_implementation  # upstream passes no model for generation
-    if obstacle is None and not keeps_documents_apart(model, rows=2 if attention in WITH_MASK else 1):
+    if obstacle is None and not keeps_documents_apart(model):  # upstream passes no model for generation
         obstacle = "this model's attention does not stop where a packed document ends"
     if obstacle is not None:
         log.info(f"Stage 1 pads its batches, because {obstacle}.")
         return upstream
     log.info("Stage 1 packs the documents of each batch, borders kept, and computes no padding (packing: false pads).")
-    return PackingCollator(upstream, model.config.get_text_config().hidden_size, attention, tokenizer.pad_token_id)
+    config = model.config
+    return PackingCollator(
+        upstream, config.get_text_config().hidden_size, config._attn_implementation, tokenizer.pad_token_id
+    )
 
 
 class PackingCollator:

@@ -10,7 +10,7 @@ from transformers import AutoConfig, TrainerCallback
 
 from ..data.cache_plan import DTYPE, SHARD_BYTES, CachePlan, documents_digest
 from ..data.hidden_cache import HiddenCache
-from ..data.packing import WITH_MASK, arrange, pack, places
+from ..data.packing import arrange, pack, places
 from ..errors import LMTPError
 from ..modeling.checkpoint import weights_fingerprint
 from ..modeling.documents import keeps_documents_apart
@@ -87,8 +87,7 @@ class FillCache(TrainerCallback):
         work = [list(self._batches(missing[rank :: args.world_size], tokens)) for rank in range(args.world_size)]
         mine, steps = work[args.process_index], max(map(len, work))
         states: dict[int, torch.Tensor] = {}  # of each document of the shard at hand
-        model = self.trainer.leap_model
-        apart = keeps_documents_apart(model, rows=2 if model.config._attn_implementation in WITH_MASK else 1)
+        apart = keeps_documents_apart(self.trainer.leap_model)
         silent = args.disable_tqdm or args.process_index != 0
         for step in tqdm(range(steps), desc="Hidden states", unit="batch", disable=silent):
             # Under ZeRO-3 every rank takes part in every forward: one without work left repeats somebody's.

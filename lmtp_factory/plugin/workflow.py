@@ -1,8 +1,10 @@
 """The two stages, run by upstream's own SFT workflow with our Trainer in it (``llamafactory.train.sft.workflow``)."""
 
 import functools
+from collections.abc import Callable, Sequence
 from itertools import islice
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,6 +13,10 @@ from ..modeling.loss.targets import count_targets
 from . import hooks
 from .loading import replaced, with_heads
 from .start import farthest_offset
+
+
+if TYPE_CHECKING:
+    from ..data.hidden_cache import HiddenCache
 
 
 def extend_workflow(workflow: ModuleType) -> None:
@@ -32,43 +38,56 @@ def extend_workflow(workflow: ModuleType) -> None:
             ours = {"load_model": with_heads(workflow.load_model)} if only_predicts else {}
             with replaced(workflow, **ours):
                 return upstream(model_args, data_args, training_args, finetuning_args, *args, **kwargs)
-        from .collator import CachedStatesCollator, packing_collator
-        from .plots import plot_head_metrics
-        from .state_cache import with_cached_states
-        from .trainer import LeapTrainer
-
-        cache_dir, caches = finetuning_args.hidden_cache_dir, []
-
-        def get_dataset(*dataset_args, **dataset_kwargs):
-            module = workflow_get_dataset(*dataset_args, **dataset_kwargs)
-            check_targets(module, farthest_offset(model_args, finetuning_args, training_args.do_train))
-            if cache_dir is not None:
-                module["train_dataset"] = with_cached_states(module["train_dataset"], model_args, data_args, cache_dir)
-                caches.append(module["train_dataset"].cache)
-            return module
-
-        def collator(*, model, tokenizer, **collator_kwargs):
-            collate = workflow_collator(model=model, tokenizer=tokenizer, **collator_kwargs)
-            if finetuning_args.packs_batches:
-                collate = packing_collator(collate, model, tokenizer, data_args, training_args)
-            return CachedStatesCollator(collate, *caches, tokenizer.pad_token_id) if caches else collate
-
-        def plot_loss(save_dictionary, keys=("loss",)):
-            workflow_plot_loss(save_dictionary, keys=list(keys))
-            plot_head_metrics(save_dictionary)
-
-        workflow_get_dataset, workflow_plot_loss = workflow.get_dataset, workflow.plot_loss
-        workflow_collator = workflow.SFTDataCollatorWith4DAttentionMask
-        ours = {
-            "CustomSeq2SeqTrainer": LeapTrainer,
-            "SFTDataCollatorWith4DAttentionMask": collator,
-            "get_dataset": get_dataset,
-            "plot_loss": plot_loss,
-        }
-        with replaced(workflow, **ours):
+        with replaced(workflow, **_Parts(workflow, model_args, data_args, training_args, finetuning_args).by_name()):
             return upstream(model_args, data_args, training_args, finetuning_args, *args, **kwargs)
 
     workflow.run_sft = run_sft
+
+
+class _Parts:
+    """What takes the place of upstream's parts while a stage runs; each calls the one that it stands for."""
+
+    def __init__(self, workflow: ModuleType, model_args, data_args, training_args, finetuning_args):
+        self.upstream = SimpleNamespace(**vars(workflow))
+        self.model_args, self.data_args = model_args, data_args
+        self.training_args, self.finetuning_args = training_args, finetuning_args
+        self.cache: HiddenCache | None = None  # opened with the training set, read by the collator
+
+    def by_name(self) -> dict[str, Callable]:
+        """Under the names that upstream's workflow knows them by."""
+        from .trainer import LeapTrainer
+
+        return {
+            "CustomSeq2SeqTrainer": LeapTrainer,
+            "SFTDataCollatorWith4DAttentionMask": self.collator,
+            "get_dataset": self.get_dataset,
+            "plot_loss": self.plot_loss,
+        }
+
+    def get_dataset(self, *args, **kwargs) -> dict:
+        from .state_cache import with_cached_states
+
+        module = self.upstream.get_dataset(*args, **kwargs)
+        do_train, folder = self.training_args.do_train, self.finetuning_args.hidden_cache_dir
+        check_targets(module, farthest_offset(self.model_args, self.finetuning_args, do_train))
+        if folder is not None:
+            documents = with_cached_states(module["train_dataset"], self.model_args, self.data_args, folder)
+            module["train_dataset"], self.cache = documents, documents.cache
+        return module
+
+    def collator(self, *, model, tokenizer, **kwargs) -> Callable:
+        from .collator import CachedStatesCollator, packing_collator
+
+        collate = self.upstream.SFTDataCollatorWith4DAttentionMask(model=model, tokenizer=tokenizer, **kwargs)
+        if self.finetuning_args.packs_batches:
+            collate = packing_collator(collate, model, tokenizer, self.data_args, self.training_args)
+        return collate if self.cache is None else CachedStatesCollator(collate, self.cache, tokenizer.pad_token_id)
+
+    def plot_loss(self, save_dictionary: str, keys: Sequence[str] = ("loss",)) -> None:
+        from .plots import plot_head_metrics
+
+        self.upstream.plot_loss(save_dictionary, keys=list(keys))
+        plot_head_metrics(save_dictionary)
 
 
 def check_targets(dataset_module: dict, offset: int, limit: int = 10_000) -> None:

@@ -85,9 +85,9 @@ def test_shards_cover_every_document_once_and_keep_their_size(lengths, hidden_si
 
 
 def test_plan_describes_itself():
-    assert CachePlan([2**20] * 3, 576, 2**30).describe() == "3,145,728 tokens x 576 x 2 bytes = 3.4 GiB in 3 shards"
+    assert CachePlan([2**20] * 3, 576, 2**30).describe() == "3,145,728 tokens x 576 x 2 bytes = 3.38 GB in 3 shards"
     assert CachePlan([2], 4).describe() == "2 tokens x 4 x 2 bytes = 16 bytes in 1 shard"
-    assert CachePlan([2**30] * 4, 2**11).describe().endswith(" = 16.0 TiB in 4 shards")
+    assert CachePlan([2**30] * 4, 2**11).describe().endswith(" = 16.0 TB in 4 shards")
 
 
 @pytest.mark.parametrize("arguments", [([1, -1], 4), ([1], 0), ([1], 4, 0), ([[1]], 4)])

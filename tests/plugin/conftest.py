@@ -62,3 +62,27 @@ def lines():
     logger.addHandler(handler)
     yield messages
     logger.removeHandler(handler)
+
+
+@pytest.fixture(scope="session")
+def expected(ending):
+    """Stock answers."""
+    model = talkers.chat_model(ending, lmtp_decode="off")
+    return {question: talkers.ask(model, question) for question in talkers.QUESTIONS}
+
+
+@pytest.fixture(scope="session")
+def streamed(ending):
+    """The same as streams: bytes that are no text may be shown otherwise there."""
+    model = talkers.chat_model(ending, lmtp_decode="off")
+    return {question: talkers.stream(model, question) for question in talkers.QUESTIONS}
+
+
+@pytest.fixture(scope="session")
+def adapter(llama, data, stage1, tmp_path_factory):
+    """Output of a short stage 2 with LoRA."""
+    import runs
+
+    output = tmp_path_factory.mktemp("runs") / "adapter"
+    runs.train(llama, data, output, stage="lmtp2", finetuning_type="lora", stage1_pretrained_path=str(stage1))
+    return output

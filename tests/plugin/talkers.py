@@ -2,6 +2,7 @@
 
 import os
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import tiny
@@ -99,3 +100,13 @@ def soon(condition, seconds: float = 20):
     while not (value := condition()) and time.monotonic() < deadline:
         time.sleep(0.02)
     return value
+
+
+def ask(model, question=QUESTIONS[0], **args) -> dict:
+    """A whole answer, with its counts."""
+    return asdict(model.chat([{"role": "user", "content": question}], **args)[0])
+
+
+def stream(model, question=QUESTIONS[0], **args) -> str:
+    """An answer that came in pieces."""
+    return "".join(model.stream_chat([{"role": "user", "content": question}], **args))

@@ -1,58 +1,20 @@
-"""Chat with heads: the same answers, how they are found, told and refused; `llamafactory-cli chat` and webchat."""
+"""Chat with heads: the same answers, how heads are found and told."""
 
-import json
-import os
 import re
-import shutil
-import subprocess
 import sys
-import types
-from dataclasses import asdict
 
 import pytest
 import runs
 import talkers
-import tiny
 import torch
-from talkers import chat_model, soon
+from talkers import ask, chat_model, soon, stream
 
 from lmtp_factory import LMTPError
 from lmtp_factory.modeling import heads_of
 from lmtp_factory.modeling.lmtp import LeapModel
-from lmtp_factory.plugin.chat import extend_engine
 
 
 FIRST = talkers.QUESTIONS[0]
-
-
-def ask(model, question=FIRST, **args) -> dict:
-    return asdict(model.chat([{"role": "user", "content": question}], **args)[0])
-
-
-def stream(model, question=FIRST, **args) -> str:
-    return "".join(model.stream_chat([{"role": "user", "content": question}], **args))
-
-
-@pytest.fixture(scope="module")
-def expected(ending):
-    """Stock answers."""
-    model = chat_model(ending, lmtp_decode="off")
-    return {question: ask(model, question) for question in talkers.QUESTIONS}
-
-
-@pytest.fixture(scope="module")
-def streamed(ending):
-    """The same as streams: bytes that are no text may be shown otherwise there."""
-    model = chat_model(ending, lmtp_decode="off")
-    return {question: stream(model, question) for question in talkers.QUESTIONS}
-
-
-@pytest.fixture(scope="module")
-def adapter(llama, data, stage1, tmp_path_factory):
-    """Output of a short stage 2 with LoRA."""
-    output = tmp_path_factory.mktemp("runs") / "adapter"
-    runs.train(llama, data, output, stage="lmtp2", finetuning_type="lora", stage1_pretrained_path=str(stage1))
-    return output
 
 
 # The key ---------------------------------------------------------------------------------------------------------
@@ -221,182 +183,3 @@ def test_a_stream_whose_generation_fails_ends(ending, expected, lines, monkeypat
             ask(model)
     assert not any(line.startswith("Answered") for line in lines)
     assert ask(model) == expected[FIRST]
-
-
-# Refusals --------------------------------------------------------------------------------------------------------
-
-
-def refused(message: str, model, **args) -> None:
-    with pytest.raises(LMTPError, match=message) as caught:
-        chat_model(model, **args)
-    assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("decode", ["auto", "backward"])
-@pytest.mark.parametrize("damage", ["truncated", "no weights", "broken config", "broken tree"])
-def test_damaged_heads(damage, decode, ending, tmp_path, no_model_loads):
-    broken = shutil.copytree(ending, tmp_path / "broken")
-    weights = broken / "lmtp" / "model.safetensors"
-    if damage == "truncated":
-        weights.write_bytes(weights.read_bytes()[:-100])
-    elif damage == "no weights":
-        weights.unlink()
-    else:
-        name = "config.json" if damage == "broken config" else "tree.json"
-        (broken / "lmtp" / name).write_text("{")
-    refused("truncated or damaged|is missing|is damaged", broken, lmtp_decode=decode)
-
-
-def test_damaged_heads_do_not_matter_where_they_are_off(ending, expected, tmp_path):
-    broken = shutil.copytree(ending, tmp_path / "broken")
-    (broken / "lmtp" / "model.safetensors").unlink()
-    assert ask(chat_model(broken, lmtp_decode="off")) == expected[FIRST]
-
-
-def test_heads_of_another_model(stage1, tmp_path, no_model_loads):
-    other = tiny.tiny_llama(tmp_path / "other", hidden_size=16, head_dim=4)
-    refused(r"belong to .*tiny-llama \(hidden size 32\), not to .*other", other, stage1_pretrained_path=stage1)
-
-
-@pytest.mark.parametrize("decode", ["backward", "forward"])
-def test_no_heads(decode, llama, no_model_loads):
-    refused(f"lmtp_decode: {decode} asks for leap heads, but neither", llama, lmtp_decode=decode)
-
-
-@pytest.mark.parametrize(
-    ("key", "value"), [("infer_backend", "vllm"), ("infer_backend", "sglang"), ("stage", "rm"), ("use_unsloth", True)]
-)
-def test_engines_that_do_not_use_heads(key, value, ending, no_model_loads):
-    refused(f"lmtp_decode: backward does not go with {key}", ending, lmtp_decode="backward", **{key: value})
-    with pytest.raises(
-        Exception
-    ) as caught:  # auto leaves it to upstream, which misses a package or calls from_pretrained
-        chat_model(ending, **{key: value})
-    assert not isinstance(caught.value, LMTPError)
-
-
-@pytest.mark.parametrize("missing", ["chat", "stream_chat", "_chat", "_stream_chat", "load_model"])
-def test_an_engine_of_another_layout_is_left_as_it_is(missing):
-    from llamafactory.chat import hf_engine
-
-    engine = type("Engine", (), {n: f for n, f in vars(hf_engine.HuggingfaceEngine).items() if n != missing})
-    module = types.SimpleNamespace(HuggingfaceEngine=engine, load_model=hf_engine.load_model)
-    if missing == "load_model":
-        del module.load_model
-    before = dict(vars(module)), dict(vars(engine))
-    with pytest.raises((AttributeError, TypeError)):
-        extend_engine(module)
-    assert (dict(vars(module)), dict(vars(engine))) == before
-
-
-def test_an_unknown_engine_chats_without_heads(ending):
-    """Fail closed: auto goes on without heads, a strategy that was asked for is refused."""
-    program = (
-        "import sys\nimport lmtp_factory.plugin.hooks as hooks\nextend = hooks._extend\n"
-        "def edited(seam, module):\n"
-        "    if seam.name == 'llamafactory.chat.hf_engine':\n"
-        "        module.HuggingfaceEngine.stream_chat = module.HuggingfaceEngine.chat\n"
-        "    extend(seam, module)\n"
-        "hooks._extend = edited\n"
-        "from llamafactory.chat import ChatModel\n"
-        "args = dict(model_name_or_path=sys.argv[1], template='qwen', do_sample=False, max_new_tokens=5)\n"
-        "model = ChatModel(args)\nassert not hasattr(model.engine.model, 'leap_heads')\n"
-        "print(model.chat([{'role': 'user', 'content': 'hi'}])[0].response_length)\n"
-        "ChatModel(args | {'lmtp_decode': 'backward'})\n"
-    )
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", program, str(ending)], env=env, capture_output=True, text=True, timeout=180
-    )
-    assert result.stdout.splitlines()[-1] == "5", result.stderr[-2000:]
-    assert "llamafactory.chat.hf_engine" in result.stderr.splitlines()[-1]
-
-
-# The programs ----------------------------------------------------------------------------------------------------
-
-
-def converse(yaml: str, *questions: str) -> str:
-    """What `llamafactory-cli chat` prints."""
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
-    program = [str(runs.BIN / "llamafactory-cli"), "chat", yaml]
-    typed = "".join(f"{question}\nclear\n" for question in questions) + "exit\n"
-    result = subprocess.run(program, input=typed.encode(), env=env, capture_output=True, timeout=180)
-    said = result.stdout.decode()  # text mode would rewrite carriage returns
-    assert "Welcome to the CLI application" in said, result.stderr[-4000:].decode()
-    return said
-
-
-def test_the_chat_command(ending, expected, streamed, tmp_path):
-    args = {"model_name_or_path": str(ending), "template": "qwen", "do_sample": False, "max_new_tokens": 60}
-    said = converse(runs.write_yaml(tmp_path / "chat.yaml", args), *talkers.QUESTIONS[:2])
-    assert f"Decoding with the leap heads of {ending}/lmtp: backward" in said
-    for question in talkers.QUESTIONS[:2]:
-        assert f"User: Assistant: {streamed[question]}\n[INFO|" in said  # the log has a line of its own
-        assert f">> Answered with {expected[question]['response_length']} tokens, " in said
-
-
-def test_the_chat_command_with_an_adapter(llama, adapter, tmp_path):
-    args = {"model_name_or_path": str(llama), "adapter_name_or_path": str(adapter), "template": "qwen"}
-    args |= {"do_sample": False, "max_new_tokens": 20, "lmtp_decode": "backward"}
-    said = converse(runs.write_yaml(tmp_path / "chat.yaml", args), FIRST)
-    stock = chat_model(llama, adapter_name_or_path=adapter, lmtp_decode="off", max_new_tokens=20)
-    assert f"Decoding with the leap heads of {adapter}/lmtp: backward" in said
-    assert f"User: Assistant: {stream(stock)}\n[INFO|" in said
-    assert ">> Answered with 20 tokens, " in said
-
-
-def test_webchat_answers(ending, expected, streamed, lines, tmp_path, monkeypatch):
-    """The app that `llamafactory-cli webchat` launches, asked over HTTP."""
-    monkeypatch.chdir(tmp_path)  # upstream makes a cache folder
-    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
-    args = {"model_name_or_path": str(ending), "template": "qwen", "do_sample": False}
-    monkeypatch.setattr(sys, "argv", ["webchat", runs.write_yaml(tmp_path / "chat.yaml", args)])
-    import gradio_client
-    from llamafactory.webui.interface import create_web_demo
-
-    demo = create_web_demo().queue()
-    _, url, _ = demo.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
-    try:
-        client = gradio_client.Client(url, verbose=False)
-        chatbot, _ = client.predict([], "user", FIRST, False, api_name="/append")
-        settings = {"max_new_tokens": 60, "top_p": 0.7, "temperature": 0.95}
-        media = dict.fromkeys(("image", "video", "audio"))
-        chatbot = client.predict(
-            chatbot, "en", "", "", *media.values(), *settings.values(), True, False, True, api_name="/stream"
-        )
-    finally:
-        demo.close()
-    said, told = chatbot[-1]["content"].split("\n\n<details class='lmtp-answer'>")
-    assert said == streamed[FIRST]
-    tokens = expected[FIRST]["response_length"]
-    assert told.startswith(f"<summary>{tokens} tokens, ")
-    assert lines[-1].startswith(f"Answered with {tokens} tokens, ")
-
-
-def test_batch_prediction(ending, data, tmp_path, lines):
-    """`stage: sft` that only predicts, in batches: the same predictions."""
-    for package in ("jieba", "nltk", "rouge_chinese"):
-        pytest.importorskip(package)
-    from llamafactory.train.tuner import run_exp
-
-    predictions = {}
-    for decode in ("auto", "off"):
-        output = tmp_path / decode
-        args = {"stage": "sft", "do_train": False, "do_predict": True, "predict_with_generate": True, "dataset": None}
-        args |= {"eval_dataset": tiny.DATASET, "max_samples": 6, "per_device_eval_batch_size": 3, "cutoff_len": 256}
-        args |= {"do_sample": False, "max_new_tokens": 30, "lmtp_decode": decode}
-        run_exp(runs.arguments(ending, data, output, **args))
-        rows = (output / "generated_predictions.jsonl").read_text().splitlines()
-        predictions[decode] = [json.loads(row)["predict"] for row in rows]
-    assert predictions["auto"] == predictions["off"]
-    assert sum(line.startswith("Decoding with the leap heads") for line in lines) == 1
-
-
-def test_batch_prediction_checks_its_heads(ending, data, tmp_path, no_model_loads):
-    broken = shutil.copytree(ending, tmp_path / "broken")
-    (broken / "lmtp" / "model.safetensors").unlink()
-    args = {"stage": "sft", "do_train": False, "do_predict": True, "predict_with_generate": True, "dataset": None}
-    with pytest.raises(LMTPError, match="is missing"):
-        from llamafactory.hparams import get_train_args
-
-        get_train_args(runs.arguments(broken, data, tmp_path / "out", eval_dataset=tiny.DATASET, **args))

@@ -135,10 +135,10 @@ def upstream_batches(seen):
 def test_documents_are_kept_apart(make, attention, tmp_path, monkeypatch):
     model = load_plain(make(tmp_path), attention)
     attach_heads(model, LMTPConfig(num_heads=1), stage=1)
-    assert keeps_documents_apart(model, rows=1) and keeps_documents_apart(model, rows=2)
+    assert keeps_documents_apart(model)
     monkeypatch.setattr(documents, "is_deepspeed_zero3_enabled", lambda: True)
     monkeypatch.setattr(type(model), "final_hidden_states", None)  # it cannot run
-    assert keeps_documents_apart(model, rows=2)
+    assert keeps_documents_apart(model)
 
 
 def test_experts_of_other_tokens_are_no_leak(tmp_path):
@@ -147,7 +147,7 @@ def test_experts_of_other_tokens_are_no_leak(tmp_path):
         num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_experts=8, num_experts_per_tok=2,
     )  # fmt: skip
     model = attach_heads(Qwen3MoeForCausalLM(config).eval(), LMTPConfig(num_heads=1), stage=1)
-    assert keeps_documents_apart(model, rows=2)
+    assert keeps_documents_apart(model)
 
 
 def tiny_qwen_vl():
@@ -162,9 +162,9 @@ def tiny_qwen_vl():
 
 def test_positions_with_several_axes_are_found_out(monkeypatch):
     model = attach_heads(tiny_qwen_vl(), LMTPConfig(num_heads=1), stage=1)
-    assert not keeps_documents_apart(model, rows=2)
+    assert not keeps_documents_apart(model)
     monkeypatch.setattr(documents, "is_deepspeed_zero3_enabled", lambda: True)
-    assert not keeps_documents_apart(model, rows=2)
+    assert not keeps_documents_apart(model)
 
 
 @pytest.mark.parametrize(

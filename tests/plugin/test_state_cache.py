@@ -66,7 +66,7 @@ def test_evaluation_reads_the_backbone(llama, data, tmp_path, backbone):
 
 
 def test_a_model_that_mixes_documents(llama, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(state_cache, "keeps_documents_apart", lambda model, rows: False)
+    monkeypatch.setattr(state_cache, "keeps_documents_apart", lambda model: False)
     alone = runs.train(llama, data, tmp_path / "a", hidden_cache_dir=str(tmp_path / "one"), max_steps=3)
     monkeypatch.undo()
     packed = runs.train(llama, data, tmp_path / "b", hidden_cache_dir=str(tmp_path / "two"), max_steps=3)

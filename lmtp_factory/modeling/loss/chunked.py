@@ -165,7 +165,7 @@ class _Head:
         if self._weight is None:
             self._weight = weight.detach().to(computed_in(weight))
         features = features.to(self._weight.dtype)
-        if self._logits is None or len(self._logits) < len(features):  # kept: fresh pages cost a CPU half a matmul
+        if self._logits is None or len(self._logits) < len(features):  # kept: fresh pages would cost a CPU time
             self._logits = features.new_empty(len(features), self.vocab_size)
         logits = torch.mm(features, self._weight.t(), out=self._logits[: len(features)])
         if bias is not None:

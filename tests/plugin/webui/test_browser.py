@@ -229,6 +229,7 @@ def test_a_refusal_is_readable(open_page, llama, data):
     page.choose("finetuning_type", "full")
     page.fill("leap_offsets", "6,3")
     page.press("cmd_preview_btn")
+    page.says("L-MTP cannot run like this: leap_offsets is 6,3")
     page.shoot("refused_at_once")
 
 
