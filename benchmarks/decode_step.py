@@ -16,7 +16,7 @@ import torch
 from transformers import DynamicCache
 
 from lmtp_factory.decoding.cache import TreeCache
-from lmtp_factory.decoding.packed import can_pack, packed
+from lmtp_factory.decoding.cpu_prepacked import can_prepack, prepacked
 from lmtp_factory.decoding.plan import TreePlan
 from lmtp_factory.decoding.stats import PHASES, DecodeStats
 from lmtp_factory.evaluation.machine import describe
@@ -72,7 +72,7 @@ def bare_forward(model, prompt: list[int], nodes: int, context: int, repeats: in
     config = model.config.get_text_config()
     ids = torch.tensor([(prompt * 2)[:context]], device=model.device)
     cache = TreeCache.replacing(DynamicCache(config=config), config, columns=0)
-    with packed(model) if can_pack(model) else nullcontext():
+    with prepacked(model) if can_prepack(model) else nullcontext():
         model(ids, past_key_values=cache, logits_to_keep=1)
         started = time.perf_counter()
         for _ in range(repeats):

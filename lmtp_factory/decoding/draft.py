@@ -9,7 +9,7 @@ from .. import geometry
 from ..modeling.dtypes import like
 from ..modeling.heads import softcapped
 from ..modeling.lmtp import softcap_of
-from .packed import rough
+from .cpu_prepacked import int8_linear
 
 
 @dataclass(frozen=True)
@@ -96,5 +96,5 @@ def _unembed(model: nn.Module, features: Tensor, unembedding: nn.Module) -> Tens
     features = like(features, unembedding)
     # A model that was packed once may have moved or been cast since.
     packable = features.dtype == torch.float32 and features.device.type == "cpu"
-    layer = rough(unembedding) if packable else unembedding
+    layer = int8_linear(unembedding) if packable else unembedding
     return softcapped(layer(features), softcap_of(model)).float()

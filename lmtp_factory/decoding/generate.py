@@ -20,7 +20,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .. import geometry
 from ..errors import LMTPError
-from . import packed
+from . import cpu_prepacked
 from .accept import Acceptor
 from .cache import TreeCache
 from .draft import Window
@@ -122,8 +122,8 @@ def decode(
         model, cache, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, stats
     )
     # torch.compile lays weights out by itself and does not take layers that have been laid out; nor does autocast.
-    pack = not generation.compiled and not torch.is_autocast_enabled("cpu") and packed.can_pack(model)
-    with packed.packed(model) if pack else nullcontext(), stats.timed("total", input_ids.device):
+    pack = not generation.compiled and not torch.is_autocast_enabled("cpu") and cpu_prepacked.can_prepack(model)
+    with cpu_prepacked.prepacked(model) if pack else nullcontext(), stats.timed("total", input_ids.device):
         generation.run(plan, streamer)
     return generation.result(given)
 

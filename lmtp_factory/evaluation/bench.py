@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import geometry
-from ..decoding.packed import can_pack, packed
+from ..decoding.cpu_prepacked import can_prepack, prepacked
 from ..decoding.plan import TreePlan
 from ..decoding.stats import DecodeStats
 from ..decoding.tree import best_first_paths
@@ -79,8 +79,8 @@ def default_arms(model: nn.Module, accuracies: Sequence[Sequence[float]], nodes:
         return Arm({"lmtp_decode": strategy, "lmtp_tree": plan})
 
     arms = {STOCK: Arm({"lmtp_decode": "off"})}
-    if can_pack(model):
-        arms["stock, packed weights"] = Arm({"lmtp_decode": "off"}, around=lambda: packed(model))
+    if can_prepack(model):
+        arms["stock, packed weights"] = Arm({"lmtp_decode": "off"}, around=lambda: prepacked(model))
     arms["prompt lookup"] = Arm({"lmtp_decode": "off", "prompt_lookup_num_tokens": _LOOKUP_TOKENS})
     arms[OWN_LOOP] = ours(TreePlan("chain", 1))
     arms["backward, chain"] = ours(TreePlan("chain", reach))

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from .. import geometry
-from ..decoding import packed
+from ..decoding import cpu_prepacked
 from ..decoding.cache import TreeCache
 from ..decoding.draft import Window, draft
 from ..decoding.plan import DEFAULT_WIDTH, CostCurve
@@ -48,7 +48,7 @@ def measure_costs(
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (1, context), generator=generator).to(device)
     cache = TreeCache.replacing(DynamicCache(config=config), config, columns=0)
-    with packed.packed(model) if packed.can_pack(model) else nullcontext():
+    with cpu_prepacked.prepacked(model) if cpu_prepacked.can_prepack(model) else nullcontext():
         hidden = model.base_model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
         window = Window.of_prompt(hidden, [context], geometry.window(offsets))
         verifier = Verifier(model, cache, torch.tensor([[context]], device=device), None, last_position=1 << 30)

@@ -179,12 +179,12 @@ class LeapModel:
 
     def decoding_plan(self) -> "TreePlan":
         """The tree that :meth:`generate` drafts with: from ``lmtp/tree.json``, or the device's default."""
-        from ..decoding.packed import can_pack
+        from ..decoding.cpu_prepacked import can_prepack
         from ..decoding.plan import default_plan, read_plan
 
         folder = self.leap_heads.folder
         measured = read_plan(folder, self.device) if folder is not None else None
-        return measured or default_plan(self.device, packed=can_pack(self))
+        return measured or default_plan(self.device, packed=can_prepack(self))
 
     def compiled_backbone(self, options: "CompileConfig | None") -> Callable:
         """The backbone's forward under ``torch.compile``, kept for the next call with the same options."""
