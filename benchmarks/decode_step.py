@@ -58,7 +58,7 @@ def main() -> None:
 def one_round(model, prompt: list[int], nodes: int, new_tokens: int) -> tuple[float, dict[str, float]]:
     """Seconds of a bare forward, and of each phase of a step."""
     stats = DecodeStats(profile=True)
-    plan = TreePlan("dynamic", nodes) if nodes > 1 else TreePlan("chain", 1)
+    plan = TreePlan("dynamic", nodes, always=True) if nodes > 1 else TreePlan("chain", 1)
     # No criterion but the length may end the text: rounds have to be equally long.
     generate_greedy(model, prompt, new_tokens, lmtp_tree=plan, lmtp_stats=stats, eos_token_id=None)
     steps = max(stats.steps, 1)

@@ -41,6 +41,7 @@ _MODULES = {
         "decoding/plan",
         "decoding/stats",
         "decoding/draft",
+        "decoding/draft_budget",
         "decoding/drafter",
         "decoding/verify",
         "decoding/accept",

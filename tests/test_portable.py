@@ -9,7 +9,7 @@ import tiny
 from transformers import AutoModelForCausalLM
 
 from lmtp_factory import LMTPConfig, attach_heads, load_model
-from lmtp_factory.decoding.plan import TreePlan, write_plan
+from lmtp_factory.decoding.plan import Conditions, TreePlan, write_plan
 from lmtp_factory.files import HEADS_FOLDER, TREE_FILE
 
 
@@ -47,7 +47,7 @@ print("forwards", len(forwards))
 def export(tmp_path):
     path = tiny.tiny_qwen3(tmp_path / "export")
     attach_heads(AutoModelForCausalLM.from_pretrained(path), LMTPConfig(num_heads=2)).save_pretrained(path)
-    write_plan(TreePlan("chain", 4), path / HEADS_FOLDER, "cpu", measured={})
+    write_plan(TreePlan("chain", 4), path / HEADS_FOLDER, Conditions("cpu", "float32", True), measured={})
     return path
 
 

@@ -177,7 +177,9 @@ def _bits(weight: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         (in / 2,) and (out,) int64, or (in,) and (out,) where the numbers cannot be read in pairs.
     """
-    even = weight.stride(1) == 1 and not any(n % 2 for n in (weight.shape[1], weight.stride(0), weight.storage_offset()))
+    even = weight.stride(1) == 1 and not any(
+        n % 2 for n in (weight.shape[1], weight.stride(0), weight.storage_offset())
+    )
     numbers = weight.view(torch.int64 if even else torch.int32)
     return numbers.sum(0, dtype=torch.int64), numbers.sum(1, dtype=torch.int64)
 

@@ -6,12 +6,9 @@ from torch import Tensor, nn
 
 from .. import geometry
 from .draft import Window, draft
+from .draft_budget import DraftBudget
 from .plan import TreePlan, Trust
 from .tree import Tree, fixed, grow
-
-
-# While no draft would pay for itself, so many steps go by without one before the next try; the number doubles up to this.
-_LONGEST_PAUSE = 16
 
 
 class Drafter:
@@ -29,11 +26,12 @@ class Drafter:
         self.root = fixed([()], device)
         paths = plan.fixed_paths()
         self.shape = None if paths is None else fixed([path for path in paths if len(path) <= self.reach], device)
-        self.trust = Trust()
-        self.pause = self.waiting = 0
+        self.trust, self.budget = Trust(), DraftBudget()
+        self.drafted = False  # whether the step at hand made a draft, though its tree may have been cut to the root
 
     def plain(self, roots: Tensor) -> tuple[Tree, Tensor]:
         """The tree of the roots alone, and its (batch, 1) tokens."""
+        self.drafted = False
         return self.root, roots[:, None]
 
     def draft(self, window: Window, roots: Tensor, active: Sequence[bool], wanted: int) -> tuple[Tree, Tensor]:
@@ -44,9 +42,9 @@ class Drafter:
             active: which rows still generate.
             wanted: the most tokens that a row may still get; deeper levels would be thrown away.
         """
-        if self.plan.nodes == 1 or self.waiting:
-            self.waiting = max(self.waiting - 1, 0)
+        if self.plan.nodes == 1 or not (self.plan.always or self.budget.allows_draft()):
             return self.plain(roots)
+        self.drafted = True
         if self.shape is not None:
             candidates = draft(self.model, window, self.shape.height, width=int(max(self.plan.ranks())) + 1)
             return self.shape, self.shape.tokens(roots, candidates.tokens)
@@ -58,20 +56,23 @@ class Drafter:
         if self.plan.cost is not None and not self.constant:
             values = [row for row, is_active in zip(tree.values.tolist(), active) if is_active]
             tree = tree.first(self.plan.best_size(values, self.trust.value))
-            self._consider_pause(drafted=tree.nodes > 1)
         return tree, tree.tokens(roots, candidates.tokens)
 
-    def _consider_pause(self, drafted: bool) -> None:
-        if drafted:
-            self.pause = 0
-        else:
-            self.waiting = self.pause
-            self.pause = min(max(2 * self.pause, 1), _LONGEST_PAUSE)
+    def learn(self, tree: Tree, branches: Sequence[Sequence[int]], seconds: float) -> None:
+        """What the step brought, and in what time.
 
-    def learn(self, tree: Tree, branches: Sequence[Sequence[int]]) -> None:
-        """Compare what a dynamic tree promised with what was accepted."""
-        if tree.values is None or self.plan.cost is None:
-            return
-        for values, branch in zip(tree.values.tolist(), branches):
-            if branch:
-                self.trust.learn(sum(values[1:]), len(branch) - 1)
+        Args:
+            tree: that was verified.
+            branches: accepted nodes of each row, the root first; empty for a row that was finished before.
+            seconds: from the draft to the commit.
+        """
+        accepted = [len(branch) - 1 for branch in branches if branch]
+        if not self.plan.always:
+            if self.drafted:
+                self.budget.record_draft(seconds, tree.nodes, sum(accepted) / max(len(accepted), 1))
+            else:
+                self.budget.record_plain(seconds)
+        if self.drafted and tree.values is not None and self.plan.cost is not None:
+            for values, branch in zip(tree.values.tolist(), branches):
+                if branch:
+                    self.trust.learn(sum(values[1:]), len(branch) - 1)

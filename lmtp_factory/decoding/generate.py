@@ -7,6 +7,7 @@ and contrastive generation never come here.
 
 import functools
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -164,6 +165,7 @@ class Generation:
         fill = geometry.window(self.offsets) - 1 if self.stats.strategy == "forward" else 0
         plain_steps = 0
         while not self.acceptor.finished():
+            started = time.perf_counter()
             with self.stats.timed("draft", self.device):
                 if plain_steps < fill:
                     tree, tokens = drafter.plain(self.roots())
@@ -176,10 +178,10 @@ class Generation:
                 logits = logits_of(self.model, hidden)
             with self.stats.timed("accept", self.device):
                 branches = self.acceptor.walk(logits, tokens, tree.parents)
-            drafter.learn(tree, branches)
             self.stats.count(tree.nodes, branches)
             with self.stats.timed("commit", self.device):
                 self.commit(hidden, branches)
+            drafter.learn(tree, branches, time.perf_counter() - started)
             stream.flush()
         stream.end()
         self.stats.rows += len(self.acceptor.rows)

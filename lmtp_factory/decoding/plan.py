@@ -4,13 +4,14 @@ import json
 import os
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-import torch
+from torch import nn
 
 from ..errors import LMTPError
 from ..files import TREE_FILE, atomic_write
+from .cpu_prepacked import can_prepack
 from .tree import chain_paths
 
 
@@ -71,6 +72,7 @@ class TreePlan:
         paths: of a static tree, see :func:`lmtp_factory.decoding.tree.fixed`.
         width: candidates a level, for ``dynamic``.
         cost: with it, a dynamic tree is cut in each step where the expected tokens per second are greatest.
+        always: draft in every step, also where that does not pay; for measurements and tests.
         source: where the plan comes from, for the log.
     """
 
@@ -79,6 +81,7 @@ class TreePlan:
     paths: tuple[tuple[int, ...], ...] = ()
     width: int = DEFAULT_WIDTH
     cost: CostCurve | None = None
+    always: bool = field(default=False, compare=False)
     source: str = field(default="given", compare=False)
 
     def __post_init__(self):
@@ -117,38 +120,83 @@ class TreePlan:
         return best
 
 
+@dataclass(frozen=True)
+class Conditions:
+    """What a tree's size depends on beside the model: with other costs another tree is the fastest.
+
+    Attributes:
+        device: type of the device, ``cpu`` or ``cuda``.
+        dtype: that forwards compute in, ``float32`` or ``bfloat16``.
+        prepacked: whether linear layers compute with prepacked weights (:mod:`.cpu_prepacked`).
+    """
+
+    device: str
+    dtype: str
+    prepacked: bool
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Conditions":
+        """Those that ``model`` decodes under here."""
+        return cls(model.device.type, str(model.dtype).removeprefix("torch."), can_prepack(model))
+
+    def __str__(self) -> str:
+        return f"{self.device}, {self.dtype}, {'prepacked' if self.prepacked else 'ordinary'} weights"
+
+
 # Relative cost of a forward of n tokens where nothing was measured. Packed: rounded from what lmtp-cli tree measured in
-# the demo (benchmarks/README.md). Plain: an estimate on the dear side. A GPU's is taken to be flat as far as trees go.
+# the demo (benchmarks/README.md). Plain: a conservative (high) estimate. A GPU's is taken to be flat as far as trees go.
 _PACKED_CPU = CostCurve({1: 1.0, 16: 1.4, 32: 2.0, 64: 3.2})
 _PLAIN_CPU = CostCurve({1: 1.0, 2: 1.5, 4: 1.6, 8: 1.6, 16: 1.8, 32: 2.6, 64: 4.6})
 _GPU_NODES, _CPU_NODES = 32, 16
 
 
-def default_plan(device: torch.device, packed: bool) -> TreePlan:
+def default_plan(conditions: Conditions) -> TreePlan:
     """A dynamic tree: large on an accelerator, and on a CPU as large as each step's probabilities pay for."""
-    if device.type != "cpu":
-        return TreePlan("dynamic", _GPU_NODES, source=f"default for {device.type}")
-    return TreePlan("dynamic", _CPU_NODES, cost=_PACKED_CPU if packed else _PLAIN_CPU, source="default for cpu")
+    source = f"default for {conditions.device}"
+    if conditions.device != "cpu":
+        return TreePlan("dynamic", _GPU_NODES, source=source)
+    return TreePlan("dynamic", _CPU_NODES, cost=_PACKED_CPU if conditions.prepacked else _PLAIN_CPU, source=source)
 
 
-def write_plan(plan: TreePlan, folder: str | os.PathLike, device: str, measured: Mapping) -> Path:
+def plan_for(model: nn.Module) -> TreePlan:
+    """The tree that ``model.generate`` drafts with: ``lmtp/tree.json`` where it was measured under these conditions.
+
+    Raises:
+        LMTPError: the file is damaged.
+    """
+    conditions, folder = Conditions.of(model), model.leap_heads.folder
+    found = None if folder is None else read_plan(folder)
+    if found is None:
+        return default_plan(conditions)
+    plan, measured_under = found
+    if measured_under == conditions:
+        return plan
+    plan = default_plan(conditions)
+    other = f"{Path(folder, TREE_FILE)} was measured on {measured_under or 'an unknown machine'}, this is {conditions}"
+    return replace(plan, source=f"{plan.source}; {other}")
+
+
+def write_plan(plan: TreePlan, folder: str | os.PathLike, conditions: Conditions, measured: Mapping) -> Path:
     """``tree.json`` in an ``lmtp/`` folder.
 
     Args:
-        device: type of device that it was measured on; it is used on that alone.
+        conditions: that it was measured under; it is used under these alone.
         measured: what the choice rests on, kept for the reader.
     """
     path = Path(folder, TREE_FILE)
     values = asdict(plan)
-    values.pop("source")
+    for key in ("source", "always"):
+        values.pop(key)
     values["cost"] = None if plan.cost is None else {str(n): s for n, s in plan.cost.seconds.items()}
     with atomic_write(path) as file:
-        json.dump({"device": device, **values, "measured": measured}, file, indent=1)
+        json.dump({**asdict(conditions), **values, "measured": measured}, file, indent=1)
     return path
 
 
-def read_plan(folder: str | os.PathLike, device: torch.device) -> TreePlan | None:
-    """The plan in an ``lmtp/`` folder; None where there is none, or one for another type of device.
+def read_plan(folder: str | os.PathLike) -> tuple[TreePlan, Conditions | None] | None:
+    """The plan in an ``lmtp/`` folder and what it was measured under; None where there is no plan.
+
+    Conditions are None in files of versions that did not write all of them.
 
     Raises:
         LMTPError: the file is damaged.
@@ -158,8 +206,6 @@ def read_plan(folder: str | os.PathLike, device: torch.device) -> TreePlan | Non
         return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        if values["device"] != device.type:
-            return None
         cost = values["cost"] and CostCurve({int(n): float(s) for n, s in values["cost"].items()})
         plan = TreePlan(
             kind=values["kind"],
@@ -170,4 +216,6 @@ def read_plan(folder: str | os.PathLike, device: torch.device) -> TreePlan | Non
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise LMTPError(f"{path} is damaged ({error!r}): delete it or run lmtp-cli tree again.") from None
-    return replace(plan, source=str(path))
+    names = [condition.name for condition in fields(Conditions)]
+    known = all(name in values for name in names)
+    return replace(plan, source=str(path)), Conditions(*(values[name] for name in names)) if known else None

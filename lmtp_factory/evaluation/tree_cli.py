@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Let the model write, time the device, weigh the trees, write ``lmtp/tree.json`` and ``lmtp/tree.png``."""
-    from ..decoding.plan import DEFAULT_WIDTH, write_plan
+    from ..decoding.plan import DEFAULT_WIDTH, Conditions, write_plan
     from ..modeling.checkpoint import find_heads
     from ..modeling.lmtp import base_of
     from .costs import measure_costs
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     best = max(options, key=lambda option: option.tokens_per_second)
     plan = plan_of(best, observed, costs)
     facts = measured(options, observed, costs)
-    path = write_plan(plan, folder, model.device.type, facts)
+    path = write_plan(plan, folder, Conditions.of(model), facts)
     draw_tree(plan, accuracies(observed), costs.verify.seconds, options, folder / "tree.png")
 
     print(f"\nVerifying costs, in ms by tokens: {_milliseconds(costs.verify.seconds)}; a draft {1e3 * costs.draft:.1f}")

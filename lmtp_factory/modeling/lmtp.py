@@ -178,13 +178,10 @@ class LeapModel:
         return super()._sample(*prepared, **model_kwargs) if output is None else output
 
     def decoding_plan(self) -> "TreePlan":
-        """The tree that :meth:`generate` drafts with: from ``lmtp/tree.json``, or the device's default."""
-        from ..decoding.cpu_prepacked import can_prepack
-        from ..decoding.plan import default_plan, read_plan
+        """The tree that :meth:`generate` drafts with."""
+        from ..decoding.plan import plan_for
 
-        folder = self.leap_heads.folder
-        measured = read_plan(folder, self.device) if folder is not None else None
-        return measured or default_plan(self.device, packed=can_prepack(self))
+        return plan_for(self)
 
     def compiled_backbone(self, options: "CompileConfig | None") -> Callable:
         """The backbone's forward under ``torch.compile``, kept for the next call with the same options."""

@@ -217,8 +217,6 @@ def _check_heads(heads: Path, model_args) -> LMTPConfig:
 
 
 def _check_decoding(model_args, finetuning_args) -> None:
-    from llamafactory.extras.misc import get_current_device
-
     decode = finetuning_args.lmtp_decode
     asked_for = decode in ("backward", "forward")
     obstacle = no_decoding(model_args, finetuning_args)
@@ -230,7 +228,7 @@ def _check_decoding(model_args, finetuning_args) -> None:
     heads = decoding_heads(model_args, finetuning_args)
     if heads is not None:
         _check_heads(heads, model_args)
-        read_plan(heads, get_current_device())
+        read_plan(heads)
     elif asked_for:
         raise LMTPError(
             f"lmtp_decode: {decode} asks for leap heads, but neither the adapter nor the model directory has an lmtp/ "

@@ -99,10 +99,10 @@ def test_a_cache_made_without_a_config(leap, architecture):
 def test_branches_longer_than_the_sliding_window(leap, architecture, window):
     """Their last nodes do not see their first ones."""
     model = leap(architecture, heads={"offsets": (2, 3, 8)}, sliding_window=window)
-    for plan in (TreePlan("chain", 8), PLANS["dynamic"]):
+    for plan in (TreePlan("chain", 8, always=True), PLANS["dynamic"]):
         for inputs in ({"input_ids": prompt()}, padded([9, 4])):
             stats = check_drafts(model, inputs, plan, rank=lambda row, place: 0 if place % 17 else None)
-    assert len(stats.accepted) > 2 and check_drafts(model, inputs, TreePlan("chain", 8)).tau > 1.3
+    assert len(stats.accepted) > 2 and check_drafts(model, inputs, TreePlan("chain", 8, always=True)).tau > 1.3
 
 
 def test_several_sequences_of_one_prompt(leap):
@@ -218,7 +218,11 @@ def test_a_perfect_draft_reaches_as_far_as_the_heads(leap, geometry, kind):
     expected = stock(model, **padded([6, 3]), max_new_tokens=new, **GREEDY)
     with oracle(expected):
         ours, stats = decoded(
-            model, **padded([6, 3]), max_new_tokens=new, lmtp_tree=TreePlan(kind, 2 + 3 * reach, width=3), **GREEDY
+            model,
+            **padded([6, 3]),
+            max_new_tokens=new,
+            lmtp_tree=TreePlan(kind, 2 + 3 * reach, width=3, always=True),
+            **GREEDY,
         )
     assert ours.tolist() == expected.tolist()
     if kind == "chain":  # a dynamic tree of random probabilities need not be deep enough

@@ -61,7 +61,9 @@ def good_drafts(monkeypatch, model, inputs):
 def test_greedy_is_stock_token_for_token(model, inputs, good_drafts):
     stats = DecodeStats()
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
-    output = model.generate(**inputs, **options, lmtp_tree=TreePlan("dynamic", 24, width=2), lmtp_stats=stats)
+    output = model.generate(
+        **inputs, **options, lmtp_tree=TreePlan("dynamic", 24, width=2, always=True), lmtp_stats=stats
+    )
     assert torch.equal(output, good_drafts)
     assert stats.tau > 1.5
 
@@ -73,5 +75,7 @@ def test_a_seed_gives_stocks_sample(model, inputs, penalty):
     outputs = []
     for decode in ("off", "backward"):
         torch.manual_seed(7)
-        outputs.append(model.generate(**row, **options, lmtp_decode=decode, lmtp_tree=TreePlan("dynamic", 8)))
+        outputs.append(
+            model.generate(**row, **options, lmtp_decode=decode, lmtp_tree=TreePlan("dynamic", 8, always=True))
+        )
     assert torch.equal(*outputs)

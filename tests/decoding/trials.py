@@ -19,10 +19,10 @@ from lmtp_factory.modeling import heads_of
 
 PATHS = tuple(best_first_paths([[0.6, 0.2, 0.1], [0.5, 0.2, 0.1], [0.4, 0.2], [0.3, 0.1]], 12))
 PLANS = {
-    "chain": TreePlan("chain", 5),
-    "static": TreePlan("static", 12, paths=PATHS),
-    "dynamic": TreePlan("dynamic", 9, width=3),
-    "with cost": TreePlan("dynamic", 9, width=3, cost=CostCurve({1: 1.0, 4: 1.05, 64: 3.0})),
+    "chain": TreePlan("chain", 5, always=True),
+    "static": TreePlan("static", 12, paths=PATHS, always=True),
+    "dynamic": TreePlan("dynamic", 9, width=3, always=True),
+    "with cost": TreePlan("dynamic", 9, width=3, cost=CostCurve({1: 1.0, 4: 1.05, 64: 3.0}), always=True),
 }
 # Rising offsets without gaps to speak of, with one that leaps far, and the strides.
 GEOMETRIES = {

@@ -1,0 +1,123 @@
+"""Drafts pay for themselves, or stop: simulated texts with the time of each step given, and real generations."""
+
+import dataclasses
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from trials import GREEDY, PATHS, check, oracle, prompt, stock
+
+from lmtp_factory.decoding import generate
+from lmtp_factory.decoding.draft_budget import ALLOWANCE, MOST, STAKE, DraftBudget
+from lmtp_factory.decoding.plan import TreePlan
+from lmtp_factory.decoding.stats import DecodeStats
+
+
+def simulate(accepted, extra: float, tokens: int, budget=None, noise=lambda: 1.0) -> tuple[float, int]:
+    """Seconds for ``tokens`` tokens where a plain step takes 1; and how many drafts there were.
+
+    Args:
+        accepted: () -> how many tokens a draft brings.
+        extra: what a draft and its verification add to a step.
+    """
+    budget = budget or DraftBudget()
+    seconds, done, drafts = 0.0, 0, 0
+    while done < tokens:
+        step = noise()
+        if budget.allows_draft():
+            brought, step = accepted(), step * (1 + extra)
+            budget.record_draft(step, 8, brought)
+            done, drafts = done + 1 + brought, drafts + 1
+        else:
+            budget.record_plain(step)
+            done += 1
+        seconds += step
+    return seconds, drafts
+
+
+@given(
+    st.lists(st.integers(0, 4), min_size=1, max_size=400), st.floats(0.02, 3.0), st.integers(16, 400), st.integers(1, 2)
+)
+def test_the_loss_is_bounded_whatever_is_accepted(pattern, extra, tokens, scale):
+    """At most the stake, the allowance of the plain steps, the first drafts before their time is known, and one draft too
+    many; good text may lay up MOST for bad text behind it, which it has won before."""
+    brought = iter(pattern * 400)
+    seconds, _ = simulate(lambda: next(brought), extra, tokens, noise=lambda: float(scale))
+    assert seconds / scale <= tokens + STAKE + ALLOWANCE * tokens + 2 * extra + max(pattern)
+
+
+def test_text_that_accepts_nothing_costs_little():
+    for extra in (0.1, 0.25, 0.5, 1.0):
+        seconds, drafts = simulate(lambda: 0, extra, 200)
+        assert seconds <= 200 * 1.02 and drafts >= 1
+
+
+def test_text_that_accepts_much_is_drafted_throughout():
+    generator = random.Random(0)
+    seconds, drafts = simulate(lambda: generator.choice((1, 2, 3)), 0.4, 600)
+    always = 600 / 3 * 1.4
+    assert seconds < 1.03 * always and drafts > 180
+
+
+def test_drafts_come_back_when_the_text_turns_good():
+    """Bad, then good for ever: the pauses are short enough to find out."""
+    budget = DraftBudget()
+    simulate(lambda: 0, 0.4, 100, budget)
+    generator = random.Random(1)
+    seconds, _ = simulate(lambda: generator.choice((0, 2, 2, 3)), 0.4, 1000, budget)
+    assert seconds < 0.75 * 1000
+
+
+def test_good_text_lays_up_only_so_much():
+    budget = DraftBudget()
+    simulate(lambda: 4, 0.4, 1000, budget)
+    assert budget.balance == MOST
+    seconds, _ = simulate(lambda: 0, 0.4, 1000, budget)
+    assert seconds <= 1000 * (1 + ALLOWANCE) + MOST + 0.4 + 0.01
+
+
+def test_one_slow_step_does_not_end_drafting():
+    """The first draft of a process makes int8 weights, and a machine has other things to do now and then."""
+    budget, slow = DraftBudget(), iter([1.0, 30.0, *[1.0] * 20, 30.0, *[1.0] * 10_000])
+    _, drafts = simulate(lambda: 1, 0.3, 400, budget, noise=lambda: next(slow))
+    assert drafts > 190
+
+
+def test_one_slow_plain_step_does_not_make_drafts_look_cheap():
+    budget, slow = DraftBudget(), iter([5.0, *[1.0] * 10_000])
+    seconds, _ = simulate(lambda: 0, 0.5, 200, budget, noise=lambda: next(slow))
+    assert seconds <= 4 + 200 * 1.02 + 4 * 0.5
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        TreePlan("chain", 5),
+        TreePlan("static", 12, paths=PATHS),
+        TreePlan("dynamic", 9, width=3),
+    ],
+    ids=["chain", "static", "dynamic"],
+)
+def test_every_kind_of_tree_stops_where_nothing_is_accepted(leap, plan, monkeypatch):
+    """A real generation whose drafts are always wrong, on a clock on which a draft costs half a plain step more."""
+    now, decode_step = 0.0, generate.Verifier.__call__
+
+    def verify(self, tokens, *args):
+        nonlocal now
+        now += 1.0 if tokens.shape[1] == 1 else 1.5
+        return decode_step(self, tokens, *args)
+
+    monkeypatch.setattr(generate.Verifier, "__call__", verify)
+    monkeypatch.setattr(generate.time, "perf_counter", lambda: now)
+    model = leap()
+    kwargs = {"max_new_tokens": 80} | GREEDY
+    whole = stock(model, prompt(), **kwargs)
+    stats = DecodeStats()
+    with oracle(whole, lambda row, place: None):
+        ours = model.generate(prompt(), lmtp_tree=plan, lmtp_stats=stats, **kwargs)
+    assert ours.tolist() == whole.tolist()
+    assert stats.steps < stats.nodes and stats.seconds["total"] <= 80 * 1.02
+    with oracle(whole, lambda row, place: None):
+        _, stats = check(model, prompt(), lmtp_tree=dataclasses.replace(plan, always=True), **kwargs)
+    assert stats.seconds["total"] > 80 * 1.4
