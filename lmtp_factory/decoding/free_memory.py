@@ -9,7 +9,7 @@ except ImportError:  # transformers alone, without accelerate
     psutil = None
 
 _CGROUPS = Path("/sys/fs/cgroup")
-# Name of a group's limit, of what it uses, and of the pages in memory.stat that the kernel drops before it fails, by version.
+# By version: a group's limit, what it uses, and the line of memory.stat with the pages that the kernel gives up in need.
 _FILES = {
     2: ("memory.max", "memory.current", "inactive_file"),
     1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),

@@ -4,6 +4,8 @@ import argparse
 import json
 from pathlib import Path
 
+from ..arguments import count
+
 
 RESULT_FILE, PLOT_FILE = "bench.json", "bench.png"
 # Where no tree was measured: falls with the level and with the rank.
@@ -14,10 +16,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The model, prompts to answer, and how much of both."""
     parser.add_argument("model", metavar="MODEL", help="export, adapter or stage-1 directory with heads")
     parser.add_argument("--prompts", required=True, metavar="FILE", help="JSON or JSONL, as lmtp-cli distill reads")
-    parser.add_argument("--limit", type=int, default=16, metavar="N", help="use the first N prompts (default: 16)")
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="an answer (default: 128)")
-    parser.add_argument("--nodes", type=int, default=16, metavar="N", help="static and dynamic trees (default: 16)")
-    parser.add_argument("--repeats", type=int, default=1, metavar="N", help="times each answer, the best one counts")
+    parser.add_argument("--limit", type=count, default=16, metavar="N", help="use the first N prompts (default: 16)")
+    parser.add_argument("--max-new-tokens", type=count, default=128, metavar="N", help="an answer (default: 128)")
+    parser.add_argument("--nodes", type=count, default=16, metavar="N", help="static and dynamic trees (default: 16)")
+    parser.add_argument("--repeats", type=count, default=1, metavar="N", help="times each answer, the best one counts")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="default: fp32 on a CPU, else as saved"
     )

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from ..arguments import count
 from ..errors import LMTPError
 
 
@@ -15,8 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="stage-1 output, adapter or export with heads, or a plain model",
     )
     parser.add_argument("--rows", required=True, metavar="FILE", help="rows written by lmtp-cli distill")
-    parser.add_argument("--limit", type=int, metavar="N", help="score the first N rows only")
-    parser.add_argument("--batch-size", type=int, default=4, metavar="N")
+    parser.add_argument("--limit", type=count, metavar="N", help="score the first N rows only")
+    parser.add_argument("--batch-size", type=count, default=4, metavar="N")
     parser.add_argument("--output-dir", metavar="DIR", help="also write report.json and report.png there")
 
 

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from ..arguments import count
 from ..errors import LMTPError
 
 
@@ -10,10 +11,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The model, prompts to let it answer, and how much of both."""
     parser.add_argument("model", metavar="MODEL", help="export, adapter or stage-1 directory with heads")
     parser.add_argument("--prompts", required=True, metavar="FILE", help="JSON or JSONL, as lmtp-cli distill reads")
-    parser.add_argument("--limit", type=int, default=24, metavar="N", help="use the first N prompts (default: 24)")
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="an answer (default: 128)")
+    parser.add_argument("--limit", type=count, default=24, metavar="N", help="use the first N prompts (default: 24)")
+    parser.add_argument("--max-new-tokens", type=count, default=128, metavar="N", help="an answer (default: 128)")
     parser.add_argument(
-        "--context", type=int, default=256, metavar="N", help="cached tokens when timing (default: 256)"
+        "--context", type=count, default=256, metavar="N", help="cached tokens when timing (default: 256)"
     )
 
 
@@ -35,6 +36,11 @@ def run(args: argparse.Namespace) -> int:
     _, prompts = read_prompts(args.model, args.prompts, args.limit)
     model = base_of(load_for_scoring(args.model))
     observed = [observe(model, row, DEFAULT_WIDTH) for row in write_own_text(model, prompts, args.max_new_tokens)]
+    if not any(map(len, observed)):
+        raise LMTPError(
+            f"{args.model} answers these prompts with a token or none, so no draft can be measured: give other prompts or a "
+            "larger --max-new-tokens."
+        )
     costs = measure_costs(model, context=args.context)
     options = weigh(observed, costs)
     best = max(options, key=lambda option: option.tokens_per_second)

@@ -35,8 +35,9 @@ def test_a_tree_is_used_where_it_was_measured(export):
 
 
 @pytest.mark.parametrize(
-    "elsewhere", [Conditions("cuda", "float32", True), Conditions("cpu", "bfloat16", False), Conditions("cpu", "float32", False)]
-)  # fmt: skip
+    "elsewhere",
+    [Conditions("cuda", "float32", True), Conditions("cpu", "bfloat16", False), Conditions("cpu", "float32", False)],
+)
 def test_a_tree_that_was_measured_elsewhere_is_not_used(export, elsewhere):
     write_plan(MEASURED, export / "lmtp", elsewhere, measured={})
     plan = plan_for(load_model(export))
