@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from lmtp_factory.config import LMTPConfig
 from lmtp_factory.modeling.heads import LeapHeads
-from lmtp_factory.modeling.loss.chunked import chunk_rows
-from lmtp_factory.modeling.loss.targets import IGNORE_INDEX
+from lmtp_factory.modeling.losses.chunked import chunk_rows
+from lmtp_factory.modeling.losses.targets import IGNORE_INDEX
 
 
 ARMS = ("floor", "eager", "torch", "triton", "liger")
@@ -129,7 +129,7 @@ class Problem:
         if arm == "liger":
             loss = self._liger()
         else:
-            loss, _, _ = self.heads(self.hidden, self.targets, self.scales, self.lm_head, path=arm)
+            loss, _, _ = self.heads(self.hidden, self.targets, self.scales, self.lm_head, implementation=arm)
         loss.backward()
         return loss.item(), sum(p.grad.nbytes for p in self.heads.parameters() if p.grad is not None)
 

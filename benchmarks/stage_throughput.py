@@ -31,7 +31,7 @@ from lmtp_factory import resources
 from lmtp_factory.config import HEAD_KINDS
 from lmtp_factory.data.rows import PROMPT_COLUMN, RESPONSE_COLUMN, parse_ids
 from lmtp_factory.evaluation.machine import describe
-from lmtp_factory.modeling.loss.targets import IGNORE_INDEX
+from lmtp_factory.modeling.losses.targets import IGNORE_INDEX
 
 
 # Against what each arm is compared.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..modeling.documents import WITH_MASK
-from ..modeling.loss.targets import IGNORE_INDEX
+from ..modeling.losses.targets import IGNORE_INDEX
 
 
 # Lengths of rows are rounded up to this; tensor cores want it.

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ..data.rows import PROMPT_COLUMN, RESPONSE_COLUMN, parse_ids
 from ..errors import LMTPError
 from ..modeling.lmtp import base_of
-from ..modeling.loss.targets import IGNORE_INDEX
+from ..modeling.losses.targets import IGNORE_INDEX
 
 
 Row = tuple[list[int], list[int]]  # prompt ids, output ids

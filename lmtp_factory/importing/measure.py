@@ -28,7 +28,7 @@ from ..errors import LMTPError, first_line
 from ..evaluation.heads import Row, read_rows
 from ..modeling.heads import LeapHeads
 from ..modeling.lmtp import base_of
-from ..modeling.loss.chunked import chunk_rows
+from ..modeling.losses.chunked import chunk_rows
 
 
 MOST_POSITIONS, FEWEST_POSITIONS = 4096, 256

@@ -12,7 +12,7 @@ from ..errors import LMTPError
 from .checkpoint import check_base
 from .heads import LeapHeads
 from .lmtp import LeapModel, base_of, leap_class
-from .loss.path import dense
+from .losses.implementation import as_plain_linear
 from .zero3 import fetch_together, gathered
 
 
@@ -68,7 +68,7 @@ def attach_heads(
     base.train(model.training)
 
     lm_head = base.get_output_embeddings()
-    fetch_together(base.leap_heads, (dense(lm_head) or lm_head).parameters())
+    fetch_together(base.leap_heads, (as_plain_linear(lm_head) or lm_head).parameters())
     return model
 
 

@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from ..config import LMTPConfig
 from .dtypes import like
-from .loss.chunked import chunked_cross_entropy
-from .loss.eager import eager_cross_entropy
+from .losses import HeadSpec, leap_loss
+from .losses.softmax import softcapped
 
 
 class ResidualBlock(nn.Module):
@@ -28,11 +28,6 @@ class ResidualBlock(nn.Module):
         return hidden + F.silu(self.leap_proj(hidden))
 
 
-def softcapped(logits: Tensor, softcap: float | None) -> Tensor:
-    """Logits squeezed into -softcap .. softcap, as the base model's own are; as they come where it has no such cap."""
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
-
-
 def unembed(features: Tensor, unembedding: nn.Module, softcap: float | None = None) -> Tensor:
     """(..., hidden) -> (..., vocabulary) logits."""
     return softcapped(unembedding(like(features, unembedding)), softcap)
@@ -43,6 +38,7 @@ class LeapHead(nn.Module):
 
     def __init__(self, hidden_size: int, vocab_size: int, layers: int, own_unembedding: bool):
         super().__init__()
+        self.vocab_size = vocab_size
         self.blocks = nn.ModuleList(ResidualBlock(hidden_size) for _ in range(layers))
         self.unembed = nn.Linear(hidden_size, vocab_size, bias=False) if own_unembedding else None
 
@@ -54,7 +50,15 @@ class LeapHead(nn.Module):
 
     def logits(self, hidden: Tensor, lm_head: nn.Module, softcap: float | None = None) -> Tensor:
         """(..., hidden) final hidden states -> (..., vocabulary) logits."""
-        return unembed(self.features(hidden), self.unembed or lm_head, softcap)
+        return unembed(self.features(hidden), self.unembedding(lm_head), softcap)
+
+    def unembedding(self, lm_head: nn.Module) -> nn.Module:
+        """The layer that this head's features go to: its own, or the backbone's LM head."""
+        return lm_head if self.unembed is None else self.unembed
+
+    def spec(self, lm_head: nn.Module) -> HeadSpec:
+        """This head as a loss sees it."""
+        return HeadSpec(self.features, self.unembedding(lm_head), self.vocab_size, tuple(self.blocks.parameters()))
 
 
 class LeapHeads(PreTrainedModel):
@@ -91,7 +95,7 @@ class LeapHeads(PreTrainedModel):
         lm_head: nn.Module,
         *,
         softcap: float | None = None,
-        path: str = "torch",
+        implementation: str = "torch",
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The training loss, not the logits: under ZeRO-3 a module's weights exist only while its ``forward`` runs.
 
@@ -102,25 +106,17 @@ class LeapHeads(PreTrainedModel):
             scales: (heads,) what each head's loss sum is multiplied by.
             lm_head: the backbone's LM head, read by heads without an unembedding of their own.
             softcap: the base model's ``final_logit_softcapping``.
-            path: ``torch``, ``triton`` or ``eager``, see :mod:`.loss.path`.
+            implementation: ``torch``, ``triton`` or ``eager``, see :mod:`.losses`.
 
         Returns:
             Scalar loss; (heads,) loss sums, not scaled; (heads,) top-1 hits.
         """
-        next_token = targets.shape[0] - len(self.heads)
-        features = [_as_it_is] * next_token + [head.features for head in self.heads]
-        unembeddings = [lm_head] * next_token + [head.unembed or lm_head for head in self.heads]
-        if path == "eager":
-            heads = [
-                lambda rows, f=f, u=u: unembed(f(rows), u, softcap) for f, u in zip(features, unembeddings, strict=True)
-            ]
-            return eager_cross_entropy(hidden, targets, scales, heads)
-        blocks = [()] * next_token + [tuple(head.blocks.parameters()) for head in self.heads]
-        return chunked_cross_entropy(
-            hidden, targets, scales, features, unembeddings, blocks, self.config.vocab_size, softcap=softcap, path=path
-        )
+        specs = [head.spec(lm_head) for head in self.heads]
+        if len(targets) > len(specs):
+            specs.insert(0, HeadSpec(_identity, lm_head, self.config.vocab_size))
+        return leap_loss(hidden, targets, scales, specs, softcap=softcap, implementation=implementation)
 
 
-def _as_it_is(hidden: Tensor) -> Tensor:
+def _identity(hidden: Tensor) -> Tensor:
     """What the LM head reads."""
     return hidden

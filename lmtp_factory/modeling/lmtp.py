@@ -5,7 +5,6 @@ checkpointing, LLaMA-Factory's tables, ``save_pretrained``'s ``architectures``) 
 """
 
 import functools
-import importlib.util
 import inspect
 import os
 import shutil
@@ -22,8 +21,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..files import HEADS_FOLDER, TREE_FILE
 from .checkpoint import save_heads
 from .heads import LeapHeads
-from .loss.path import AUTO, resolve_path
-from .loss.targets import IGNORE_INDEX, head_weights, leap_targets
+from .losses.implementation import AUTO, resolve_implementation
+from .losses.targets import IGNORE_INDEX, head_weights, leap_targets
 from .zero3 import hookable
 
 
@@ -60,8 +59,11 @@ class LeapModel:
     head_weight: float
     head_decay: float
     takes_token_types: bool
-    loss_path: str = AUTO  # see loss/path.py
+    loss_implementation: str = AUTO  # see losses/implementation.py
     decode_strategy: str = "auto"  # what generate() does where its caller does not say: see lmtp_decode there
+    after_export: Callable[[str], None] | None = (
+        None  # called with the directory that a model for inference was saved to
+    )
     _compiled_backbone: tuple | None = None
 
     def leap_offsets(self) -> tuple[int, ...]:
@@ -114,7 +116,7 @@ class LeapModel:
             torch.tensor(weights, device=counts.device) / items.clamp(min=1),
             self.get_output_embeddings(),
             softcap=softcap_of(self),
-            path=resolve_path(self.loss_path, hidden.device),
+            implementation=resolve_implementation(self.loss_implementation, hidden.device),
         )
         return LeapOutput(loss=loss, losses=sums / counts.clamp(min=1), loss_sums=sums, hits=hits, counts=counts)
 
@@ -131,7 +133,9 @@ class LeapModel:
         if heads and kwargs.get("is_main_process", True):
             save_heads(self.leap_heads, os.path.join(save_directory, HEADS_FOLDER), heads)
             if self.leap_stage is None:
-                self._save_for_inference(save_directory)
+                self._copy_tree(save_directory)
+                if self.after_export is not None:
+                    self.after_export(save_directory)
 
     def generate(
         self,
@@ -190,14 +194,11 @@ class LeapModel:
             self._compiled_backbone = options, torch.compile(self.base_model.__call__, **options.to_dict())
         return self._compiled_backbone[1]
 
-    def _save_for_inference(self, directory) -> None:
-        """What a heads export holds beside the heads: the measured tree, and the decoder for transformers alone."""
+    def _copy_tree(self, directory) -> None:
+        """The measured tree goes with the heads."""
         tree = self.leap_heads.folder and Path(self.leap_heads.folder, TREE_FILE)
         if tree and tree.is_file():
             shutil.copy(tree, Path(directory, HEADS_FOLDER, TREE_FILE))
-        # By its absolute name: the decoder that an export carries does not write itself.
-        if importlib.util.find_spec("lmtp_factory") is not None:
-            importlib.import_module("lmtp_factory.portable").write_custom_generate(directory)
 
     def load_state_dict(self, state_dict, strict: bool = True, **kwargs):
         """As always, but a checkpoint of stage 1 holds no backbone, and that is no error."""

@@ -3,7 +3,6 @@
 import os
 
 from huggingface_hub import snapshot_download
-from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -30,7 +29,12 @@ def load_model(path: str, **from_pretrained_kwargs) -> nn.Module:
     heads = load_heads(path)
     is_adapter = os.path.isfile(os.path.join(path, "adapter_config.json"))
     is_model = os.path.isfile(os.path.join(path, "config.json"))
-    base_path = PeftConfig.from_pretrained(path).base_model_name_or_path if is_adapter else None
+    if is_adapter:
+        from peft import PeftConfig, PeftModel  # an export needs transformers alone
+
+        base_path = PeftConfig.from_pretrained(path).base_model_name_or_path
+    else:
+        base_path = None
     base_path = base_path or (path if is_model else heads.config.base_model)
     if not base_path:
         raise LMTPError(f"{path} does not say which base model its leap heads belong to: export it with heads first.")

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from importlib import import_module
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,9 @@ def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
     partitioned = [p for p in parameters if hasattr(p, "ds_id")] if is_deepspeed_zero3_enabled() else []
     if not partitioned:
         return nullcontext()
-    return _deepspeed().zero.GatheredParameters(partitioned)
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(partitioned)
 
 
 def hookable(hidden: Tensor) -> Tensor:
@@ -36,12 +37,8 @@ def fetch_together(module: nn.Module, external: Iterable[nn.Parameter] = ()) -> 
     """
     if not is_deepspeed_zero3_enabled():
         return
-    deepspeed = _deepspeed()
+    import deepspeed
+
     deepspeed.utils.set_z3_leaf_module(module, True)
     for parameter in external:
         deepspeed.zero.register_external_parameter(module, parameter)
-
-
-def _deepspeed():
-    # Not an import statement: transformers demands those of everyone who loads an export's custom_generate.
-    return import_module("deepspeed")

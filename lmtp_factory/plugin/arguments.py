@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..config import LMTPConfig
 
 
-EXPORTS = ("ntp", "heads")
+EXPORTS = ("ntp", "heads", "custom_generate")
 
 
 @dataclass
@@ -81,7 +81,10 @@ class LMTPArguments:
     )
     lmtp_export: str = field(
         default="ntp",
-        metadata={"help": "What `export` writes: `ntp` leaves the heads out, `heads` keeps them in `lmtp/`."},
+        metadata={
+            "help": "What `export` writes: `ntp` leaves the heads out, `heads` keeps them in `lmtp/`, `custom_generate` "
+            "adds a loader for plain transformers to that."
+        },
     )
     lmtp_decode: str = field(
         default="auto",

@@ -17,7 +17,7 @@ from ..decoding.plan import read_plan
 from ..errors import LMTPError
 from ..files import HEADS_FOLDER
 from ..modeling import checkpoint
-from ..modeling.loss.path import resolve_path
+from ..modeling.losses.implementation import resolve_implementation
 from . import hooks
 from .stages import STAGES
 from .start import (
@@ -77,7 +77,7 @@ def check_training(model_args, data_args, training_args, finetuning_args, genera
 
     _check_backends(model_args, training_args, finetuning_args)
     _check_method(stage, model_args, training_args, finetuning_args)
-    resolve_path(finetuning_args.lmtp_loss, torch.device(get_current_device()))
+    resolve_implementation(finetuning_args.lmtp_loss, torch.device(get_current_device()))
     if finetuning_args.hidden_cache_dir is not None:
         _check_hidden_cache(stage, data_args, training_args)
     heads = starting_heads(model_args, finetuning_args, training_args.do_train)
@@ -247,13 +247,13 @@ def check_inference(model_args, data_args, finetuning_args, generating_args: Any
     """
     if model_args.export_dir is None:
         _check_decoding(model_args, finetuning_args)
-    elif finetuning_args.lmtp_export == "heads":
+    elif finetuning_args.lmtp_export != "ntp":
         hooks.require_all()
         heads = locate_exported_heads(model_args, finetuning_args)
         if heads is None:
             raise LMTPError(
-                "lmtp_export: heads asks for leap heads, but neither the adapter nor the model directory has an lmtp/ "
-                "folder: name the stage-1 output in stage1_pretrained_path or write lmtp_export: ntp."
+                f"lmtp_export: {finetuning_args.lmtp_export} asks for leap heads, but neither the adapter nor the model "
+                "directory has an lmtp/ folder: name the stage-1 output in stage1_pretrained_path or write lmtp_export: ntp."
             )
         _check_heads(heads, model_args)
     elif os.path.isdir(os.path.join(model_args.export_dir, HEADS_FOLDER)):

@@ -13,12 +13,13 @@ from llamafactory.extras.misc import get_current_device
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from ..export.custom_generate import write_custom_generate
 from ..modeling import attach_heads, load_heads
 from ..modeling.attach import fresh_heads
 from ..modeling.checkpoint import base_fingerprint, check_base
 from ..modeling.lmtp import base_of
-from ..modeling.loss.chunked import LOGIT_BYTES
-from ..modeling.loss.path import dense, resolve_path
+from ..modeling.losses.chunked import LOGIT_BYTES
+from ..modeling.losses.implementation import as_plain_linear, resolve_implementation
 from . import hooks, log
 from .start import decoding_heads, hub_options, locate_exported_heads, starting_heads
 
@@ -60,8 +61,7 @@ def _patch_model(upstream, model, *args, **kwargs):
     transformers does that with ``trust_remote_code``, which the web UI always sets; upstream cannot patch such a model, and
     the heads are attached here anyway.
     """
-    generate = vars(model).get("generate")
-    if isinstance(generate, functools.partial) and "LeapModel" in getattr(generate.func, "__globals__", ()):
+    if isinstance(vars(model).get("generate"), functools.partial):
         del model.generate
     return upstream(model, *args, **kwargs)
 
@@ -82,9 +82,11 @@ def _init_adapter(upstream, config, model, model_args, finetuning_args, is_train
     heads = locate_exported_heads(model_args, finetuning_args) if exporting else None
     if heads is not None:
         _keep_untied_lm_head(model)
-        if finetuning_args.lmtp_export == "heads":
+        if finetuning_args.lmtp_export != "ntp":
             log.info(f"Exporting with the leap heads of {heads}.")
             attach_heads(model, heads=load_heads(heads.parent))
+            if finetuning_args.lmtp_export == "custom_generate":
+                base_of(model).after_export = write_custom_generate
         else:
             log.info(f"Exporting without the leap heads of {heads}.")
     return model
@@ -114,7 +116,7 @@ def _attach_for_training(model: nn.Module, model_args, finetuning_args, is_train
         head_decay=finetuning_args.head_decay,
         dtype=_trainable_dtype(base, model_args, finetuning_args) if is_trainable else None,
     )
-    base.decode_strategy, base.loss_path = finetuning_args.lmtp_decode, finetuning_args.lmtp_loss
+    base.decode_strategy, base.loss_implementation = finetuning_args.lmtp_decode, finetuning_args.lmtp_loss
     log.info(f"Leap loss: {_loss_in_words(base)}.")
     log.info(
         f"Leap heads predict {', '.join(f'+{offset}' for offset in heads.config.offsets[1:])} beside the LM head's +1."
@@ -124,13 +126,15 @@ def _attach_for_training(model: nn.Module, model_args, finetuning_args, is_train
 
 def _loss_in_words(base: nn.Module) -> str:
     device = torch.device(get_current_device())
-    path = resolve_path(base.loss_path, device)
-    if path == "eager":
+    implementation = resolve_implementation(base.loss_implementation, device)
+    if implementation == "eager":
         return "eager, every head's logits at once"
     size = LOGIT_BYTES.get(device.type, LOGIT_BYTES["cpu"]) // 2**20
-    softmax = {"torch": "plain torch", "triton": "a Triton kernel"}[path]
+    softmax = {"torch": "plain torch", "triton": "a Triton kernel"}[implementation]
     lm_head = base.get_output_embeddings()
-    backward = "" if dense(lm_head) else f"; {type(lm_head).__name__}, the LM head, takes its gradients by itself"
+    backward = (
+        "" if as_plain_linear(lm_head) else f"; {type(lm_head).__name__}, the LM head, takes its gradients by itself"
+    )
     return f"chunks of at most {size} MB of logits, softmax in {softmax}{backward}"
 
 

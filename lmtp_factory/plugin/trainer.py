@@ -11,7 +11,7 @@ from ..errors import LMTPError
 from ..files import HEADS_FOLDER
 from ..modeling import heads_of, load_heads, save_heads
 from ..modeling.lmtp import HEADS_PREFIX, base_of
-from ..modeling.loss.targets import count_targets, head_weights
+from ..modeling.losses.targets import count_targets, head_weights
 from ..modeling.zero3 import gathered
 from .head_metrics import HeadMetrics
 from .state_cache import CachedDocuments, FillCache

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import LMTPError
-from ..modeling.loss.targets import count_targets
+from ..modeling.losses.targets import count_targets
 from . import hooks
 from .loading import replaced, with_heads
 from .start import farthest_offset

@@ -101,7 +101,7 @@ def test_generate_is_ours(ending):
 @pytest.mark.parametrize("decode", ["auto", "off"])
 def test_an_export_whose_code_is_trusted(decode, ending, expected, tmp_path, lines):
     """As the web UI loads everything. transformers then takes generate from the export, where upstream stumbles."""
-    runs.export(model_name_or_path=ending, export_dir=tmp_path / "export", lmtp_export="heads")
+    runs.export(model_name_or_path=ending, export_dir=tmp_path / "export", lmtp_export="custom_generate")
     assert (tmp_path / "export" / "custom_generate" / "generate.py").is_file()
     model = chat_model(tmp_path / "export", trust_remote_code=True, lmtp_decode=decode)
     assert ask(model) == expected[FIRST]

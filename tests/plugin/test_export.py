@@ -85,6 +85,8 @@ def test_heads_export_is_the_ntp_export_and_the_heads(llama, adapter, tmp_path):
     assert (tmp_path / "heads" / "config.json").read_text() == (tmp_path / "ntp" / "config.json").read_text()
     assert_equal(load_heads(tmp_path / "heads").state_dict(), load_heads(adapter).state_dict())
     assert load_model(tmp_path / "heads").leap_heads.config.offsets == (1, 3, 5, 7)
+    plain, kept = ({path.name for path in (tmp_path / kind).iterdir()} for kind in ("ntp", "heads"))
+    assert kept == plain | {"lmtp"}
 
 
 @pytest.mark.parametrize("kept", ["ntp", "heads"])

@@ -6,13 +6,15 @@ where recomputing logits in the backward costs four, and weights are needed only
 them. The price: from forward to backward there is one gradient of every trained weight, shared by all heads that use it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..dtypes import computed_in, like, wide
-from .path import dense, softmax_of
+from .head_spec import HeadSpec
+from .implementation import as_plain_linear
+from .rows import RowLoss
 from .targets import IGNORE_INDEX
 
 
@@ -32,20 +34,17 @@ def chunk_rows(vocab_size: int, device: torch.device, dtype: torch.dtype = torch
 
 
 @torch.compiler.disable  # the number of chunks differs from step to step: torch.compile breaks its graph here
-def chunked_cross_entropy(
+def chunked_loss(
     hidden: Tensor,
     targets: Tensor,
     scales: Tensor,
-    features: Sequence[Callable[[Tensor], Tensor]],
-    unembeddings: Sequence[nn.Module],
-    block_parameters: Sequence[Sequence[nn.Parameter]],
-    vocab_size: int,
+    heads: Sequence[HeadSpec],
     *,
+    row_loss: RowLoss,
     softcap: float | None = None,
-    path: str = "torch",
     rows_per_chunk: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`.eager.eager_cross_entropy`, a chunk of valid rows at a time.
+    """As :func:`.eager.eager_loss`, a chunk of valid rows at a time.
 
     A head without a valid target has zero loss and zero gradients, but takes part in the graph: distributed gradient
     reduction waits for every parameter.
@@ -54,25 +53,22 @@ def chunked_cross_entropy(
         hidden: (rows, hidden) final hidden states.
         targets: (heads, rows) token ids, -100 where masked.
         scales: (heads,) what each head's loss sum is multiplied by.
-        features: of every head, (rows, hidden) -> (rows, hidden) what its unembedding reads.
-        unembeddings: of every head, (rows, hidden) -> (rows, vocabulary) raw logits; heads may share one.
-        block_parameters: of every head, what its ``features`` compute with.
+        heads: in the order of the targets.
+        row_loss: the in-place form of a loss, see :mod:`.rows`.
         softcap: the model's ``final_logit_softcapping``.
-        path: ``torch`` or ``triton``, see :mod:`.path`.
         rows_per_chunk: default :func:`chunk_rows`.
+
+    Returns:
+        Scalar fp32 loss with gradient; (heads,) fp32 loss sums, not scaled; (heads,) int64 top-1 hits.
     """
-    softmax = softmax_of(path)
-    heads = [
-        _Head(*parts, vocab_size, softcap, softmax, rows_per_chunk)
-        for parts in zip(features, unembeddings, block_parameters, strict=True)
-    ]
-    trained = {parameter: None for head in heads for parameter in head.parameters() if parameter.requires_grad}
+    runs = [_HeadRun(head, row_loss, softcap, rows_per_chunk) for head in heads]
+    trained = {parameter: None for run in runs for parameter in run.parameters() if parameter.requires_grad}
     if not torch.is_grad_enabled():  # evaluation: nothing asks for gradients
         hidden, trained = hidden.detach(), {}
-    return _ChunkedCrossEntropy.apply(hidden, targets, scales, heads, *trained)
+    return _ChunkedLoss.apply(hidden, targets, scales, runs, *trained)
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
+class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, targets, scales, heads, *parameters):
         hidden_gradient = torch.zeros_like(hidden, dtype=wide(hidden)) if ctx.needs_input_grad[0] else None
@@ -115,27 +111,26 @@ def _kept(total: Tensor, dtype: torch.dtype) -> Tensor:
     return total if dtype == torch.float16 else total.to(dtype)
 
 
-class _Head:
+class _HeadRun:
     """One head's share of the loss."""
 
-    def __init__(self, features, unembedding, block_parameters, vocab_size, softcap, softmax, rows_per_chunk):
-        self.features, self.block_parameters = features, list(block_parameters)
-        self.unembedding, self.linear = unembedding, dense(unembedding)
-        self.vocab_size, self.softcap, self.softmax = vocab_size, softcap, softmax
+    def __init__(self, head: HeadSpec, row_loss: RowLoss, softcap: float | None, rows_per_chunk: int | None):
+        self.head, self.row_loss, self.softcap = head, row_loss, softcap
+        self.linear = as_plain_linear(head.unembedding)
         self.rows_per_chunk = rows_per_chunk
-        self._weight: Tensor | None = None  # in the dtype that is computed in
-        self._logits: Tensor | None = None  # storage of one chunk's
+        self._weight: Tensor | None = None  # (vocabulary, hidden) in the dtype that is computed in
+        self._logits: Tensor | None = None  # (rows, vocabulary) storage of one chunk's logits
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        yield from self.block_parameters
-        yield from (self.linear or self.unembedding).parameters()
+        yield from self.head.parameters
+        yield from (self.linear or self.head.unembedding).parameters()
 
     def chunks(self, rows: Tensor) -> tuple[Tensor, ...]:
         """``rows`` in equal parts: a small last one would read the whole unembedding for a few rows."""
         if not len(rows):
             return ()
         dtype = computed_in(self.linear.weight) if self.linear else torch.float32
-        most = self.rows_per_chunk or chunk_rows(self.vocab_size, rows.device, dtype)
+        most = self.rows_per_chunk or chunk_rows(self.head.vocab_size, rows.device, dtype)
         return rows.tensor_split(-(-len(rows) // most))
 
     def release(self) -> None:
@@ -143,10 +138,10 @@ class _Head:
 
     def run(self, hidden, rows, targets, scale, hidden_gradient, gradients) -> tuple[Tensor, Tensor]:
         """Losses and hits of a chunk; its gradients, times ``scale``, are added to those given."""
-        blocks = [p for p in self.block_parameters if p in gradients]
+        blocks = [p for p in self.head.parameters if p in gradients]
         inputs = hidden[rows].requires_grad_(hidden_gradient is not None)
         with torch.set_grad_enabled(bool(blocks) or inputs.requires_grad):
-            features = self.features(inputs)
+            features = self.head.features(inputs)
         project = self._project_by_autograd if self.linear is None else self._project
         losses, hits, gradient = project(features.detach(), targets, scale, gradients, features.requires_grad)
         if gradient is not None:
@@ -165,12 +160,14 @@ class _Head:
         if self._weight is None:
             self._weight = weight.detach().to(computed_in(weight))
         features = features.to(self._weight.dtype)
-        if self._logits is None or len(self._logits) < len(features):  # kept: fresh pages would cost a CPU time
-            self._logits = features.new_empty(len(features), self.vocab_size)
+        if self._logits is None or len(self._logits) < len(
+            features
+        ):  # reused: page faults on a new allocation are slow
+            self._logits = features.new_empty(len(features), self.head.vocab_size)
         logits = torch.mm(features, self._weight.t(), out=self._logits[: len(features)])
         if bias is not None:
             logits += bias.detach()
-        losses, hits = self.softmax(logits, targets, self.softcap)
+        losses, hits = self.row_loss(logits, targets, self.softcap)
         if weight in gradients:
             _add_product_(gradients[weight], logits, features, scale)
         if bias is not None and bias in gradients:
@@ -179,12 +176,12 @@ class _Head:
 
     def _project_by_autograd(self, features, targets, scale, gradients, features_need):
         """The same through the unembedding's own backward."""
-        trained = [p for p in self.unembedding.parameters() if p in gradients]
+        trained = [p for p in self.head.unembedding.parameters() if p in gradients]
         features.requires_grad_(features_need)
         with torch.set_grad_enabled(features_need or bool(trained)):
-            logits = self.unembedding(like(features, self.unembedding))
+            logits = self.head.unembedding(like(features, self.head.unembedding))
         gradient = logits.detach()  # the same storage, which no linear layer keeps for its backward
-        losses, hits = self.softmax(gradient, targets, self.softcap)
+        losses, hits = self.row_loss(gradient, targets, self.softcap)
         wanted = [features] * features_need + trained
         found = list(torch.autograd.grad(logits, wanted, gradient, allow_unused=True)) if wanted else []
         feature_gradient = found.pop(0) if features_need else None

@@ -10,10 +10,11 @@ from torch import nn
 
 from lmtp_factory.config import LMTPConfig
 from lmtp_factory.modeling.heads import LeapHeads
-from lmtp_factory.modeling.loss import chunked
-from lmtp_factory.modeling.loss.chunked import LOGIT_BYTES, chunk_rows, chunked_cross_entropy
-from lmtp_factory.modeling.loss.path import dense
-from lmtp_factory.modeling.loss.targets import IGNORE_INDEX
+from lmtp_factory.modeling.losses import HeadSpec, chunked
+from lmtp_factory.modeling.losses.chunked import LOGIT_BYTES, chunk_rows, chunked_loss
+from lmtp_factory.modeling.losses.implementation import as_plain_linear
+from lmtp_factory.modeling.losses.rows import in_place_cross_entropy
+from lmtp_factory.modeling.losses.targets import IGNORE_INDEX
 
 
 HIDDEN, VOCAB = 11, 101
@@ -34,9 +35,9 @@ def trial(kind: str, rows: int = 33, heads: int = 3, next_token: bool = True, dt
     return leap_heads, lm_head, hidden, targets, torch.rand(len(targets))
 
 
-def outcome(path, leap_heads, lm_head, hidden, targets, scales, softcap=None):
+def outcome(implementation, leap_heads, lm_head, hidden, targets, scales, softcap=None):
     """Loss, sums, hits, and the gradients of hidden states and every trained parameter, of three times the loss."""
-    loss, sums, hits = leap_heads(hidden, targets, scales, lm_head, softcap=softcap, path=path)
+    loss, sums, hits = leap_heads(hidden, targets, scales, lm_head, softcap=softcap, implementation=implementation)
     wanted = [t for t in (hidden, *leap_heads.parameters(), *lm_head.parameters()) if t.requires_grad]
     gradients = torch.autograd.grad(3 * loss, wanted, allow_unused=True)
     return loss, sums, hits, [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, gradients)]
@@ -87,10 +88,10 @@ def test_equals_the_twin_whatever_the_shape(rows, heads, next_token, bias, kind)
 def test_low_precision_is_as_near_to_fp64_as_the_twin(kind, dtype):
     exact = outcome("eager", *trial(kind, rows=200))
 
-    def errors(path):
+    def errors(implementation):
         leap_heads, lm_head, hidden, targets, scales = trial(kind, rows=200)
         low = hidden.detach().to(dtype).requires_grad_()
-        found = outcome(path, leap_heads.to(dtype), lm_head.to(dtype), low, targets, scales)
+        found = outcome(implementation, leap_heads.to(dtype), lm_head.to(dtype), low, targets, scales)
         return [((g - e).norm() / e.norm()).item() for g, e in zip(found[3], exact[3])]
 
     ours, twins = errors("torch"), errors("eager")
@@ -141,8 +142,8 @@ def test_fp32_sums_keep_what_bf16_sums_would_lose(monkeypatch):
 
 def run(hidden, targets, unembedding, features=lambda rows: rows, **options):
     """One head without blocks."""
-    scales = torch.ones(len(targets))
-    return chunked_cross_entropy(hidden, targets, scales, [features], [unembedding], [()], VOCAB, **options)
+    scales, heads = torch.ones(len(targets)), [HeadSpec(features, unembedding, unembedding.out_features)]
+    return chunked_loss(hidden, targets, scales, heads, row_loss=in_place_cross_entropy("torch"), **options)
 
 
 def test_masked_rows_are_dropped_and_chunks_are_even():
@@ -208,7 +209,7 @@ def test_an_lm_head_under_peft(tuned):
     adapted = get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, **options))
     lm_head = next(m for n, m in adapted.named_modules() if n.endswith("lm_head")).to(torch.float64)
     leap_heads, _, hidden, targets, scales = trial("shared")
-    assert (dense(lm_head) is None) == (tuned == "lora")
+    assert (as_plain_linear(lm_head) is None) == (tuned == "lora")
     trained = [p for p in lm_head.parameters() if p.requires_grad]
     assert trained
     agree(
@@ -220,7 +221,7 @@ def test_an_lm_head_under_peft(tuned):
 def test_a_quantised_lm_head():
     bitsandbytes = pytest.importorskip("bitsandbytes")
     quantised = bitsandbytes.nn.Linear8bitLt(64, VOCAB, bias=False, has_fp16_weights=False)
-    assert dense(quantised) is None
+    assert as_plain_linear(quantised) is None
 
 
 def test_torch_compile_breaks_its_graph_at_the_loss():
@@ -255,8 +256,6 @@ def test_hits_count_what_no_logit_is_above():
     with torch.no_grad():
         lm_head.weight.copy_(torch.tensor([[1.0, 0], [1.0, 0], [0, 1.0]]))
     hidden = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
-    _, sums, hits = chunked_cross_entropy(
-        hidden, torch.tensor([[0, 1, 2]]), torch.ones(1), [lambda x: x], [lm_head], [()], 3
-    )
+    _, sums, hits = run(hidden, torch.tensor([[0, 1, 2]]), lm_head)
     assert hits.tolist() == [2]  # a tie is a hit for both
     torch.testing.assert_close(sums[0], F.cross_entropy(lm_head(hidden), torch.tensor([0, 1, 2]), reduction="sum"))

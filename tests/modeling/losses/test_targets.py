@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmtp_factory.modeling.loss.targets import IGNORE_INDEX, count_targets, head_weights, leap_targets
+from lmtp_factory.modeling.losses.targets import IGNORE_INDEX, count_targets, head_weights, leap_targets
 
 
 @st.composite

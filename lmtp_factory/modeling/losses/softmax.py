@@ -14,6 +14,11 @@ from torch import Tensor
 _BLOCK_BYTES = {"cpu": 4 * 2**20, "cuda": 128 * 2**20}
 
 
+def softcapped(logits: Tensor, softcap: float | None) -> Tensor:
+    """Logits squeezed into -softcap .. softcap, as the base model's own are; unchanged if the model has no soft cap."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
 def softmax_gradient_(logits: Tensor, targets: Tensor, softcap: float | None = None) -> tuple[Tensor, Tensor]:
     """Losses and top-1 hits of every row; ``logits`` then holds the gradient of the summed loss by the raw logits.
 

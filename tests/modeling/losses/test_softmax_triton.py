@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lmtp_factory.modeling.loss import softmax
+from lmtp_factory.modeling.losses import softmax
 
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -45,7 +45,8 @@ for dtype in DTYPES:
 
 
 def softmax_triton():
-    from lmtp_factory.modeling.loss import softmax_triton  # not before the interpreter is switched on, or triton found
+    # Not before the interpreter is switched on, or Triton found.
+    from lmtp_factory.modeling.losses import softmax_triton
 
     return softmax_triton
 

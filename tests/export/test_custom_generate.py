@@ -1,4 +1,4 @@
-"""A heads export in transformers alone: neither lmtp_factory nor LLaMA-Factory."""
+"""custom_generate/ of a heads export: transformers alone decodes with the heads, where this package is installed."""
 
 import os
 import subprocess
@@ -6,22 +6,24 @@ import sys
 
 import pytest
 import tiny
+import torch
 from transformers import AutoModelForCausalLM
 
-from lmtp_factory import LMTPConfig, attach_heads, load_model
+import lmtp_factory
+from lmtp_factory import LMTPConfig, LMTPError, attach_heads, load_model
 from lmtp_factory.decoding.plan import Conditions, TreePlan, write_plan
+from lmtp_factory.export.custom_generate import FOLDER, write_custom_generate
 from lmtp_factory.files import HEADS_FOLDER, TREE_FILE
 
 
 PROGRAM = """
-import importlib.abc, sys
+import importlib.machinery, sys
 
-class Missing(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"lmtp_factory", "llamafactory"}:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, Missing())
+ABSENT = {"llamafactory", "peft", "deepspeed", "accelerate", "datasets", "psutil", "matplotlib"}
+find_spec = importlib.machinery.PathFinder.find_spec
+importlib.machinery.PathFinder.find_spec = classmethod(
+    lambda cls, name, *args: None if name.split(".")[0] in ABSENT else find_spec(name, *args)
+)
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -34,11 +36,10 @@ forwards = []
 model.model.register_forward_hook(lambda *_: forwards.append(1))
 ours = model.generate(ids, custom_generate=path, trust_remote_code=True, **options)
 assert torch.equal(stock, ours), (stock, ours)
-assert len(forwards) < 24, len(forwards)
+assert type(model).generate.__module__.startswith("lmtp_factory.")
 always = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
 assert torch.equal(stock, always.generate(ids, **options))
 assert torch.equal(stock, always.generate(inputs=ids, lmtp_decode="off", **options))
-assert not any(name.split(".")[0] == "lmtp_factory" for name in sys.modules)
 print("forwards", len(forwards))
 """
 
@@ -47,6 +48,7 @@ print("forwards", len(forwards))
 def export(tmp_path):
     path = tiny.tiny_qwen3(tmp_path / "export")
     attach_heads(AutoModelForCausalLM.from_pretrained(path), LMTPConfig(num_heads=2)).save_pretrained(path)
+    write_custom_generate(path)
     write_plan(TreePlan("chain", 4), path / HEADS_FOLDER, Conditions("cpu", "float32", True), measured={})
     return path
 
@@ -66,19 +68,21 @@ def test_custom_generate_needs_transformers_only(export, tmp_path):
     assert "forwards" in result.stdout
 
 
-def test_every_module_that_is_imported_is_there(export):
-    """transformers follows the imports of generate.py only one level deep where the export is a local directory."""
-    folder = export / "custom_generate"
-    files = {path.stem for path in folder.glob("*.py")}
-    named = {
-        line.split()[1][1:] for line in (folder / "generate.py").read_text().splitlines() if line.startswith("from .")
-    }
-    assert named == files - {"generate"}
-    for path in folder.glob("*.py"):
-        assert "from .." not in path.read_text()
+def test_the_folder_holds_a_loader_and_its_requirement(export):
+    folder = export / FOLDER
+    assert sorted(path.name for path in folder.iterdir()) == ["generate.py", "requirements.txt"]
+    assert (folder / "requirements.txt").read_text() == f"lmtp_factory>={lmtp_factory.__version__}\n"
 
 
-def test_our_own_loader_takes_its_own_decoder(export, tmp_path, monkeypatch):
+def test_a_model_without_heads_is_told(tmp_path):
+    path = tiny.tiny_qwen3(tmp_path / "plain")
+    write_custom_generate(path)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    with pytest.raises(LMTPError, match="has no lmtp/ folder"):
+        model.generate(torch.tensor([[5]]), custom_generate=str(path), trust_remote_code=True)
+
+
+def test_load_model_needs_no_loader(export, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     model = load_model(str(export), trust_remote_code=True)
     assert "generate" not in vars(model)
@@ -89,4 +93,4 @@ def test_a_measured_tree_travels(export, tmp_path):
     load_model(str(export)).save_pretrained(tmp_path / "again")
     kept = (tmp_path / "again" / HEADS_FOLDER / TREE_FILE).read_text()
     assert kept == (export / HEADS_FOLDER / TREE_FILE).read_text()
-    assert (tmp_path / "again" / "custom_generate" / "generate.py").is_file()
+    assert not (tmp_path / "again" / FOLDER).exists()  # only an export that asks for it
