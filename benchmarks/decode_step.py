@@ -20,8 +20,8 @@ from lmtp_factory.decoding.cpu_prepacked import can_prepack, prepacked
 from lmtp_factory.decoding.plan import TreePlan
 from lmtp_factory.decoding.stats import PHASES, DecodeStats
 from lmtp_factory.evaluation.machine import describe
-from lmtp_factory.evaluation.own_text import generate_greedy
 from lmtp_factory.evaluation.report import load_for_scoring
+from lmtp_factory.evaluation.self_generated import generate_greedy
 from lmtp_factory.modeling.lmtp import base_of
 
 

@@ -29,7 +29,7 @@ from stage_arms import ARMS, Setting, make_step
 
 from lmtp_factory import resources
 from lmtp_factory.config import HEAD_KINDS
-from lmtp_factory.data.rows import PROMPT_COLUMN, RESPONSE_COLUMN, parse_ids
+from lmtp_factory.distill.rows import PROMPT_COLUMN, RESPONSE_COLUMN, parse_ids
 from lmtp_factory.evaluation.machine import describe
 from lmtp_factory.modeling.losses.targets import IGNORE_INDEX
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from llamafactory.data import template as upstream
 from llamafactory.data.data_utils import Role
 
+from ..distill.rows import TEMPLATE_NAME, is_self_distilled, parse_ids
 from ..errors import LMTPError
-from .rows import TEMPLATE_NAME, is_self_distilled, parse_ids
 
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from ..decoding.cpu_prepacked import can_prepack, prepacked
 from ..decoding.plan import TreePlan
 from ..decoding.stats import DecodeStats
 from ..decoding.tree import best_first_paths
-from .own_text import generate_greedy
+from .self_generated import generate_greedy
 
 
 STOCK, OWN_LOOP = "stock generate", "our loop, no heads"

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from ..decoding.plan import TreePlan
+    from ..tuning.tree_search import Option
     from .bench import ArmResult
-    from .heads import HeadScores
-    from .tree_choice import Option
+    from .scoring import HeadScores
 
 
 def draw_head_curves(curves: Mapping[str, Sequence[tuple[int, float]]], path: str) -> None:

@@ -12,8 +12,8 @@ from ..config import LMTPConfig
 from ..files import atomic_write
 from ..modeling import attach_heads, load_model
 from ..modeling.checkpoint import find_heads
-from .heads import HeadScores
 from .plots import draw_head_bars
+from .scoring import HeadScores
 
 
 REPORT_FILE, PLOT_FILE = "report.json", "report.png"

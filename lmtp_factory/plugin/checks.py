@@ -12,8 +12,8 @@ import torch
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..config import LMTPConfig
-from ..data.rows import TEMPLATE_NAME, is_self_distilled
 from ..decoding.plan import read_plan
+from ..distill.rows import TEMPLATE_NAME, is_self_distilled
 from ..errors import LMTPError
 from ..files import HEADS_FOLDER
 from ..modeling import checkpoint

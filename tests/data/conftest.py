@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tiny_model import build_tokenizer, parse, save_model
 
-from lmtp_factory.data.distill import cli
+from lmtp_factory.cli import distill as cli
 
 
 @pytest.fixture(scope="session")

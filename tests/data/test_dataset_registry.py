@@ -7,7 +7,7 @@ from llamafactory.data.parser import get_dataset_list
 
 from lmtp_factory import resources
 from lmtp_factory.data.registry import dataset_info, find_datasets
-from lmtp_factory.data.rows import is_self_distilled, parse_ids
+from lmtp_factory.distill.rows import is_self_distilled, parse_ids
 from lmtp_factory.errors import LMTPError
 
 

@@ -3,7 +3,7 @@
 import pytest
 from tiny_model import parse
 
-from lmtp_factory.data.distill import cli
+from lmtp_factory.cli import distill as cli
 from lmtp_factory.errors import LMTPError
 
 

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from lmtp_factory.data.distill.filters import Filters, NearDuplicates, distinct_share, filter_rows
-from lmtp_factory.data.distill.pipeline import split_heldout
-from lmtp_factory.data.rows import format_ids
+from lmtp_factory.distill.filters import Filters, NearDuplicates, distinct_share, filter_rows
+from lmtp_factory.distill.pipeline import split_heldout
+from lmtp_factory.distill.rows import format_ids
 
 
 tokens = st.integers(min_value=0, max_value=1000)

@@ -12,10 +12,10 @@ import pytest
 import torch
 from tiny_model import SYSTEM, parse
 
-from lmtp_factory.data.distill import cli
-from lmtp_factory.data.distill.engine import Request
-from lmtp_factory.data.distill.hf_engine import HFEngine, plan_batches
-from lmtp_factory.data.rows import parse_ids
+from lmtp_factory.cli import distill as cli
+from lmtp_factory.distill.engine import Request
+from lmtp_factory.distill.hf_engine import HFEngine, plan_batches
+from lmtp_factory.distill.rows import parse_ids
 from lmtp_factory.errors import LMTPError
 
 

@@ -7,7 +7,7 @@ import textwrap
 
 import pytest
 
-from lmtp_factory.data.distill.journal import Journal
+from lmtp_factory.distill.journal import Journal
 from lmtp_factory.errors import LMTPError
 from lmtp_factory.files import atomic_write
 
@@ -103,7 +103,7 @@ def run_with_file_limit(code, tmp_path, limit):
 def test_a_full_disk_leaves_whole_rows(tmp_path):
     result = run_with_file_limit(
         f"""
-        from lmtp_factory.data.distill.journal import Journal
+        from lmtp_factory.distill.journal import Journal
         from lmtp_factory.errors import LMTPError
         with Journal("raw.jsonl", {SETTINGS}) as journal:
             try:
@@ -124,14 +124,14 @@ def test_a_full_disk_leaves_whole_rows(tmp_path):
 
 
 def test_a_full_disk_keeps_the_dataset_that_was_there(tmp_path):
-    from lmtp_factory.data.distill.dataset import write_dataset
+    from lmtp_factory.distill.dataset import write_dataset
 
     write_dataset(tmp_path, "d", [row(0)])
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     result = run_with_file_limit(
         """
         from pathlib import Path
-        from lmtp_factory.data.distill.dataset import write_dataset
+        from lmtp_factory.distill.dataset import write_dataset
         from lmtp_factory.errors import LMTPError
         try:
             write_dataset(Path(), "d", [{"id": number} for number in range(1000)])
@@ -158,7 +158,7 @@ def test_atomic_write_is_all_or_nothing(tmp_path):
 
 
 def test_a_dataset_entry_joins_those_that_are_there(tmp_path):
-    from lmtp_factory.data.distill.dataset import write_dataset
+    from lmtp_factory.distill.dataset import write_dataset
 
     (tmp_path / "dataset_info.json").write_text('{"mine": {"file_name": "mine.json"}}')
     write_dataset(tmp_path, "d", [row(0)])

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lmtp_factory.data.distill.prompts import prompts_from_dataset, prompts_from_file
+from lmtp_factory.distill.prompts import prompts_from_dataset, prompts_from_file
 from lmtp_factory.errors import LMTPError
 
 

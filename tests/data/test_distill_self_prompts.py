@@ -5,11 +5,11 @@ import shutil
 import pytest
 from tiny_model import SYSTEM
 
-from lmtp_factory.data.distill import chat
-from lmtp_factory.data.distill.engine import Generation, stop_at
-from lmtp_factory.data.distill.filters import Filters
-from lmtp_factory.data.distill.pipeline import Settings, distill
-from lmtp_factory.data.rows import parse_ids
+from lmtp_factory.distill import chat
+from lmtp_factory.distill.engine import Generation, stop_at
+from lmtp_factory.distill.filters import Filters
+from lmtp_factory.distill.pipeline import Settings, distill
+from lmtp_factory.distill.rows import parse_ids
 from lmtp_factory.errors import LMTPError
 
 

@@ -9,10 +9,10 @@ import time
 import pytest
 from tiny_model import parse
 
-from lmtp_factory.data.distill import cli
-from lmtp_factory.data.distill.engine import Request, Sampling
-from lmtp_factory.data.distill.server_engine import ServerEngine
-from lmtp_factory.data.rows import parse_ids
+from lmtp_factory.cli import distill as cli
+from lmtp_factory.distill.engine import Request, Sampling
+from lmtp_factory.distill.rows import parse_ids
+from lmtp_factory.distill.server_engine import ServerEngine
 from lmtp_factory.errors import LMTPError
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmtp_factory.data.rows import dataset_entry, format_ids, is_self_distilled, parse_ids
+from lmtp_factory.distill.rows import dataset_entry, format_ids, is_self_distilled, parse_ids
 
 
 @given(st.lists(st.integers(min_value=0, max_value=2**31 - 1)))
@@ -39,7 +39,7 @@ def test_entry_is_recognised():
 
 def test_importing_the_data_package_loads_no_torch():
     code = (
-        "import sys, lmtp_factory.data, lmtp_factory.data.registry, lmtp_factory.data.distill.cli; "
+        "import sys, lmtp_factory.data, lmtp_factory.data.registry, lmtp_factory.cli.distill; "
         "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'openai', 'llamafactory')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -5,8 +5,8 @@ import json
 import pytest
 from tiny_model import SYSTEM
 
-from lmtp_factory.data.distill.dataset import write_dataset
-from lmtp_factory.data.rows import format_ids, parse_ids
+from lmtp_factory.distill.dataset import write_dataset
+from lmtp_factory.distill.rows import format_ids, parse_ids
 from lmtp_factory.errors import LMTPError
 
 

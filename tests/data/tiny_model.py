@@ -2,7 +2,7 @@
 
 import argparse
 
-from lmtp_factory.data.distill import cli
+from lmtp_factory.cli import distill as cli
 
 
 SYSTEM = "You are a tiny model."

@@ -12,10 +12,10 @@ from lmtp_factory.cli import main
 from lmtp_factory.decoding.plan import Conditions, CostCurve, TreePlan, read_plan
 from lmtp_factory.decoding.stats import DecodeStats
 from lmtp_factory.decoding.tree import best_first_paths, chain_paths
-from lmtp_factory.evaluation.costs import StepCosts
-from lmtp_factory.evaluation.own_text import generate_greedy, write_own_text
-from lmtp_factory.evaluation.replay import accuracies, observe, rate_of_cut_trees, tau_of_dynamic, tau_of_paths
-from lmtp_factory.evaluation.tree_choice import plan_of, weigh
+from lmtp_factory.evaluation.self_generated import generate_greedy, write_own_text
+from lmtp_factory.tuning.costs import StepCosts
+from lmtp_factory.tuning.replay import accuracies, observe, rate_of_cut_trees, tau_of_dynamic, tau_of_paths
+from lmtp_factory.tuning.tree_search import plan_of, weigh
 
 
 PROMPTS = [[30, 40, 50], [60, 61, 62, 63, 64, 65], [70]]

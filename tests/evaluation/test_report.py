@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from lmtp_factory import LMTPConfig, LMTPError, attach_heads
 from lmtp_factory.cli import main
-from lmtp_factory.evaluation.heads import read_rows, score_heads
+from lmtp_factory.evaluation.scoring import read_rows, score_heads
 
 
 @pytest.fixture

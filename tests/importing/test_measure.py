@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from lmtp_factory import LMTPError
-from lmtp_factory.evaluation.heads import read_rows
-from lmtp_factory.importing.measure import MARGIN, decide, measure
+from lmtp_factory.convert.measure import MARGIN, decide, measure
+from lmtp_factory.evaluation.scoring import read_rows
 
 
 # Measured on SmolLM2-135M: per cent of 4096 positions that heads of stride 2, little trained, hit at +1, +2, ...

@@ -33,7 +33,8 @@ LABELS = {
     "train_lm_head": {"label": "Train LM head", "info": "Tune the LM head too (with LoRA)."},
     "lmtp_export": {
         "label": "Leap heads",
-        "info": "ntp: a plain model without them; heads: the same model plus its heads, which L-MTP decodes faster; custom_generate: also a loader for plain transformers.",
+        "info": "ntp: a plain model without them; heads: the same model plus its heads, which L-MTP decodes faster; "
+        "custom_generate: also a loader for plain transformers.",
     },
     "lmtp_decode": {
         "label": "Decoding",

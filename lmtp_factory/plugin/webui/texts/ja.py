@@ -36,7 +36,8 @@ LABELS = {
     "train_lm_head": {"label": "LM ヘッドを学習", "info": "LM ヘッドもチューニングします（LoRA 使用時）。"},
     "lmtp_export": {
         "label": "L-MTP ヘッド",
-        "info": "ntp：ヘッドを含まない通常のモデル、heads：ヘッドも残し、L-MTP でより速くデコードできるモデル、custom_generate：さらに transformers 単体用のローダーを追加。",
+        "info": "ntp：ヘッドを含まない通常のモデル、heads：ヘッドも残し、L-MTP でより速くデコードできるモデル、"
+        "custom_generate：さらに transformers 単体用のローダーを追加。",
     },
     "lmtp_decode": {
         "label": "デコード方法",

@@ -33,7 +33,8 @@ LABELS = {
     "train_lm_head": {"label": "LM 헤드 학습", "info": "LM 헤드도 함께 튜닝합니다 (LoRA 사용 시)."},
     "lmtp_export": {
         "label": "L-MTP 헤드",
-        "info": "ntp: 헤드가 없는 일반 모델, heads: 같은 모델에 헤드를 포함하여 L-MTP로 더 빠르게 디코딩합니다, custom_generate: transformers 단독용 로더도 추가합니다.",
+        "info": "ntp: 헤드가 없는 일반 모델, heads: 같은 모델에 헤드를 포함하여 L-MTP로 더 빠르게 디코딩합니다, "
+        "custom_generate: transformers 단독용 로더도 추가합니다.",
     },
     "lmtp_decode": {
         "label": "디코딩",

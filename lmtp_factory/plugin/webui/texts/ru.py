@@ -45,7 +45,8 @@ LABELS = {
     "train_lm_head": {"label": "Обучать LM-голову", "info": "Настраивать и LM-голову (с LoRA)."},
     "lmtp_export": {
         "label": "Головы L-MTP",
-        "info": "ntp: обычная модель без них; heads: та же модель с головами, которую L-MTP декодирует быстрее; custom_generate: ещё и загрузчик для одной transformers.",
+        "info": "ntp: обычная модель без них; heads: та же модель с головами, которую L-MTP декодирует быстрее; "
+        "custom_generate: ещё и загрузчик для одной transformers.",
     },
     "lmtp_decode": {
         "label": "Декодирование",

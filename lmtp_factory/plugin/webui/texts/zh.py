@@ -29,7 +29,8 @@ LABELS = {
     "train_lm_head": {"label": "训练 LM 头", "info": "同时微调 LM 头（使用 LoRA 时）。"},
     "lmtp_export": {
         "label": "L-MTP 预测头",
-        "info": "ntp：不含预测头的普通模型；heads：同一模型并保留预测头，L-MTP 可更快解码；custom_generate：另加供 transformers 单独使用的加载器。",
+        "info": "ntp：不含预测头的普通模型；heads：同一模型并保留预测头，L-MTP 可更快解码；"
+        "custom_generate：另加供 transformers 单独使用的加载器。",
     },
     "lmtp_decode": {
         "label": "解码方式",

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ...errors import LMTPError
-from ...files import atomic_write
-from ..rows import dataset_entry
+from ..errors import LMTPError
+from ..files import atomic_write
+from .rows import dataset_entry
 
 
 _INFO = "dataset_info.json"

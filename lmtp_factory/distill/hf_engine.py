@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from ...errors import LMTPError, first_line
+from ..errors import LMTPError, first_line
 from .engine import Generation, Request, Sampling, stop_at
 
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from .. import geometry
 from ..decoding.plan import TreePlan, Trust
 from ..decoding.tree import grow
+from ..evaluation.scoring import Row
 from ..modeling.heads import unembed
 from ..modeling.lmtp import softcap_of
-from .heads import Row
 
 
 _ROWS_AT_ONCE = 256  # logits of so many states exist at a time

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
-from ...errors import LMTPError
+from ..errors import LMTPError
 
 
 try:

@@ -4,9 +4,9 @@ import argparse
 import os
 from pathlib import Path
 
+from ..convert.offsets import asked_heads, check_asked, parse_offsets
 from ..errors import LMTPError, first_line
 from ..files import CONFIG_FILE, HEADS_FOLDER
-from .offsets import asked_heads, check_asked, parse_offsets
 
 
 FORMAT_NAMES = ("auto", "release", "medusa")
@@ -34,9 +34,9 @@ def run(args: argparse.Namespace) -> int:
     if args.text and not Path(args.text).is_file():
         raise LMTPError(f"--text {args.text} is no file: name a text file or the JSONL that lmtp-cli distill wrote.")
 
+    from ..convert.heads import check_shapes, find_heads, load_base_config, read_heads
+    from ..convert.source import open_checkpoint
     from ..modeling.checkpoint import save_heads
-    from .convert import check_shapes, find_heads, load_base_config, read_heads
-    from .source import open_checkpoint
 
     checkpoint = open_checkpoint(args.checkpoint)
     found = find_heads(checkpoint, None if args.format == "auto" else args.format)
@@ -73,8 +73,8 @@ def _check_output(output: Path, base: str) -> None:
 
 
 def _measured(base: str, heads, text: str) -> tuple[int, ...]:
+    from ..convert.measure import decide, measure, read_text, table
     from ..evaluation.report import load_for_scoring
-    from .measure import decide, measure, read_text, table
 
     rows = read_text(text, base, heads.config.vocab_size)
     try:

@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ...errors import LMTPError
-from ..rows import parse_ids
+from ..errors import LMTPError
 from . import chat
 from .engine import Request
 from .filters import Filters, NearDuplicates
 from .prompts import Prompt, user_prompt
+from .rows import parse_ids
 
 
 if TYPE_CHECKING:

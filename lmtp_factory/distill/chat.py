@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ...errors import LMTPError, first_line
+from ..errors import LMTPError, first_line
 
 
 if TYPE_CHECKING:

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from ...errors import LMTPError
-from ..rows import TEMPLATE_NAME, format_ids, parse_ids
+from ..errors import LMTPError
 from . import chat
 from .dataset import read_info, write_dataset
 from .engine import Engine, Generation, Request, Sampling
 from .filters import Filters, NearDuplicates, filter_rows
 from .journal import Journal, digest
 from .prompts import Prompt
+from .rows import TEMPLATE_NAME, format_ids, parse_ids
 from .self_prompts import write_prompts
 
 

@@ -72,7 +72,7 @@ def _steps(quick: bool) -> tuple[Step, ...]:
 
 
 def _prepare_model(directory: Path) -> None:
-    from .smollm2 import prepare
+    from ..demo.smollm2 import prepare
 
     prepare(directory / "model")
 

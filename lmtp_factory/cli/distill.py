@@ -6,7 +6,7 @@ import argparse
 import re
 from pathlib import Path
 
-from ...errors import LMTPError
+from ..errors import LMTPError
 
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -104,10 +104,10 @@ def run(args: argparse.Namespace) -> int:
         LMTPError: anything the user can mend, in one sentence.
     """
     check(args)
-    from . import chat
-    from .filters import Filters
-    from .pipeline import Settings, distill
-    from .prompts import prompts_from_dataset, prompts_from_file
+    from ..distill import chat
+    from ..distill.filters import Filters
+    from ..distill.pipeline import Settings, distill
+    from ..distill.prompts import prompts_from_dataset, prompts_from_file
 
     prompts = None
     if args.prompts:
@@ -151,7 +151,7 @@ def _engine(args: argparse.Namespace, tokenizer):
     if args.engine == "server":
         import os
 
-        from .server_engine import ServerEngine
+        from ..distill.server_engine import ServerEngine
 
         return ServerEngine(
             args.base_url,
@@ -161,7 +161,7 @@ def _engine(args: argparse.Namespace, tokenizer):
             concurrency=args.concurrency,
             max_retries=args.max_retries,
         )
-    from .hf_engine import HFEngine
+    from ..distill.hf_engine import HFEngine
 
     return HFEngine(
         args.model,

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from ..data.rows import PROMPT_COLUMN, RESPONSE_COLUMN, parse_ids
+from ..distill.rows import PROMPT_COLUMN, RESPONSE_COLUMN, parse_ids
 from ..errors import LMTPError
 from ..modeling.lmtp import base_of
 from ..modeling.losses.targets import IGNORE_INDEX

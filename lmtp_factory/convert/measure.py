@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 
 from .. import geometry
 from ..errors import LMTPError, first_line
-from ..evaluation.heads import Row, read_rows
+from ..evaluation.scoring import Row, read_rows
 from ..modeling.heads import LeapHeads
 from ..modeling.lmtp import base_of
 from ..modeling.losses.chunked import chunk_rows

@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from ..arguments import count
 from ..errors import LMTPError
+from .arguments import count
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,14 +21,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Let the model write, time the device, weigh the trees, write ``lmtp/tree.json`` and ``lmtp/tree.png``."""
     from ..decoding.plan import DEFAULT_WIDTH, Conditions, write_plan
+    from ..evaluation.plots import draw_tree
+    from ..evaluation.report import load_for_scoring
+    from ..evaluation.self_generated import read_prompts, write_own_text
     from ..modeling.checkpoint import find_heads
     from ..modeling.lmtp import base_of
-    from .costs import measure_costs
-    from .own_text import read_prompts, write_own_text
-    from .plots import draw_tree
-    from .replay import accuracies, observe
-    from .report import load_for_scoring
-    from .tree_choice import measured, plan_of, table, weigh
+    from ..tuning.costs import measure_costs
+    from ..tuning.replay import accuracies, observe
+    from ..tuning.tree_search import measured, plan_of, table, weigh
 
     folder = find_heads(args.model) if Path(args.model).is_dir() else None
     if folder is None:

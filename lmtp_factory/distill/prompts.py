@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...errors import LMTPError, first_line
-from ..registry import find_datasets
-from ..rows import is_self_distilled
+from ..data.registry import find_datasets
+from ..errors import LMTPError, first_line
+from .rows import is_self_distilled
 
 
 _FIELDS = "`prompt`, `instruction` (with an optional `input`) or `messages`"

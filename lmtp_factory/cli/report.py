@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from ..arguments import count
 from ..errors import LMTPError
+from .arguments import count
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,9 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Score each model, print the table, write the files."""
+    from ..evaluation.report import load_for_scoring, print_table, write_report
+    from ..evaluation.scoring import read_rows, score_heads
     from ..modeling.checkpoint import find_heads, read_config
-    from .heads import read_rows, score_heads
-    from .report import load_for_scoring, print_table, write_report
 
     if not Path(args.rows).is_file():
         raise LMTPError(f"--rows {args.rows} is no file: name the JSONL file that lmtp-cli distill wrote.")

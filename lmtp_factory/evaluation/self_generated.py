@@ -7,10 +7,10 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..data.distill.chat import load_tokenizer, prompt_ids
-from ..data.distill.prompts import prompts_from_file
 from ..decoding.plan import TreePlan
-from .heads import Row
+from ..distill.chat import load_tokenizer, prompt_ids
+from ..distill.prompts import prompts_from_file
+from .scoring import Row
 
 
 def read_prompts(model_path: str, file: str, limit: int | None) -> tuple[PreTrainedTokenizerBase, list[list[int]]]:

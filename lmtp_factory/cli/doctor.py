@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from importlib import metadata
 from importlib.util import find_spec
 
-from .plugin import autoload, hooks
+from ..plugin import autoload, hooks
 
 
 PACKAGES = ("lmtp_factory", "llamafactory", "torch", "torchaudio", "torchvision", "transformers", "peft", "deepspeed")

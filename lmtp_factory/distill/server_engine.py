@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import openai
 
-from ...errors import LMTPError, first_line
+from ..errors import LMTPError, first_line
 from .engine import Generation, Request, Sampling, stop_at
 
 

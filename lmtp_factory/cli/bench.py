@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from ..arguments import count
+from .arguments import count
 
 
 RESULT_FILE, PLOT_FILE = "bench.json", "bench.png"
@@ -30,13 +30,13 @@ def run(args: argparse.Namespace) -> int:
     """Decode in turns, print the table, write the files; 1 where fp32 answers differ from stock's."""
     import torch
 
+    from ..evaluation.bench import default_arms, margins, results, run_arms, table
+    from ..evaluation.machine import describe
+    from ..evaluation.plots import draw_bench
+    from ..evaluation.report import load_for_scoring
+    from ..evaluation.self_generated import read_prompts
     from ..files import atomic_write
     from ..modeling.lmtp import base_of
-    from .bench import default_arms, margins, results, run_arms, table
-    from .machine import describe
-    from .own_text import read_prompts
-    from .plots import draw_bench
-    from .report import load_for_scoring
 
     _, prompts = read_prompts(args.model, args.prompts, args.limit)
     model = base_of(load_for_scoring(args.model, dtype=args.dtype and getattr(torch, args.dtype)))

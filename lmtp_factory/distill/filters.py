@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..rows import parse_ids
+from .rows import parse_ids
 
 
 _WORD = re.compile(r"\w+")

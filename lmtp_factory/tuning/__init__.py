@@ -1,0 +1,1 @@
+"""What ends in lmtp/tree.json: costs of a device, replay of the model's own text, choice of the tree."""
