@@ -17,7 +17,7 @@ class Candidates:
     """The most probable tokens of every level, each level on its own.
 
     Attributes:
-        tokens: (batch, levels, width) int64.
+        tokens: (batch, levels, width) int64; no more than the vocabulary has.
         probabilities: (batch, levels, width) float32, falling along the last dimension.
     """
 
@@ -83,7 +83,7 @@ def draft(model: nn.Module, window: Window, levels: int, width: int) -> Candidat
     else:
         own = [_unembed(model, part, heads[head - 1].unembed) for head, part in zip(by_head, features)]
         logits = torch.cat(own, dim=1)
-    best, tokens = logits.topk(width, dim=-1)
+    best, tokens = logits.topk(min(width, logits.shape[-1]), dim=-1)
     probabilities = (best - logits.logsumexp(-1, keepdim=True)).exp()
     if min(window.filled) < size:
         back = torch.tensor([back for _, back in sources], device=logits.device)

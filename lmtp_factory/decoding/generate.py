@@ -97,6 +97,9 @@ def decode(
 
     Returns:
         What ``_sample`` would return; None where this call cannot be sped up, after saying why once.
+
+    Raises:
+        LMTPError: a static tree names candidates beyond the vocabulary.
     """
     request = _request.get() or Request()
     request.arrived, stats = True, request.stats
@@ -117,6 +120,7 @@ def decode(
     if reason is not None:
         _leave_to_stock(stats, reason)
         return None
+    _check_ranks(plan, config.vocab_size)
     stats.strategy = "backward" if request.strategy == "auto" else request.strategy
     generation = Generation(
         model, cache, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, stats
@@ -126,6 +130,16 @@ def decode(
     with packed.packed(model) if pack else nullcontext(), stats.timed("total", input_ids.device):
         generation.run(plan, streamer)
     return generation.result(given)
+
+
+def _check_ranks(plan: TreePlan, vocabulary: int) -> None:
+    """Raise an LMTPError where a static tree names candidates that do not exist; a dynamic one takes what there is."""
+    deepest = max(plan.ranks(), default=0) if plan.kind == "static" else 0
+    if deepest >= vocabulary:
+        raise LMTPError(
+            f"The static tree takes candidates down to rank {deepest}, but the vocabulary has {vocabulary} tokens (ranks 0 "
+            f"to {vocabulary - 1}): measure a tree on this model with lmtp-cli tree."
+        )
 
 
 def prompt_length(input_ids: Tensor, model_kwargs: dict) -> int:
