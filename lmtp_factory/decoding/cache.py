@@ -6,7 +6,6 @@ nodes at a common cursor, the greatest length, and afterwards moves the accepted
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import (
@@ -25,16 +24,36 @@ class _Movable:
 
     first = 0  # column that the buffers start with
 
-    def move(self, source: Tensor, target: Tensor) -> None:
-        """Copy columns ``source`` (batch, kept) to columns ``target`` (batch, kept); they may overlap."""
-        source, target = source - self.first, target - self.first
+    def move(self, moves: "_Moves") -> None:
+        """Copy columns to other ones; they may overlap."""
         for buffer in (self.keys, self.values):
-            if len(source) == 1:
-                buffer.index_copy_(2, target[0], buffer.index_select(2, source[0]))
+            source, target = moves.of(buffer, self.first)
+            if len(buffer) == 1:
+                buffer.index_copy_(2, target, buffer.index_select(2, source))
             else:
-                shape = (-1, buffer.shape[1], -1, buffer.shape[3])
-                kept = buffer.gather(2, source[:, None, :, None].expand(shape))
-                buffer.scatter_(2, target[:, None, :, None].expand(shape), kept)
+                buffer.scatter_(2, target, buffer.gather(2, source))
+
+
+class _Moves:
+    """The columns that a step copies, as indices into buffers; made once for all layers that can share them."""
+
+    def __init__(self, columns: Tensor):
+        self.on, self.made = {columns.device: columns}, {}
+
+    def of(self, buffer: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        """Indices of what to copy from ``buffer`` (batch, heads, columns, head size) and where to."""
+        device, heads, size = buffer.device, buffer.shape[1], buffer.shape[3]
+        key = device, first, heads, size
+        if key not in self.made:
+            if device not in self.on:
+                self.on[device] = next(iter(self.on.values())).to(device)
+            columns = self.on[device] - first if first else self.on[device]
+            both = columns.chunk(2, dim=1)
+            if len(buffer) == 1:
+                self.made[key] = tuple(part[0] for part in both)
+            else:
+                self.made[key] = tuple(part[:, None, :, None].expand(-1, heads, -1, size) for part in both)
+        return self.made[key]
 
 
 class GrowingLayer(_Movable, CacheLayerMixin):
@@ -159,31 +178,38 @@ class TreeCache(Cache):
         """Whether the buffers have one size."""
         return isinstance(self.layers[0], FixedLayer)
 
-    def keep(self, branches: Sequence[Sequence[int]], lengths: Sequence[int]) -> None:
-        """Keep one branch of the step's tree in each row, behind what the row had, and forget the others.
+    def moves(self, branches: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[list[int]]:
+        """(batch, 2 n) the columns of each row that :meth:`keep` copies, and then where to; n is 0 where none has to move.
 
         Args:
             branches: columns of each row's branch, from the root down; empty for a finished row, which keeps what it
                 has.
             lengths: of the rows before this; the step's nodes were written from the greatest of them on.
         """
+        if not any(branch and branch[-1] != length + len(branch) - 1 for branch, length in zip(branches, lengths)):
+            return [[] for _ in branches]
+        longest, somewhere = max(map(len, branches)), max(lengths)
+        moves = []
+        for branch, length in zip(branches, lengths):
+            source, target = list(branch) or [somewhere], list(range(length, length + len(branch))) or [somewhere]
+            # Short branches repeat their last move, and finished rows move a column to itself.
+            more = longest - len(source)
+            moves.append([*source, *source[-1:] * more, *target, *target[-1:] * more])
+        return moves
+
+    def keep(self, branches: Sequence[Sequence[int]], lengths: Sequence[int], moves: Tensor) -> None:
+        """Keep one branch of the step's tree in each row, behind what the row had, and forget the others.
+
+        Args:
+            moves: what :meth:`moves` says of ``branches`` and ``lengths``, on a device.
+        """
+        if moves.shape[1]:
+            shared = _Moves(moves)
+            for layer in self.layers:
+                layer.move(shared)
         grown = [length + len(branch) for branch, length in zip(branches, lengths)]
-        if any(branch and branch[-1] != length + len(branch) - 1 for branch, length in zip(branches, lengths)):
-            self._move(branches, lengths)
         for layer in self.layers:
             layer.settle(max(grown), min(length for length, branch in zip(grown, branches) if branch))
-
-    def _move(self, branches: Sequence[Sequence[int]], lengths: Sequence[int]) -> None:
-        longest, somewhere = max(map(len, branches)), max(lengths)
-        sources, targets = [], []
-        for branch, length in zip(branches, lengths):
-            target = list(range(length, length + len(branch))) or [somewhere]
-            # Short branches repeat their last move, and finished rows move a column to itself.
-            sources.append([*branch, *[(list(branch) or [somewhere])[-1]] * (longest - len(branch))])
-            targets.append([*target, *target[-1:] * (longest - len(target))])
-        for layer in self.layers:
-            device = layer.keys.device
-            layer.move(torch.tensor(sources, device=device), torch.tensor(targets, device=device))
 
     def hand_back(self, cache: Cache, length: int) -> None:
         """Give the first ``length`` columns to the cache that this one replaced, as if it had been in use all along.

@@ -98,6 +98,9 @@ def decode(
 
     Returns:
         What ``_sample`` would return; None where this call cannot be sped up, after saying why once.
+
+    Raises:
+        LMTPError: a static tree names candidates beyond the vocabulary.
     """
     request = _request.get() or Request()
     request.arrived, stats = True, request.stats
@@ -118,6 +121,7 @@ def decode(
     if reason is not None:
         _leave_to_stock(stats, reason)
         return None
+    _check_ranks(plan, config.vocab_size)
     stats.strategy = "backward" if request.strategy == "auto" else request.strategy
     generation = Generation(
         model, cache, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, stats
@@ -127,6 +131,16 @@ def decode(
     with cpu_prepacked.prepacked(model) if pack else nullcontext(), stats.timed("total", input_ids.device):
         generation.run(plan, streamer)
     return generation.result(given)
+
+
+def _check_ranks(plan: TreePlan, vocabulary: int) -> None:
+    """Raise an LMTPError where a static tree names candidates that do not exist; a dynamic one takes what there is."""
+    deepest = max(plan.ranks(), default=0) if plan.kind == "static" else 0
+    if deepest >= vocabulary:
+        raise LMTPError(
+            f"The static tree takes candidates down to rank {deepest}, but the vocabulary has {vocabulary} tokens (ranks 0 "
+            f"to {vocabulary - 1}): measure a tree on this model with lmtp-cli tree."
+        )
 
 
 def prompt_length(input_ids: Tensor, model_kwargs: dict) -> int:
@@ -141,6 +155,9 @@ class Generation:
     Attributes:
         acceptor: sequences and their ends.
         window: the last hidden states, from which the next draft is made.
+        home: the logits' device, where trees are made and walked.
+        roots: (batch,) the last token of each row.
+        owned: (batch, 1) the columns of the cache that each row owns.
         compiled: whether forwards are, as ``generate`` would compile the model.
     """
 
@@ -168,13 +185,13 @@ class Generation:
             started = time.perf_counter()
             with self.stats.timed("draft", self.device):
                 if plain_steps < fill:
-                    tree, tokens = drafter.plain(self.roots())
+                    tree, tokens = drafter.plain(self.roots)
                 else:
                     active = [not row.done for row in self.acceptor.rows]
-                    tree, tokens = drafter.draft(self.window, self.roots(), active, self.acceptor.wanted())
+                    tree, tokens = drafter.draft(self.window, self.roots, active, self.acceptor.wanted())
             plain_steps = plain_steps + 1 if tree.nodes == 1 else 0
             with self.stats.timed("verify", self.device):
-                hidden = self.verifier(tokens, tree, self.columns())
+                hidden = self.verifier(tokens, tree, self.columns(), self.owned)
                 logits = logits_of(self.model, hidden)
             with self.stats.timed("accept", self.device):
                 branches = self.acceptor.walk(logits, tokens, tree.parents)
@@ -212,37 +229,45 @@ class Generation:
             row.columns = start
         for layer in self.cache.layers:
             layer.settle(start, start)
+        logits = logits_of(model, hidden[:, -1:])
+        self.home = logits.device
         self.verifier = Verifier(
             model,
             self.cache,
-            positions=kwargs["position_ids"][..., -1:] + 1,
-            prompt_mask=mask.bool() if padded else None,
+            shift=(kwargs["position_ids"][..., -1:] + 1 - start).to(self.home),
+            prompt_mask=mask.bool().to(self.home) if padded else None,
             last_position=int(kwargs["position_ids"][..., -1].max()) + self.acceptor.wanted(),
             forward=self.model.compiled_backbone(self.config.compile_config) if self.compiled else None,
         )
-        nothing = self.input_ids.new_zeros(len(self.input_ids), 1)
-        self.acceptor.walk(logits_of(model, hidden[:, -1:]), nothing, nothing)
+        nothing = torch.zeros(len(self.input_ids), 1, dtype=torch.long, device=self.home)
+        self.acceptor.walk(logits, nothing, nothing)
+        self.upload()
 
-    def roots(self) -> Tensor:
-        """(batch,) the last token of each row."""
-        last = torch.tensor([row.length - 1 for row in self.acceptor.rows], device=self.device)
-        return self.acceptor.sequences.gather(1, last[:, None])[:, 0]
+    def upload(self, *numbers: list[list[int]]) -> list[Tensor]:
+        """Set :attr:`roots` and :attr:`owned`; send them and lists of (batch, n) ``numbers`` to the device in one piece."""
+        rows = self.acceptor.rows
+        parts = [[[row.last] for row in rows], [[row.columns] for row in rows], *numbers]
+        widths = [len(part[0]) for part in parts]
+        flat = [number for part in parts for row in part for number in row]
+        sent = torch.tensor(flat).to(self.home, non_blocking=True).split([len(rows) * width for width in widths])
+        roots, self.owned, *sent = (part.view(len(rows), width) for part, width in zip(sent, widths))
+        self.roots = roots[:, 0]
+        return sent
 
     def columns(self) -> list[int]:
         """Of the cache, owned by each row."""
         return [row.columns for row in self.acceptor.rows]
 
     def commit(self, hidden: Tensor, branches: list[list[int]]) -> None:
-        """Keep the accepted branches in cache, window and positions."""
-        if not any(branches):
-            return
+        """Keep the accepted branches in cache, window and positions; each row's next root stands behind its branch."""
         columns = self.columns()
         cursor = max(columns)
-        self.cache.keep([[cursor + node for node in branch] for branch in branches], columns)
-        self.window.push(hidden, branches)
-        self.verifier.advance(branches)
+        kept = [[cursor + node for node in branch] for branch in branches]
         for row, branch in zip(self.acceptor.rows, branches):
             row.columns += len(branch)
+        places, moves = self.upload(self.window.places(branches), self.cache.moves(kept, columns))
+        self.cache.keep(kept, columns, moves)
+        self.window.push(hidden, branches, places)
 
     def result(self, given) -> GenerateDecoderOnlyOutput | Tensor:
         """What ``_sample`` returns; ``given``, the cache that the caller knows, gets the contents of ours."""

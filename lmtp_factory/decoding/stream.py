@@ -19,7 +19,7 @@ class Stream:
         rows = self.acceptor.rows
         longest = max(row.length for row in rows)
         ready = min((row.length for row in rows if not row.done), default=longest)
-        new = self.acceptor.sequences[:, self.place : ready].cpu()
+        new = self.acceptor.sequences[:, self.place : ready].clone()
         for b, row in enumerate(rows):
             if row.length < ready:
                 new[b, max(row.length - self.place, 0) :] = self.pad_token

@@ -9,7 +9,7 @@ first n nodes of a tree are the best tree of n nodes.
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ class Tree:
     ranks: Tensor
     height: int
     values: Tensor | None = None
+    _made: dict = field(default_factory=dict, init=False, repr=False, compare=False)  # a shape is used step after step
 
     @property
     def nodes(self) -> int:
@@ -56,11 +57,27 @@ class Tree:
         if self.nodes == 1:
             return root[:, None]
         batch, levels, width = candidates.shape
-        index = ((self.levels - 1) * width + self.ranks)[:, 1:].expand(batch, -1)
+        if ("index", width) not in self._made:
+            self._made["index", width] = ((self.levels - 1) * width + self.ranks)[:, 1:]
+        index = self._made["index", width].expand(batch, -1)
         return torch.cat([root[:, None], candidates.flatten(1).gather(1, index)], dim=1)
 
-    def ancestors(self) -> Tensor:
-        """(batch, nodes, nodes) bool: whether the column's node is the row's node or an ancestor of it."""
+    def ancestors(self, window: int | None = None) -> Tensor:
+        """(batch, nodes, nodes) bool: whether the column's node is the row's node or an ancestor of it.
+
+        Args:
+            window: how many levels a node sees, its own counted; None for all.
+        """
+        if window is not None and window > self.height:
+            window = None
+        if ("ancestors", window) not in self._made:
+            self._made["ancestors", window] = self._ancestors() if window is None else self._near(window)
+        return self._made["ancestors", window]
+
+    def _near(self, window: int) -> Tensor:
+        return self.ancestors() & ((self.levels[:, :, None] - self.levels[:, None, :]) < window)
+
+    def _ancestors(self) -> Tensor:
         seen = torch.eye(self.nodes, dtype=torch.bool, device=self.parents.device).repeat(len(self.parents), 1, 1)
         seen.scatter_(2, self.parents[:, :, None], True)
         for _ in range(max(self.height - 1, 0).bit_length()):  # each squaring doubles how far up a node sees

@@ -50,7 +50,8 @@ def _agrees_on_a_tree(model: nn.Module) -> bool:
     for layer in cache.layers:
         layer.settle(3, 3)
     tree = fixed([(), (0,), (1,), (1, 0)], model.device)
-    hidden = Verifier(model, cache, positions[:, -1:] + 1, None, last_position=9)(tokens, tree, [3])
+    columns = torch.full((1, 1), 3, device=model.device)
+    hidden = Verifier(model, cache, 0, None, last_position=9)(tokens, tree, [3], columns)
     for leaf, branch in ((1, [0, 1]), (3, [0, 2, 3])):
         path = torch.cat([prompt, tokens[:, branch]], dim=1)
         theirs = model(input_ids=path, use_cache=False).logits[0, -1].float()
@@ -61,13 +62,20 @@ def _agrees_on_a_tree(model: nn.Module) -> bool:
 
 
 def tree_masks(
-    config, cache: TreeCache, tree: Tree, lengths: Sequence[int], prompt_mask: Tensor | None, dtype: torch.dtype
+    config,
+    cache: TreeCache,
+    tree: Tree,
+    lengths: Sequence[int],
+    columns: Tensor,
+    prompt_mask: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor | dict[str, Tensor | None] | None:
     """Attention masks of a tree in the form that the model's forward takes.
 
     Args:
         config: the text model's; layers of several kinds take a mask for each kind.
         lengths: columns that each row owns; the tree's nodes come behind the greatest of them.
+        columns: (batch, 1) the same on the device, where the masks are made.
         prompt_mask: (batch, prompt) bool, False where a row is padded; None where none is.
         dtype: of additive masks, for eager attention.
 
@@ -77,72 +85,73 @@ def tree_masks(
     kinds = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
     if kinds is None:
-        return _mask(config, cache, 0, window, tree, lengths, prompt_mask, dtype)
+        return _mask(config, cache, 0, window, tree, lengths, columns, prompt_mask, dtype)
     return {
         kind: _mask(
             config, cache, kinds.index(kind), window if kind == "sliding_attention" else None,
-            tree, lengths, prompt_mask, dtype,
+            tree, lengths, columns, prompt_mask, dtype,
         )
         for kind in set(kinds)
     }  # fmt: skip
 
 
-def _mask(config, cache, layer, window, tree, lengths, prompt_mask, dtype) -> Tensor | None:
+def _mask(config, cache, layer, window, tree, lengths, own, prompt_mask, dtype) -> Tensor | None:
     nodes = tree.nodes
     count, first = cache.layers[layer].get_mask_sizes(nodes)
     in_sight = window is None or count <= window  # a user's cache may keep more than the window
     if nodes == 1 and len(lengths) == 1 and prompt_mask is None and in_sight and not cache.is_fixed:
         return None
-    device = cache.layers[layer].keys.device
-    columns = torch.arange(first, first + count, device=device)
-    own = torch.tensor(lengths, device=device)[:, None]
+    columns = torch.arange(first, first + count, device=own.device)
     past = columns < own
     if prompt_mask is not None:
         real = prompt_mask[:, first : first + count]
         past[:, : real.shape[1]] &= real
-    levels = tree.levels.expand(len(lengths), -1)
     allowed = past[:, None, :].repeat(1, nodes, 1)
     if window is not None:
-        allowed &= columns > (own + levels - window)[:, :, None]
-    related = tree.ancestors()
-    if window is not None:
-        related = related & ((levels[:, :, None] - levels[:, None, :]) < window)
+        allowed &= columns > (own + tree.levels - window)[:, :, None]
     start = max(lengths) - first
-    allowed[:, :, start : start + nodes] = related
+    allowed[:, :, start : start + nodes] = tree.ancestors(window)
     allowed = allowed[:, None]
     if config._attn_implementation == "eager":
-        return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(~allowed, torch.finfo(dtype).min)
+        mask = torch.zeros(allowed.shape, dtype=dtype, device=own.device)
+        return mask.masked_fill_(~allowed, torch.finfo(dtype).min)
     return allowed
 
 
 class Verifier:
     """The backbone's forward on one generation's trees.
 
-    Attributes:
-        positions: (..., batch, 1) position of each row's next root, in the form that the model counts positions in.
+    Args:
+        shift: (..., batch, 1) what to add to a row's columns for the position of its next root, in the form that the model
+            counts positions in; padding and a user's positions make it differ from 0.
     """
 
     def __init__(
         self,
         model: nn.Module,
         cache: TreeCache,
-        positions: Tensor,
+        shift: Tensor | int,
         prompt_mask: Tensor | None,
         last_position: int,
         forward: Callable | None = None,
     ):
-        self.model, self.cache, self.positions = model, cache, positions
+        self.model, self.cache, self.shift = model, cache, shift
         self.prompt_mask, self.last_position = prompt_mask, last_position
         self.compiled = forward is not None
         self.forward = forward or model.base_model
 
-    def __call__(self, tokens: Tensor, tree: Tree, lengths: Sequence[int]) -> Tensor:
-        """(batch, nodes) token ids -> (batch, nodes, hidden) final hidden states; keys and values go to the cache."""
+    def __call__(self, tokens: Tensor, tree: Tree, lengths: Sequence[int], columns: Tensor) -> Tensor:
+        """(batch, nodes) token ids -> (batch, nodes, hidden) final hidden states; keys and values go to the cache.
+
+        Args:
+            lengths: columns that each row owns.
+            columns: (batch, 1) the same on the device.
+        """
         config = self.model.config.get_text_config()
-        masks = tree_masks(config, self.cache, tree, lengths, self.prompt_mask, self.model.dtype)
+        masks = tree_masks(config, self.cache, tree, lengths, columns, self.prompt_mask, self.model.dtype)
         # Nodes past the last position that generation may reach are never accepted; a table of learned positions may
         # end there.
-        positions = (self.positions + tree.levels).clamp(max=self.last_position)
+        positions = (self.shift + columns + tree.levels).clamp(max=self.last_position)
         if self.compiled:
             torch.compiler.cudagraph_mark_step_begin()
         outputs = self.forward(
@@ -154,8 +163,3 @@ class Verifier:
         )
         hidden = outputs.last_hidden_state
         return hidden.clone() if self.compiled else hidden  # CUDA graphs overwrite their outputs
-
-    def advance(self, branches: Sequence[Sequence[int]]) -> None:
-        """Move each row's next root behind its accepted branch."""
-        counts = [len(branch) for branch in branches]
-        self.positions = self.positions + torch.tensor(counts, device=self.positions.device)[:, None]

@@ -51,12 +51,13 @@ def measure_costs(
     with cpu_prepacked.prepacked(model) if cpu_prepacked.can_prepack(model) else nullcontext():
         hidden = model.base_model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
         window = Window.of_prompt(hidden, [context], geometry.window(offsets))
-        verifier = Verifier(model, cache, torch.tensor([[context]], device=device), None, last_position=1 << 30)
+        verifier = Verifier(model, cache, 0, None, last_position=1 << 30)
+        columns = torch.full((1, 1), context, device=device)
 
         def verify(tree, tokens) -> None:
             for layer in cache.layers:
                 layer.settle(context, context)
-            unembed(verifier(tokens, tree, [context]), model.get_output_embeddings(), softcap_of(model))
+            unembed(verifier(tokens, tree, [context], columns), model.get_output_embeddings(), softcap_of(model))
 
         def propose() -> None:
             candidates = draft(model, window, geometry.reach(offsets) - 1, DEFAULT_WIDTH)

@@ -90,7 +90,9 @@ class Plain:
         for held, new in zip(self.held, written):
             for row, branch in enumerate(branches):
                 held[row] = [torch.cat([old, part[row][:, branch]], dim=1) for old, part in zip(held[row], new)]
-        self.cache.keep([[max(lengths) + node for node in branch] for branch in branches], lengths)
+        columns = [[max(lengths) + node for node in branch] for branch in branches]
+        moves = torch.tensor(self.cache.moves(columns, lengths), dtype=torch.long)
+        self.cache.keep(columns, lengths, moves)
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -46,7 +46,7 @@ def test_the_window_is_the_last_states(size, prompts, seed):
         branches = [
             [] if done else [0, *sorted(rng.sample(range(1, nodes), rng.randint(0, nodes - 1)))] for done in finished
         ]
-        window.push(tree, branches)
+        window.push(tree, branches, torch.tensor(window.places(branches)))
         for row, branch in enumerate(branches):
             expected[row].extend(tree[row, branch].clone())
         tree.zero_()

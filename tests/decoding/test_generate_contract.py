@@ -154,8 +154,10 @@ def test_criteria_and_processors_see_every_token_once(leap, kind, argument, plan
 
 
 @pytest.mark.parametrize("kind, argument", [(Criterion, "stopping_criteria"), (Processor, "logits_processor")])
-def test_criteria_and_processors_see_the_rows_of_a_batch(leap, kind, argument):
-    """Row by row, each of its tokens once and in order; stock goes on showing padding after a row's end."""
+def test_criteria_and_processors_see_the_rows_of_a_batch(leap, kind, argument, monkeypatch):
+    """Those of transformers: row by row, each of its tokens once and in order; stock goes on showing padding after a
+    row's end."""
+    monkeypatch.setattr(kind, "__module__", "transformers.generation.tests")
     model, inputs, made = leap(), padded([9, 4, 6]), []
 
     def fresh():

@@ -6,14 +6,45 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import (
     BertConfig,
     BertLMHeadModel,
     DynamicCache,
+    LogitsProcessor,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
     OpenAIGPTConfig,
     OpenAIGPTLMHeadModel,
     StoppingCriteria,
 )
+from transformers.generation import logits_process, stopping_criteria
+from transformers.generation.logits_process import (
+    AlternatingCodebooksLogitsProcessor,
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    ExponentialDecayLengthPenalty,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopHLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+    WatermarkLogitsProcessor,
+)
+from transformers.generation.stopping_criteria import EosTokenCriteria
 from trials import (
     GREEDY,
     OTHER_SEARCH,
@@ -27,10 +58,12 @@ from trials import (
     stock,
 )
 
-from lmtp_factory import attach_heads
-from lmtp_factory.decoding import generate
+from lmtp_factory import LMTPError, attach_heads
+from lmtp_factory.decoding import generate, obstacles
 from lmtp_factory.decoding.obstacles import obstacle
+from lmtp_factory.decoding.plan import TreePlan
 from lmtp_factory.decoding.stats import DecodeStats
+from lmtp_factory.plugin.chat import Reader
 
 
 @pytest.mark.parametrize(
@@ -99,6 +132,117 @@ def test_processors_that_know_rows_by_number(leap, kwargs, caplog):
     reason = "a logits processor wants the whole batch"
     left_to_stock(leap(), reason, caplog, **padded([9, 5]), max_new_tokens=8, **GREEDY, **kwargs)
     check(leap(), prompt(), max_new_tokens=8, **GREEDY, **kwargs)
+
+
+class TokenOfTheRow(LogitsProcessor):
+    """Wants one token of each row, by the row's number."""
+
+    def __call__(self, input_ids, scores):
+        assert len(scores) == 2
+        return scores + 1e4 * F.one_hot(torch.tensor([30, 40]) + input_ids.shape[1], scores.shape[1])
+
+
+class LengthOfTheRow(StoppingCriteria):
+    """Ends each row at a length of its own, by the row's number."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.tensor([12, 15]) <= input_ids.shape[1]
+
+
+class FewTokens(TopKLogitsWarper):
+    """A subclass may do anything."""
+
+    def __call__(self, input_ids, scores):
+        assert len(scores) == 2
+        return super().__call__(input_ids, scores)
+
+
+def nothing(input_ids, scores):
+    return scores
+
+
+@pytest.mark.parametrize(
+    "name, argument, made",
+    [
+        ("TokenOfTheRow", "logits_processor", TokenOfTheRow()),
+        ("LengthOfTheRow", "stopping_criteria", LengthOfTheRow()),
+        ("FewTokens", "logits_processor", FewTokens(4)),
+        ("nothing", "logits_processor", nothing),
+    ],
+    ids=["processor", "criterion", "subclass", "function"],
+)
+def test_processors_and_criteria_of_others_get_the_whole_batch(leap, name, argument, made, caplog):
+    reason = f"{name} is no class of transformers and may want the whole batch"
+    kwargs = {"max_new_tokens": 8, "eos_token_id": 355, argument: [made]} | GREEDY
+    output = left_to_stock(leap(), reason, caplog, **padded([9, 5]), **kwargs)
+    if name == "TokenOfTheRow":
+        assert output[:, 9].tolist() == [39, 49]
+    if name == "LengthOfTheRow":
+        assert output.shape[1] == 15 and output[0, 12:].tolist() == [0] * 3
+
+
+def test_a_row_of_its_own_is_a_whole_batch(leap):
+    kwargs = {"logits_processor": [nothing], "stopping_criteria": [AtLength()]}
+    output, _ = check(leap(), prompt(), max_new_tokens=20, **kwargs, **GREEDY)
+    assert output.shape[1] == 15
+
+
+ROW_SAFE = [
+    TemperatureLogitsWarper(0.7),
+    RepetitionPenaltyLogitsProcessor(1.4),
+    TopPLogitsWarper(0.8),
+    TopKLogitsWarper(5),
+    TopHLogitsWarper(0.5),
+    MinPLogitsWarper(0.1),
+    TypicalLogitsWarper(0.8),
+    EpsilonLogitsWarper(0.01),
+    EtaLogitsWarper(0.01),
+    MinLengthLogitsProcessor(15, 3),
+    MinNewTokensLengthLogitsProcessor(9, 5, 3),
+    NoRepeatNGramLogitsProcessor(2),
+    SequenceBiasLogitsProcessor([[[5, 6], 3.0]]),
+    NoBadWordsLogitsProcessor([[5], [8, 9]]),
+    ForcedBOSTokenLogitsProcessor(4),
+    ForcedEOSTokenLogitsProcessor(16, 3),
+    InfNanRemoveLogitsProcessor(),
+    ExponentialDecayLengthPenalty((2, 1.5), 3, 9),
+    LogitNormalization(),
+    SuppressTokensAtBeginLogitsProcessor([7], 9),
+    SuppressTokensLogitsProcessor([6]),
+    WatermarkLogitsProcessor(40, "cpu"),
+    AlternatingCodebooksLogitsProcessor(9, 20, 20),
+    MaxLengthCriteria(14),
+    MaxTimeCriteria(1e9),
+    EosTokenCriteria([3, 7]),
+]
+# Row-safe by reading: Whisper's looks at each row in a loop, and stop strings want a tokenizer (tested with generate).
+ROW_SAFE_BY_READING = {"WhisperTimeStampLogitsProcessor", "BarkEosPrioritizerLogitsProcessor", "StopStringCriteria"}
+
+
+@pytest.mark.parametrize("part", ROW_SAFE, ids=lambda part: type(part).__name__)
+def test_what_is_shown_rows_one_by_one_does_not_care(part):
+    generator = torch.Generator().manual_seed(0)
+    for length in (9, 14, 15, 16):
+        ids = torch.randint(40, (3, length), generator=generator)
+        scores = torch.randn(3, 40, generator=generator)
+        whole = part(ids, scores.clone())
+        rows = [part(ids[b : b + 1], scores[b : b + 1].clone()) for b in (2, 0, 1)]
+        assert torch.equal(torch.cat([rows[1], rows[2], rows[0]]), whole)
+
+
+def test_every_processor_and_criterion_of_transformers_has_been_looked_at():
+    """A new one has to be put on one of the lists."""
+    defined = set()
+    for module, base in ((logits_process, LogitsProcessor), (stopping_criteria, StoppingCriteria)):
+        kinds = (kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, base))
+        defined |= {kind.__name__ for kind in kinds if kind is not base}
+    row_safe = {type(part).__name__ for part in ROW_SAFE} | ROW_SAFE_BY_READING
+    whole_batch = obstacles.WHOLE_BATCH_PROCESSORS | obstacles.WHOLE_BATCH_CRITERIA
+    assert defined == row_safe | whole_batch and not row_safe & whole_batch
+
+
+def test_the_chat_s_own_criterion_stays_fast(leap):
+    check(leap(), **padded([9, 5]), max_new_tokens=8, eos_token_id=355, stopping_criteria=[Reader()], **GREEDY)
 
 
 class AtLength(StoppingCriteria):
@@ -183,7 +327,7 @@ def test_models_that_cannot_be_sped_up(leap):
     )  # fmt: skip
 
     def reason(text_config=None, **kwargs):
-        stand_in = SimpleNamespace(config=copy.deepcopy(model.config))
+        stand_in = SimpleNamespace(config=copy.deepcopy(model.config), training=False)
         for name, value in (text_config or {}).items():
             setattr(stand_in.config, name, value)
         inputs = {"use_cache": True, "past_key_values": DynamicCache(), "position_ids": torch.arange(9)[None]} | kwargs
@@ -240,3 +384,37 @@ def test_dropout_does_not_spoil_the_trial(leap):
     assert stats.strategy.startswith("off: a forward over a tree")
     model.eval()
     check(model, prompt(), max_new_tokens=8, **GREEDY)
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["after a call in eval mode", "at once"])
+def test_gradient_checkpointing_in_train_mode(leap, before, caplog):
+    """Layers then drop the cache that they are given; stock generates, in its way."""
+    model = copy.deepcopy(leap())
+    model.__dict__.pop("_takes_trees", None)
+    if before:
+        check(model, prompt(), max_new_tokens=4, **GREEDY)
+    model.gradient_checkpointing_enable()
+    check(model, prompt(), max_new_tokens=4, **GREEDY)
+    model.train()
+    reason = "gradient checkpointing in train mode keeps no cache"
+    left_to_stock(model, reason, caplog, prompt(), max_new_tokens=6, **GREEDY)
+    model.gradient_checkpointing_disable()
+    check(model, prompt(), max_new_tokens=4, **GREEDY)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_plan_wider_than_the_vocabulary(leap, rows):
+    """Candidates end with the vocabulary; a static tree that names ranks beyond it was measured on another model."""
+    model = leap("llama", vocab_size=9, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    inputs, kwargs = {"input_ids": prompt(rows, 6) % 7 + 2}, {"max_new_tokens": 12} | GREEDY
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    for width in (9, 10, 40):
+        check(model, **inputs, **kwargs, lmtp_tree=TreePlan("dynamic", 64, width=width))
+    check(model, **inputs, **kwargs, lmtp_tree=TreePlan("static", 3, paths=((), (0,), (8,))))
+    beyond = TreePlan("static", 3, paths=((), (0,), (9,)))
+    message = r"static tree takes candidates down to rank 9, but the vocabulary has 9 tokens \(ranks 0 to 8\)"
+    with pytest.raises(LMTPError, match=message):
+        model.generate(**inputs, **kwargs, lmtp_tree=beyond)
+    assert torch.equal(
+        model.generate(**inputs, **kwargs, lmtp_decode="off", lmtp_tree=beyond), stock(model, **inputs, **kwargs)
+    )
