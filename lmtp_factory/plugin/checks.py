@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..config import LMTPConfig
@@ -150,12 +151,27 @@ def _check_method(stage: int, model_args, training_args, finetuning_args) -> Non
         raise LMTPError(
             "lora_target: lm_head does not go with ZeRO-3: write train_lm_head: true instead, or use ZeRO-2."
         )
-    if finetuning_args.train_lm_head and method == "freeze":
-        raise LMTPError(
-            "train_lm_head goes with finetuning_type: lora: with freeze write freeze_extra_modules: lm_head."
-        )
+    if method == "freeze":
+        _check_lm_head_with_freeze(model_args, finetuning_args)
     if finetuning_args.compute_accuracy:
         raise LMTPError("L-MTP stages report every head's accuracy by themselves: leave compute_accuracy out.")
+
+
+def _check_lm_head_with_freeze(model_args, finetuning_args) -> None:
+    extra = "lm_head" in (finetuning_args.freeze_extra_modules or ())
+    if not (finetuning_args.train_lm_head or extra):
+        return
+    config = AutoConfig.from_pretrained(model_args.model_name_or_path, **hub_options(model_args))
+    if config.tie_word_embeddings:  # one parameter under the embeddings' name, which freeze looks for in vain
+        key = "train_lm_head" if finetuning_args.train_lm_head else "freeze_extra_modules: lm_head"
+        raise LMTPError(
+            f"{key} does not go with finetuning_type: freeze here, because the model's LM head is tied to its embeddings: "
+            "write finetuning_type: lora and train_lm_head: true."
+        )
+    if finetuning_args.train_lm_head:
+        raise LMTPError(
+            "train_lm_head goes with finetuning_type: lora: with freeze write freeze_extra_modules: lm_head instead."
+        )
 
 
 def _check_frozen(model_args, finetuning_args) -> None:

@@ -49,7 +49,15 @@ CONFIGURATION = [
     ({"finetuning_type": "lora"}, "write finetuning_type: full"),
     ({"finetuning_type": "oft", "stage": "lmtp2"}, "write lora, full or freeze"),
     ({"train_lm_head": True}, "Stage 1 keeps the LM head frozen"),
-    ({"train_lm_head": True, "stage": "lmtp2", "finetuning_type": "freeze"}, "write freeze_extra_modules: lm_head"),
+    (
+        {"train_lm_head": True, "stage": "lmtp2", "finetuning_type": "freeze"},
+        "train_lm_head does not go with finetuning_type: freeze here, because the model's LM head is tied to its "
+        "embeddings: write finetuning_type: lora and train_lm_head: true.",
+    ),
+    (
+        {"freeze_extra_modules": "lm_head", "stage": "lmtp2", "finetuning_type": "freeze"},
+        "freeze_extra_modules: lm_head does not go with finetuning_type: freeze here",
+    ),
     ({"quantization_bit": 4}, "Stage 1 does not run with quantization_bit"),
     ({"resize_vocab": True}, "resize_vocab would make embeddings that stage 1 neither trains nor saves"),
     ({"add_tokens": "<new>"}, "add_tokens would make embeddings"),
