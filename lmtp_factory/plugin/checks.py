@@ -19,9 +19,10 @@ from ..errors import LMTPError
 from ..files import HEADS_FOLDER
 from ..modeling import checkpoint
 from ..modeling.loss.path import resolve_path
-from . import hooks
+from . import hooks, log
 from .stages import STAGES
 from .start import (
+    check_named_heads,
     decoding_heads,
     farthest_offset,
     hub_options,
@@ -82,6 +83,11 @@ def check_training(model_args, data_args, training_args, finetuning_args, genera
     if finetuning_args.hidden_cache_dir is not None:
         _check_hidden_cache(stage, data_args, training_args)
     heads = starting_heads(model_args, finetuning_args, training_args.do_train)
+    if stage == 1 and training_args.do_train and not check_named_heads(finetuning_args, training_args.output_dir):
+        start = "fresh ones" if heads is None else f"those in {heads}"
+        log.info(
+            f"stage1_pretrained_path {finetuning_args.stage1_pretrained_path} has no heads yet: stage 1 starts from {start}."
+        )
     if heads is not None:
         difference = finetuning_args.contradicts(_check_heads(heads, model_args))
         if difference:

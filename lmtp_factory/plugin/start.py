@@ -1,5 +1,6 @@
 """Where leap heads are looked for, for training, export and decoding: one place for each order."""
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,7 @@ def starting_heads(model_args, finetuning_args, do_train: bool = True) -> Path |
     """The ``lmtp/`` folder that a stage starts from, or None for fresh heads.
 
     An adapter that is tuned further has heads of its own; else ``stage1_pretrained_path`` was written for this; else the
-    model directory may have some. The release's stage-1 files name their own output there, so in stage 1 it may still be
-    empty.
+    model directory may have some. Which path stage 1 may name although nothing is there: :func:`check_named_heads`.
 
     Args:
         do_train: False where the stage only evaluates: then the heads are those that inference would take.
@@ -37,13 +37,33 @@ def starting_heads(model_args, finetuning_args, do_train: bool = True) -> Path |
     if named is not None:
         found = find_heads(named)
         if found is None and finetuning_args.lmtp_stage == 2:
-            raise LMTPError(
-                f"stage1_pretrained_path {named} has no lmtp/ folder: name the output_dir of a finished stage 1, or leave "
-                "the key out to start from fresh heads."
-            )
+            raise _without_heads(named)
         if found is not None:
             return found
     return _first([model_args.model_name_or_path])
+
+
+def check_named_heads(finetuning_args, output_dir: str) -> bool:
+    """Whether ``stage1_pretrained_path``, if written for stage 1, has heads by now.
+
+    The release's stage-1 files name their own output there, which is empty before the first run.
+
+    Raises:
+        LMTPError: another path without heads is named, which is a slip of the pen.
+    """
+    named = finetuning_args.stage1_pretrained_path
+    if named is None or find_heads(named) is not None:
+        return True
+    if os.path.realpath(named) != os.path.realpath(output_dir):
+        raise _without_heads(named)
+    return False
+
+
+def _without_heads(named: str) -> LMTPError:
+    return LMTPError(
+        f"stage1_pretrained_path {named} has no lmtp/ folder: name the output_dir of a finished stage 1, or leave the key "
+        "out to start from fresh heads."
+    )
 
 
 def farthest_offset(model_args, finetuning_args, do_train: bool = True) -> int:

@@ -101,6 +101,11 @@ CONFIGURATION = [
     ({"label_smoothing_factor": 0.1}, "label_smoothing_factor replaces the loss"),
     ({"compute_accuracy": True}, "leave compute_accuracy out"),
     ({"stage1_pretrained_path": "no/such/place", "stage": "lmtp2"}, "no/such/place has no lmtp/ folder"),
+    (
+        {"stage1_pretrained_path": "no/such/place"},
+        "stage1_pretrained_path no/such/place has no lmtp/ folder: name the output_dir of a finished stage 1, or leave the "
+        "key out to start from fresh heads.",
+    ),
     ({"dataset": "mixed_Q25_3B"}, "mixed_Q25_3B"),
     ({"dataset": "self_distilled_smollm2_train"}, "write template: lmtp"),
 ]
@@ -167,6 +172,12 @@ def test_stage_two_with_another_stride(llama, data, stage1, tmp_path, no_model_l
     ]:
         with pytest.raises(LMTPError, match=message):
             runs.train(llama, data, tmp_path, **run, **wrong)
+
+
+def test_a_directory_without_heads_is_refused_unless_it_is_the_output(llama, data, tmp_path, no_model_loads):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(LMTPError, match="empty has no lmtp/ folder"):
+        runs.train(llama, data, tmp_path / "out", stage1_pretrained_path=str(tmp_path / "empty"))
 
 
 def test_heads_of_another_model(data, stage1, tmp_path, no_model_loads):

@@ -103,13 +103,16 @@ def test_stage_two_starts_from_the_stage_one_heads(llama, data, stage1, tmp_path
     assert steps(trained)[0]["loss_head_0"] == pytest.approx(steps(fresh)[0]["loss_head_0"], rel=1e-5)
 
 
-def test_the_release_s_spelling_is_the_same_run(llama, data, tmp_path):
+def test_the_release_s_spelling_is_the_same_run(llama, data, tmp_path, lines):
     ours = runs.train(llama, data, tmp_path / "ours")
     theirs = runs.train(
         llama, data, tmp_path / "theirs", stage="sft", mtp_type="lmtp1", num_heads=3,
-        stage1_pretrained_path=str(tmp_path / "theirs"), save_only_model=False,
+        stage1_pretrained_path=f"{tmp_path}/ours/../theirs/", save_only_model=False,
     )  # fmt: skip
     assert runs.step_losses(ours) == runs.step_losses(theirs)
+    assert (
+        f"stage1_pretrained_path {tmp_path}/ours/../theirs/ has no heads yet: stage 1 starts from fresh ones." in lines
+    )
 
 
 def test_plain_sft_is_left_alone(llama, data, tmp_path):
