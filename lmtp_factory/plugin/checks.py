@@ -20,9 +20,11 @@ from ..files import HEADS_FOLDER
 from ..modeling import checkpoint
 from ..modeling.loss.path import resolve_path
 from . import hooks, log
+from .resume import check_checkpoint, choose_checkpoint
 from .stages import STAGES
 from .start import (
     check_named_heads,
+    config_of_run,
     decoding_heads,
     farthest_offset,
     hub_options,
@@ -82,11 +84,14 @@ def check_training(model_args, data_args, training_args, finetuning_args, genera
     resolve_path(finetuning_args.lmtp_loss, torch.device(get_current_device()))
     if finetuning_args.hidden_cache_dir is not None:
         _check_hidden_cache(stage, data_args, training_args)
+    named = training_args.resume_from_checkpoint is not None
+    resumed = choose_checkpoint(training_args)
     heads = starting_heads(model_args, finetuning_args, training_args.do_train)
     if stage == 1 and training_args.do_train and not check_named_heads(finetuning_args, training_args.output_dir):
         start = "fresh ones" if heads is None else f"those in {heads}"
         log.info(
-            f"stage1_pretrained_path {finetuning_args.stage1_pretrained_path} has no heads yet: stage 1 starts from {start}."
+            f"stage1_pretrained_path {finetuning_args.stage1_pretrained_path} has no heads yet: stage 1 starts from "
+            f"{start if resumed is None else resumed}."
         )
     if heads is not None:
         difference = finetuning_args.contradicts(_check_heads(heads, model_args))
@@ -95,6 +100,8 @@ def check_training(model_args, data_args, training_args, finetuning_args, genera
                 f"The heads in {heads} do not fit what was written ({difference}): leave the key out to take the heads' "
                 "own value, or train stage 1 again."
             )
+    if resumed is not None:
+        check_checkpoint(resumed, stage, config_of_run(heads, model_args, finetuning_args), heads, named)
     reach = farthest_offset(model_args, finetuning_args, training_args.do_train)
     if data_args.cutoff_len <= reach:
         raise LMTPError(

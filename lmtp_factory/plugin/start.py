@@ -5,9 +5,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
 from .. import geometry
+from ..config import LMTPConfig
 from ..errors import LMTPError
-from ..modeling.checkpoint import find_heads, read_config
+from ..modeling.checkpoint import base_fingerprint, find_heads, read_config
 from . import log
 
 
@@ -71,6 +74,23 @@ def farthest_offset(model_args, finetuning_args, do_train: bool = True) -> int:
     heads = starting_heads(model_args, finetuning_args, do_train)
     config = finetuning_args.heads_config() if heads is None else read_config(heads)
     return geometry.reach(config.offsets)
+
+
+def config_of_run(heads: Path | None, model_args, finetuning_args) -> LMTPConfig:
+    """Configuration of the heads that training starts from; of fresh ones (None) as they will be on this base model."""
+    if heads is not None:
+        config = read_config(heads)
+    else:
+        base, options = model_args.model_name_or_path, hub_options(model_args)
+        sizes = AutoConfig.from_pretrained(base, **options).get_text_config()
+        config = finetuning_args.heads_config(
+            hidden_size=sizes.hidden_size,
+            vocab_size=sizes.vocab_size,
+            tokenizer_fingerprint=base_fingerprint(base, **options),
+        )
+    if model_args.resize_vocab or model_args.add_tokens or model_args.add_special_tokens:
+        config.vocab_size = config.tokenizer_fingerprint = None  # known when the tokens have been added
+    return config
 
 
 def locate_exported_heads(model_args, finetuning_args) -> Path | None:
