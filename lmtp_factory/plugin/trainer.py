@@ -23,6 +23,9 @@ from .resume import differences, in_words
 from .state_cache import CachedDocuments, FillCache
 
 
+PISSA_CONVERTED = "pissa_converted"  # beside a PiSSA adapter: the same as an ordinary LoRA adapter of the base model
+
+
 class LeapTrainer(CustomSeq2SeqTrainer):
     """Trains a model with leap heads.
 
@@ -98,10 +101,14 @@ class LeapTrainer(CustomSeq2SeqTrainer):
             super().save_model(output_dir, _internal_call)
         elif self.args.should_save:
             self._save(output_dir, state_dict={})  # tokenizer and arguments; the frozen backbone is not written again
+        folders = [output_dir]
+        if self.finetuning_args.pissa_convert and isinstance(self.model, PeftModel) and not _internal_call:
+            folders.append(os.path.join(output_dir, PISSA_CONVERTED))  # which upstream has just written
         heads = self.leap_model.leap_heads
         with gathered(heads.parameters()):
             if self.args.should_save:
-                save_heads(heads, os.path.join(output_dir, HEADS_FOLDER))
+                for folder in folders:
+                    save_heads(heads, os.path.join(folder, HEADS_FOLDER))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if state_dict is None and not isinstance(self.model, PeftModel):
