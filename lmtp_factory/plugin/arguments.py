@@ -9,6 +9,7 @@ from ..decoding.strategies import STRATEGIES
 from ..errors import LMTPError
 from . import hooks
 from .stages import STAGES
+from .values import check_values, read_offsets
 
 
 if TYPE_CHECKING:
@@ -110,6 +111,8 @@ class LMTPArguments:
             if self.mtp_type not in (None, self.stage):
                 raise LMTPError(f"stage says {self.stage} but mtp_type says {self.mtp_type}: leave one of them out.")
             self.stage, self.mtp_type = "sft", self.stage
+        check_values(vars(self))
+        self.offsets_given()
         if self.mtp_type == "vanilla":  # the release's word for plain training
             self.mtp_type = None
         if self.mtp_type not in (None, *STAGES.values()):
@@ -123,38 +126,13 @@ class LMTPArguments:
         if self.lmtp_stage is not None:
             if self.stage != "sft":
                 raise LMTPError(f"mtp_type {self.mtp_type} goes with stage: sft, not with stage: {self.stage}.")
-            self._check_numbers()
+            self.heads_config()
             hooks.require_all()
         super().__post_init__()
 
-    def _check_numbers(self) -> None:
-        for key in ("num_heads", "leap_stride", "head_layers"):
-            value = getattr(self, key)
-            if value is not None and not isinstance(value, int):
-                raise LMTPError(f"{key} is {value!r}, but it has to be a whole number: write for instance {key}: 2.")
-        for key in ("head_weight", "head_decay"):
-            if not isinstance(getattr(self, key), (int, float)):
-                raise LMTPError(f"{key} is {getattr(self, key)!r}, but it has to be a number: write {key}: 0.1.")
-        self.heads_config()
-        if self.head_weight < 0 or self.head_decay <= 0:
-            raise LMTPError(
-                f"head_weight {self.head_weight} and head_decay {self.head_decay} weigh losses: write numbers of 0 or more, "
-                "head_decay above 0."
-            )
-
     def offsets_given(self) -> tuple[int, ...] | None:
         """``leap_offsets`` as full offsets; None where it was not written."""
-        if self.leap_offsets is None:
-            return None
-        written = (
-            self.leap_offsets if isinstance(self.leap_offsets, (list, tuple)) else str(self.leap_offsets).split(",")
-        )
-        try:
-            return geometry.check_offsets([int(offset) for offset in written])
-        except (TypeError, ValueError) as error:
-            if isinstance(error, LMTPError):
-                raise
-            raise LMTPError(f"leap_offsets is {self.leap_offsets!r}: write whole numbers like 2,3,6.") from None
+        return None if self.leap_offsets is None else geometry.check_offsets(read_offsets(self.leap_offsets))
 
     def heads_config(self, **base: Any) -> "LMTPConfig":
         """Configuration of fresh heads; ``base`` holds facts about the base model."""

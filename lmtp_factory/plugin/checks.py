@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..config import LMTPConfig
@@ -18,9 +19,12 @@ from ..errors import LMTPError
 from ..files import HEADS_FOLDER
 from ..modeling import checkpoint
 from ..modeling.losses.implementation import resolve_implementation
-from . import hooks
+from . import hooks, log
+from .resume import check_checkpoint, choose_checkpoint
 from .stages import STAGES
 from .start import (
+    check_named_heads,
+    config_of_run,
     decoding_heads,
     farthest_offset,
     hub_options,
@@ -80,7 +84,15 @@ def check_training(model_args, data_args, training_args, finetuning_args, genera
     resolve_implementation(finetuning_args.lmtp_loss, torch.device(get_current_device()))
     if finetuning_args.hidden_cache_dir is not None:
         _check_hidden_cache(stage, data_args, training_args)
+    named = training_args.resume_from_checkpoint is not None
+    resumed = choose_checkpoint(training_args)
     heads = starting_heads(model_args, finetuning_args, training_args.do_train)
+    if stage == 1 and training_args.do_train and not check_named_heads(finetuning_args, training_args.output_dir):
+        start = "fresh ones" if heads is None else f"those in {heads}"
+        log.info(
+            f"stage1_pretrained_path {finetuning_args.stage1_pretrained_path} has no heads yet: stage 1 starts from "
+            f"{start if resumed is None else resumed}."
+        )
     if heads is not None:
         difference = finetuning_args.contradicts(_check_heads(heads, model_args))
         if difference:
@@ -88,6 +100,8 @@ def check_training(model_args, data_args, training_args, finetuning_args, genera
                 f"The heads in {heads} do not fit what was written ({difference}): leave the key out to take the heads' "
                 "own value, or train stage 1 again."
             )
+    if resumed is not None:
+        check_checkpoint(resumed, stage, config_of_run(heads, model_args, finetuning_args), heads, named)
     reach = farthest_offset(model_args, finetuning_args, training_args.do_train)
     if data_args.cutoff_len <= reach:
         raise LMTPError(
@@ -150,12 +164,27 @@ def _check_method(stage: int, model_args, training_args, finetuning_args) -> Non
         raise LMTPError(
             "lora_target: lm_head does not go with ZeRO-3: write train_lm_head: true instead, or use ZeRO-2."
         )
-    if finetuning_args.train_lm_head and method == "freeze":
-        raise LMTPError(
-            "train_lm_head goes with finetuning_type: lora: with freeze write freeze_extra_modules: lm_head."
-        )
+    if method == "freeze":
+        _check_lm_head_with_freeze(model_args, finetuning_args)
     if finetuning_args.compute_accuracy:
         raise LMTPError("L-MTP stages report every head's accuracy by themselves: leave compute_accuracy out.")
+
+
+def _check_lm_head_with_freeze(model_args, finetuning_args) -> None:
+    extra = "lm_head" in (finetuning_args.freeze_extra_modules or ())
+    if not (finetuning_args.train_lm_head or extra):
+        return
+    config = AutoConfig.from_pretrained(model_args.model_name_or_path, **hub_options(model_args))
+    if config.tie_word_embeddings:  # one parameter under the embeddings' name, which freeze looks for in vain
+        key = "train_lm_head" if finetuning_args.train_lm_head else "freeze_extra_modules: lm_head"
+        raise LMTPError(
+            f"{key} does not go with finetuning_type: freeze here, because the model's LM head is tied to its embeddings: "
+            "write finetuning_type: lora and train_lm_head: true."
+        )
+    if finetuning_args.train_lm_head:
+        raise LMTPError(
+            "train_lm_head goes with finetuning_type: lora: with freeze write freeze_extra_modules: lm_head instead."
+        )
 
 
 def _check_frozen(model_args, finetuning_args) -> None:

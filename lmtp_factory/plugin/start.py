@@ -1,12 +1,16 @@
 """Where leap heads are looked for, for training, export and decoding: one place for each order."""
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
 from .. import geometry
+from ..config import LMTPConfig
 from ..errors import LMTPError
-from ..modeling.checkpoint import find_heads, read_config
+from ..modeling.checkpoint import base_fingerprint, find_heads, read_config
 from . import log
 
 
@@ -14,8 +18,7 @@ def starting_heads(model_args, finetuning_args, do_train: bool = True) -> Path |
     """The ``lmtp/`` folder that a stage starts from, or None for fresh heads.
 
     An adapter that is tuned further has heads of its own; else ``stage1_pretrained_path`` was written for this; else the
-    model directory may have some. The release's stage-1 files name their own output there, so in stage 1 it may still be
-    empty.
+    model directory may have some. Which path stage 1 may name although nothing is there: :func:`check_named_heads`.
 
     Args:
         do_train: False where the stage only evaluates: then the heads are those that inference would take.
@@ -37,13 +40,33 @@ def starting_heads(model_args, finetuning_args, do_train: bool = True) -> Path |
     if named is not None:
         found = find_heads(named)
         if found is None and finetuning_args.lmtp_stage == 2:
-            raise LMTPError(
-                f"stage1_pretrained_path {named} has no lmtp/ folder: name the output_dir of a finished stage 1, or leave "
-                "the key out to start from fresh heads."
-            )
+            raise _without_heads(named)
         if found is not None:
             return found
     return _first([model_args.model_name_or_path])
+
+
+def check_named_heads(finetuning_args, output_dir: str) -> bool:
+    """Whether ``stage1_pretrained_path``, if written for stage 1, has heads by now.
+
+    The release's stage-1 files name their own output there, which is empty before the first run.
+
+    Raises:
+        LMTPError: another path without heads is named, which is a slip of the pen.
+    """
+    named = finetuning_args.stage1_pretrained_path
+    if named is None or find_heads(named) is not None:
+        return True
+    if os.path.realpath(named) != os.path.realpath(output_dir):
+        raise _without_heads(named)
+    return False
+
+
+def _without_heads(named: str) -> LMTPError:
+    return LMTPError(
+        f"stage1_pretrained_path {named} has no lmtp/ folder: name the output_dir of a finished stage 1, or leave the key "
+        "out to start from fresh heads."
+    )
 
 
 def farthest_offset(model_args, finetuning_args, do_train: bool = True) -> int:
@@ -51,6 +74,23 @@ def farthest_offset(model_args, finetuning_args, do_train: bool = True) -> int:
     heads = starting_heads(model_args, finetuning_args, do_train)
     config = finetuning_args.heads_config() if heads is None else read_config(heads)
     return geometry.reach(config.offsets)
+
+
+def config_of_run(heads: Path | None, model_args, finetuning_args) -> LMTPConfig:
+    """Configuration of the heads that training starts from; of fresh ones (None) as they will be on this base model."""
+    if heads is not None:
+        config = read_config(heads)
+    else:
+        base, options = model_args.model_name_or_path, hub_options(model_args)
+        sizes = AutoConfig.from_pretrained(base, **options).get_text_config()
+        config = finetuning_args.heads_config(
+            hidden_size=sizes.hidden_size,
+            vocab_size=sizes.vocab_size,
+            tokenizer_fingerprint=base_fingerprint(base, **options),
+        )
+    if model_args.resize_vocab or model_args.add_tokens or model_args.add_special_tokens:
+        config.vocab_size = config.tokenizer_fingerprint = None  # known when the tokens have been added
+    return config
 
 
 def locate_exported_heads(model_args, finetuning_args) -> Path | None:

@@ -1,20 +1,29 @@
 """The Trainer of both stages: upstream's SFT Trainer with per-head averages, metrics and checkpoints."""
 
 import os
+from pathlib import Path
 
 import torch
 from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
 from peft import PeftModel
 from torch import Tensor
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from ..errors import LMTPError
 from ..files import HEADS_FOLDER
 from ..modeling import heads_of, load_heads, save_heads
+from ..modeling.checkpoint import verify_heads
 from ..modeling.lmtp import HEADS_PREFIX, base_of
 from ..modeling.losses.targets import count_targets, head_weights
 from ..modeling.zero3 import gathered
+from . import log
 from .head_metrics import HeadMetrics
+from .resume import differences, in_words
 from .state_cache import CachedDocuments, FillCache
+
+
+PISSA_CONVERTED = "pissa_converted"  # beside a PiSSA adapter: the same as an ordinary LoRA adapter of the base model
 
 
 class LeapTrainer(CustomSeq2SeqTrainer):
@@ -92,10 +101,14 @@ class LeapTrainer(CustomSeq2SeqTrainer):
             super().save_model(output_dir, _internal_call)
         elif self.args.should_save:
             self._save(output_dir, state_dict={})  # tokenizer and arguments; the frozen backbone is not written again
+        folders = [output_dir]
+        if self.finetuning_args.pissa_convert and isinstance(self.model, PeftModel) and not _internal_call:
+            folders.append(os.path.join(output_dir, PISSA_CONVERTED))  # which upstream has just written
         heads = self.leap_model.leap_heads
         with gathered(heads.parameters()):
             if self.args.should_save:
-                save_heads(heads, os.path.join(output_dir, HEADS_FOLDER))
+                for folder in folders:
+                    save_heads(heads, os.path.join(folder, HEADS_FOLDER))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if state_dict is None and not isinstance(self.model, PeftModel):
@@ -104,18 +117,50 @@ class LeapTrainer(CustomSeq2SeqTrainer):
             state_dict = {name: tensor for name, tensor in state_dict.items() if HEADS_PREFIX not in name}
         super()._save(output_dir, state_dict)
 
+    def _save_checkpoint(self, model, trial) -> None:
+        if self.args.should_save:
+            # The state, which is written last, is what tells a whole checkpoint: a run that begins anew in an old folder
+            # must not leave an old one beside new weights.
+            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            Path(self.args.output_dir, folder, TRAINER_STATE_NAME).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """As upstream's, from the heads of a checkpoint only where they are those that are trained.
+
+        Raises:
+            LMTPError: they are not.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
+        if isinstance(resume_from_checkpoint, str):  # here, because DeepSpeed restores its own checkpoint
+            self._check_heads(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         if self.leap_model.leap_stage == 2:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_heads(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        if self.is_deepspeed_enabled:  # DeepSpeed's own checkpoint holds the heads
-            super()._load_best_model()
+        best = self.state.best_model_checkpoint
+        try:
+            self._check_heads(best)
+        except LMTPError as error:  # all is trained by now: losing it would help nobody
+            log.warning(f"The best checkpoint cannot be loaded: {error} The heads of the last step are kept.")
             return
-        if self.leap_model.leap_stage == 2:
+        if self.is_deepspeed_enabled or self.leap_model.leap_stage == 2:
             super()._load_best_model()
-        self._load_heads(self.state.best_model_checkpoint)
+        if not self.is_deepspeed_enabled:  # DeepSpeed's own checkpoint holds the heads
+            self._load_heads(best)
+
+    def _check_heads(self, checkpoint: str) -> None:
+        differing = differences(self.leap_model.leap_heads.config, verify_heads(Path(checkpoint, HEADS_FOLDER)))
+        if differing:
+            raise LMTPError(
+                f"The heads in {checkpoint} are not those that are trained ({in_words(differing)}): name another "
+                "checkpoint or another output_dir."
+            )
 
     def _load_heads(self, checkpoint: str) -> None:
         self.leap_model.leap_heads.load_state_dict(load_heads(checkpoint).state_dict())

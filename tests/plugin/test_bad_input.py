@@ -18,12 +18,28 @@ CONFIGURATION = [
     ({"leap_stride": 0}, "leap_stride is 0"),
     ({"leap_offsets": "3,2"}, "leap_offsets is 3,2, but the extra heads' offsets have to rise"),
     ({"leap_offsets": "1,3"}, "have to rise and to be above 1"),
-    ({"leap_offsets": "two"}, "write whole numbers like 2,3,6"),
+    (
+        {"leap_offsets": "two"},
+        "leap_offsets is 'two', but it has to be whole numbers: write for instance leap_offsets: 2",
+    ),
+    ({"leap_offsets": "2.5,3"}, "leap_offsets is '2.5,3'"),
+    ({"leap_offsets": [2.5, 4]}, "leap_offsets is [2.5, 4]"),
+    ({"leap_offsets": [True, 4]}, "leap_offsets is [True, 4]"),
+    ({"leap_offsets": 2.5}, "leap_offsets is 2.5"),
+    ({"leap_offsets": True}, "leap_offsets is True"),
+    ({"leap_offsets": {"near": 2}}, "leap_offsets is {'near': 2}"),
+    ({"leap_offsets": ""}, "leap_offsets is ''"),
     ({"leap_offsets": "2,3,6", "num_heads": 2}, "names 3 heads but num_heads says 2"),
     ({"leap_offsets": "2,3,6", "leap_stride": 2}, "does not leap by leap_stride 2"),
     ({"head_kind": "both"}, "head_kind is 'both', but it has to be one of own, shared"),
+    ({"head_kind": ["own"]}, "head_kind is ['own'], but it has to be one of own, shared"),
     ({"head_layers": 0}, "head_layers is 0"),
-    ({"head_weight": -1.0, "stage": "lmtp2"}, "head_weight -1.0"),
+    ({"head_layers": "1"}, "head_layers is '1', but it has to be a whole number: write for instance head_layers: 1."),
+    ({"head_weight": -1.0, "stage": "lmtp2"}, "head_weight is -1.0, but it has to be a number of 0 or more"),
+    ({"head_weight": float("nan"), "stage": "lmtp2"}, "head_weight is nan, but it has to be a number of 0 or more"),
+    ({"head_weight": float("inf"), "stage": "lmtp2"}, "head_weight is inf"),
+    ({"head_weight": True, "stage": "lmtp2"}, "head_weight is True"),
+    ({"head_weight": "0.1", "stage": "lmtp2"}, "head_weight is '0.1'"),
     ({"mtp_type": "lmtp3", "stage": "sft"}, "mtp_type is 'lmtp3'"),
     ({"mtp_type": "lmtp2"}, "stage says lmtp1 but mtp_type says lmtp2"),
     ({"mtp_type": "lmtp1", "stage": "dpo"}, "goes with stage: sft"),
@@ -33,13 +49,45 @@ CONFIGURATION = [
     ({"finetuning_type": "lora"}, "write finetuning_type: full"),
     ({"finetuning_type": "oft", "stage": "lmtp2"}, "write lora, full or freeze"),
     ({"train_lm_head": True}, "Stage 1 keeps the LM head frozen"),
-    ({"train_lm_head": True, "stage": "lmtp2", "finetuning_type": "freeze"}, "write freeze_extra_modules: lm_head"),
+    (
+        {"train_lm_head": True, "stage": "lmtp2", "finetuning_type": "freeze"},
+        "train_lm_head does not go with finetuning_type: freeze here, because the model's LM head is tied to its "
+        "embeddings: write finetuning_type: lora and train_lm_head: true.",
+    ),
+    (
+        {"freeze_extra_modules": "lm_head", "stage": "lmtp2", "finetuning_type": "freeze"},
+        "freeze_extra_modules: lm_head does not go with finetuning_type: freeze here",
+    ),
     ({"quantization_bit": 4}, "Stage 1 does not run with quantization_bit"),
     ({"resize_vocab": True}, "resize_vocab would make embeddings that stage 1 neither trains nor saves"),
     ({"add_tokens": "<new>"}, "add_tokens would make embeddings"),
     ({"num_heads": 2.5}, "num_heads is 2.5, but it has to be a whole number"),
     ({"leap_stride": "two"}, "leap_stride is 'two', but it has to be a whole number"),
-    ({"head_decay": "x"}, "head_decay is 'x', but it has to be a number"),
+    ({"num_heads": True}, "num_heads is True, but it has to be a whole number"),
+    ({"num_heads": float("nan")}, "num_heads is nan, but it has to be a whole number"),
+    ({"num_heads": [3]}, "num_heads is [3], but it has to be a whole number"),
+    ({"leap_stride": False}, "leap_stride is False, but it has to be a whole number"),
+    ({"head_decay": "x"}, "head_decay is 'x', but it has to be a number above 0: write for instance head_decay: 1.0."),
+    ({"head_decay": float("nan")}, "head_decay is nan, but it has to be a number above 0"),
+    ({"head_decay": float("-inf")}, "head_decay is -inf"),
+    ({"head_decay": 0.0}, "head_decay is 0.0"),
+    ({"head_decay": True}, "head_decay is True"),
+    ({"train_lm_head": "false", "stage": "lmtp2"}, "train_lm_head is 'false', but it has to be true or false"),
+    ({"train_lm_head": 1, "stage": "lmtp2"}, "train_lm_head is 1, but it has to be true or false"),
+    (
+        {"stage1_pretrained_path": ["a", "b"]},
+        "stage1_pretrained_path is ['a', 'b'], but it has to be the path of one dir",
+    ),
+    ({"stage1_pretrained_path": ""}, "stage1_pretrained_path is ''"),
+    ({"stage1_pretrained_path": 1}, "stage1_pretrained_path is 1"),
+    ({"hidden_cache_dir": True}, "hidden_cache_dir is True, but it has to be the path of one directory: write for"),
+    ({"hidden_cache_dir": ""}, "hidden_cache_dir is ''"),
+    ({"hidden_cache_dir": " "}, "hidden_cache_dir is ' '"),
+    ({"lmtp_loss": 3}, "lmtp_loss is 3, but it has to be one of auto, triton, torch, eager"),
+    ({"lmtp_loss": ["torch"]}, "lmtp_loss is ['torch'], but it has to be one of auto, triton, torch, eager"),
+    ({"lmtp_export": ["heads"]}, "lmtp_export is ['heads'], but it has to be one of ntp, heads"),
+    ({"lmtp_decode": 1}, "lmtp_decode is 1, but it has to be one of auto, backward, forward, off"),
+    ({"mtp_type": ["lmtp1"], "stage": "sft"}, "mtp_type is ['lmtp1'], but it has to be one of lmtp1, lmtp2"),
     ({"do_train": None, "do_eval": True, "val_size": 4}, "There are no leap heads to evaluate"),
     ({"lmtp_loss": "fast"}, "lmtp_loss is 'fast', but it has to be one of auto, triton, torch, eager"),
     ({"use_unsloth": True}, "do not run with use_unsloth"),
@@ -53,6 +101,11 @@ CONFIGURATION = [
     ({"label_smoothing_factor": 0.1}, "label_smoothing_factor replaces the loss"),
     ({"compute_accuracy": True}, "leave compute_accuracy out"),
     ({"stage1_pretrained_path": "no/such/place", "stage": "lmtp2"}, "no/such/place has no lmtp/ folder"),
+    (
+        {"stage1_pretrained_path": "no/such/place"},
+        "stage1_pretrained_path no/such/place has no lmtp/ folder: name the output_dir of a finished stage 1, or leave the "
+        "key out to start from fresh heads.",
+    ),
     ({"dataset": "mixed_Q25_3B"}, "mixed_Q25_3B"),
     ({"dataset": "self_distilled_smollm2_train"}, "write template: lmtp"),
 ]
@@ -64,6 +117,20 @@ def test_configuration(overrides, message, llama, data, tmp_path, no_model_loads
         runs.train(llama, data, tmp_path, **overrides)
     sentence = str(caught.value)
     assert sentence.endswith(".") and "\n" not in sentence
+
+
+def test_values_of_another_kind_outside_of_training(llama, tmp_path, no_model_loads):
+    with pytest.raises(LMTPError, match="stage1_pretrained_path is 1, but it has to be the path of one directory"):
+        runs.export(model_name_or_path=llama, stage1_pretrained_path=1, export_dir=tmp_path / "out")
+
+
+def test_yaml_s_own_nan(llama, data, tmp_path):
+    path = tmp_path / "x.yaml"
+    runs.write_yaml(path, runs.arguments(llama, data, tmp_path / "out", stage="lmtp2"))
+    path.write_text(path.read_text().replace('"stage"', '"head_weight": .nan, "stage"'))
+    result = runs.cli("train", str(path), check=False)
+    assert result.returncode != 0
+    assert result.stderr.splitlines()[-1].endswith("a number of 0 or more: write for instance head_weight: 0.1.")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel runs here")
@@ -105,6 +172,12 @@ def test_stage_two_with_another_stride(llama, data, stage1, tmp_path, no_model_l
     ]:
         with pytest.raises(LMTPError, match=message):
             runs.train(llama, data, tmp_path, **run, **wrong)
+
+
+def test_a_directory_without_heads_is_refused_unless_it_is_the_output(llama, data, tmp_path, no_model_loads):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(LMTPError, match="empty has no lmtp/ folder"):
+        runs.train(llama, data, tmp_path / "out", stage1_pretrained_path=str(tmp_path / "empty"))
 
 
 def test_heads_of_another_model(data, stage1, tmp_path, no_model_loads):

@@ -1,9 +1,12 @@
 """Two processes on the CPU under DeepSpeed: the same losses as one process with the same global batch."""
 
+import sys
+
 import pytest
 import runs
 import tiny
 import torch
+from llamafactory.extras.misc import find_available_port
 from safetensors.torch import load_file
 
 from lmtp_factory import resources
@@ -117,3 +120,28 @@ def test_resuming_under_deepspeed(zero, stage, method, llama, data, tmp_path):
         assert states < (llama / "model.safetensors").stat().st_size
     torchrun(path, f"resume_from_checkpoint={checkpoint}")
     assert runs.step_losses(runs.history(tmp_path / "out")) == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.parametrize("guard", ["after parsing", pytest.param("in the Trainer", marks=pytest.mark.slow)])
+def test_heads_of_another_shape_are_not_resumed_under_deepspeed(guard, llama, data, tmp_path):
+    """DeepSpeed restores its own checkpoint, whose tensors have the same shapes whatever the offsets are."""
+    args = runs.arguments(
+        llama, data, tmp_path / "out", deepspeed=deepspeed("zero2"), save_strategy="steps", save_steps=2, max_steps=2,
+        overwrite_output_dir=None, head_kind="shared",
+    )  # fmt: skip
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "localhost",
+             "MASTER_PORT": str(find_available_port()), "DS_ACCELERATOR": "cpu"}  # fmt: skip
+    program = (
+        "import json, sys\nfrom llamafactory.train.tuner import run_exp\nfrom lmtp_factory.plugin import checks\n"
+        "if sys.argv[2] == 'in the Trainer':\n    checks.check_checkpoint = lambda *args: None\n"
+        "run_exp(json.load(open(sys.argv[1])))"
+    )
+    path = runs.write_yaml(tmp_path / "x.json", args)
+    runs.cli(sys.executable, "-c", program, path, guard, **alone)
+    args = args | {"leap_stride": 3, "max_steps": 4}
+    result = runs.cli(
+        sys.executable, "-c", program, runs.write_yaml(tmp_path / "x.json", args), guard, check=False, **alone
+    )
+    assert result.returncode != 0
+    assert "leap_offsets 3,5,7 there and 4,7,10 here" in result.stderr
+    assert load_heads(tmp_path / "out").config.offsets == (1, 3, 5, 7)

@@ -115,6 +115,26 @@ def test_full_tuning_exports_too(llama, data, stage1, tmp_path):
     assert_equal(load_heads(tmp_path / "heads").state_dict(), load_heads(tmp_path / "full").state_dict())
 
 
+def test_a_converted_pissa_adapter_keeps_the_heads(llama, data, stage1, tmp_path, monkeypatch):
+    """PiSSA trains beside what is left of the weights; ``pissa_converted/`` is the adapter for the weights as they were."""
+    from lmtp_factory.plugin import trainer
+
+    trainers, init = [], trainer.LeapTrainer.__init__
+    monkeypatch.setattr(
+        trainer.LeapTrainer, "__init__", lambda self, *args, **kw: trainers.append(self) or init(self, *args, **kw)
+    )
+    run = {"stage": "lmtp2", "finetuning_type": "lora", "stage1_pretrained_path": str(stage1), "learning_rate": 1e-3}
+    runs.train(llama, data, tmp_path / "run", pissa_init=True, pissa_convert=True, **run)
+    converted = tmp_path / "run" / "pissa_converted"
+    assert_equal(load_heads(converted).state_dict(), load_heads(tmp_path / "run").state_dict())
+    runs.export(
+        model_name_or_path=llama, adapter_name_or_path=converted, export_dir=tmp_path / "out", lmtp_export="heads"
+    )
+    exported, trained, tokens = load_model(tmp_path / "out"), trainers[0].model.eval(), torch.arange(20, 30)[None]
+    assert_equal(exported.leap_heads.state_dict(), load_heads(tmp_path / "run").state_dict())
+    torch.testing.assert_close(exported(tokens).logits, trained(tokens).logits, rtol=1e-4, atol=1e-5)
+
+
 def test_heads_that_are_not_there_are_refused(llama, tmp_path):
     with pytest.raises(LMTPError, match="lmtp_export: heads asks for leap heads"):
         runs.export(model_name_or_path=llama, export_dir=tmp_path / "out", lmtp_export="heads")

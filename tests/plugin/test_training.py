@@ -8,6 +8,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
+from lmtp_factory import LMTPError
 from lmtp_factory.modeling.checkpoint import load_heads, read_config
 
 
@@ -102,13 +103,16 @@ def test_stage_two_starts_from_the_stage_one_heads(llama, data, stage1, tmp_path
     assert steps(trained)[0]["loss_head_0"] == pytest.approx(steps(fresh)[0]["loss_head_0"], rel=1e-5)
 
 
-def test_the_release_s_spelling_is_the_same_run(llama, data, tmp_path):
+def test_the_release_s_spelling_is_the_same_run(llama, data, tmp_path, lines):
     ours = runs.train(llama, data, tmp_path / "ours")
     theirs = runs.train(
         llama, data, tmp_path / "theirs", stage="sft", mtp_type="lmtp1", num_heads=3,
-        stage1_pretrained_path=str(tmp_path / "theirs"), save_only_model=False,
+        stage1_pretrained_path=f"{tmp_path}/ours/../theirs/", save_only_model=False,
     )  # fmt: skip
     assert runs.step_losses(ours) == runs.step_losses(theirs)
+    assert (
+        f"stage1_pretrained_path {tmp_path}/ours/../theirs/ has no heads yet: stage 1 starts from fresh ones." in lines
+    )
 
 
 def test_plain_sft_is_left_alone(llama, data, tmp_path):
@@ -259,6 +263,16 @@ def test_train_lm_head_beside_lora(llama, data, stage1, tmp_path):
     lm_head = next(tensor for name, tensor in saved.items() if "lm_head" in name)
     base = load_file(llama / "model.safetensors")
     assert not torch.equal(lm_head, base["model.embed_tokens.weight"])
+
+
+def test_an_lm_head_that_is_not_tied_is_tuned_with_freeze_as_advised(data, tmp_path):
+    base = tiny.tiny_llama(tmp_path / "untied")
+    run = {"stage": "lmtp2", "finetuning_type": "freeze", "freeze_trainable_layers": 1}
+    with pytest.raises(LMTPError, match="with freeze write freeze_extra_modules: lm_head instead"):
+        runs.train(base, data, tmp_path / "refused", train_lm_head=True, **run)
+    runs.train(base, data, tmp_path / "out", freeze_extra_modules="lm_head", **run)
+    before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert not torch.equal(before["lm_head.weight"], after["lm_head.weight"])
 
 
 @pytest.mark.parametrize(

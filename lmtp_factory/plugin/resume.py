@@ -1,0 +1,200 @@
+"""The checkpoint that training goes on from: saved whole, by the same stage, with heads that mean what this run's mean."""
+
+import inspect
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..config import LMTPConfig
+from ..errors import LMTPError
+from ..files import HEADS_FOLDER
+from ..modeling.checkpoint import read_config, verify_heads
+from . import log
+from .stages import HEADS_CHECKPOINT
+
+
+# What the base model decides; unknown, and not compared, where heads are not attached yet.
+BASE_FACTS = ("hidden_size", "vocab_size", "tokenizer_fingerprint")
+# Everything that a configuration is made of, so that a fact which is added later is compared too.
+_FACTS = [
+    key
+    for key in inspect.signature(LMTPConfig).parameters
+    if key not in ("num_heads", "stride", "base_model", "kwargs")
+]
+
+
+def choose_checkpoint(training_args) -> Path | None:
+    """The checkpoint to resume from, or None where training begins anew.
+
+    Named in ``resume_from_checkpoint``, or as upstream takes it by itself from ``output_dir``: the newest one. A run that
+    was killed while it saved leaves one behind that cannot be read; ``training_args`` then gets the newest whole one.
+
+    Raises:
+        LMTPError: what is named is no checkpoint or not whole, or no checkpoint in ``output_dir`` is.
+    """
+    named, output_dir = training_args.resume_from_checkpoint, Path(training_args.output_dir)
+    if not training_args.do_train or named is False or (named is None and training_args.overwrite_output_dir):
+        return None
+    if named not in (None, True):
+        return _named_checkpoint(Path(named))
+    found = _checkpoints(output_dir)
+    if not found:
+        if named:
+            raise LMTPError(
+                f"resume_from_checkpoint: true finds no checkpoint in output_dir {output_dir}: leave it out."
+            )
+        return None
+    whole, broken = _newest_whole(found)
+    if whole is None:
+        names, reason = ", ".join(checkpoint.name for checkpoint in found), next(iter(broken.values()))
+        raise LMTPError(
+            f"No checkpoint in output_dir {output_dir} was saved whole ({found[0].name}: {reason}): delete {names} to train "
+            "from the beginning."
+        )
+    for checkpoint, reason in broken.items():
+        log.warning(f"{checkpoint} was not saved whole ({reason}): training resumes from {whole.name}.")
+    if broken or named:
+        training_args.resume_from_checkpoint = str(whole)
+    return whole
+
+
+def _named_checkpoint(checkpoint: Path) -> Path:
+    if not checkpoint.is_dir():
+        raise LMTPError(
+            f"resume_from_checkpoint {checkpoint} is no directory: name a {PREFIX_CHECKPOINT_DIR}-N directory, or leave the "
+            "key out to resume from the newest one in output_dir."
+        )
+    reason = _damage(checkpoint)
+    if reason is None:
+        return checkpoint
+    whole, _ = _newest_whole(_checkpoints(checkpoint.parent))
+    instead = "leave the key out and delete it" if whole is None else f"write resume_from_checkpoint: {whole}"
+    raise LMTPError(f"resume_from_checkpoint {checkpoint} was not saved whole ({reason}): {instead}.")
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint directories, the newest first."""
+    steps = {
+        path: path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-") for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    }
+    return sorted(
+        (path for path, step in steps.items() if step.isdecimal() and path.is_dir()),
+        key=lambda path: int(steps[path]),
+        reverse=True,
+    )
+
+
+def _newest_whole(checkpoints: Iterable[Path]) -> tuple[Path | None, dict[Path, str]]:
+    """The first whole one, and what is wrong with those before it."""
+    broken = {}
+    for checkpoint in checkpoints:
+        reason = _damage(checkpoint)
+        if reason is None:
+            return checkpoint, broken
+        broken[checkpoint] = reason
+    return None, broken
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """Why nothing can be resumed from a directory; None where all that is saved in it is whole.
+
+    The Trainer writes its state last, so where that is there everything else has been written too.
+    """
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return f"it has no {TRAINER_STATE_NAME}"
+    except ValueError:
+        return f"its {TRAINER_STATE_NAME} is damaged"
+    if not (checkpoint / HEADS_FOLDER).is_dir():
+        return f"it has no {HEADS_FOLDER}/ folder"
+    try:
+        verify_heads(checkpoint / HEADS_FOLDER)
+    except LMTPError:
+        return f"its {HEADS_FOLDER}/ folder cannot be read"
+    for weights in checkpoint.glob("*.safetensors"):
+        try:
+            with safe_open(weights, framework="pt"):
+                pass
+        except (SafetensorError, OSError):
+            return f"its {weights.name} cannot be read"
+    return None
+
+
+def check_checkpoint(checkpoint: Path, stage: int, config: LMTPConfig, heads: Path | None, named: bool) -> None:
+    """Refuse a checkpoint whose heads would be trained and saved as what they are not.
+
+    Args:
+        checkpoint: a whole one.
+        stage: this run's.
+        config: this run's heads; :data:`BASE_FACTS` that are None are not compared.
+        heads: where this run's heads start from; None for fresh ones.
+        named: whether ``resume_from_checkpoint`` names the checkpoint, else it lies in ``output_dir``.
+
+    Raises:
+        LMTPError: the other stage saved it, or its heads differ; the sentence names both sides.
+    """
+    anew = "leave resume_from_checkpoint out and write another output_dir" if named else "write another output_dir"
+    if stage == 1 and _has_backbone(checkpoint):
+        raise LMTPError(f"Stage 2 saved {checkpoint}, from which stage 1 would resume: {anew}.")
+    if stage == 2 and not _has_backbone(checkpoint) and not any(checkpoint.glob("global_step*")):
+        raise LMTPError(
+            f"Stage 1 saved {checkpoint}, from which stage 2 would resume: {anew}, and stage1_pretrained_path: {checkpoint} "
+            "to start from its heads."
+        )
+    theirs = read_config(checkpoint / HEADS_FOLDER)
+    differing = differences(config, theirs)
+    if not differing:
+        return
+    if heads is not None:
+        this_run, same = f"this run, which starts from {heads}", "start from the heads that it began with"
+    else:
+        this_run, same = "this run", f"write {_in_yaml(theirs, differing)}"
+    raise LMTPError(
+        f"Training would resume from {checkpoint}, whose heads are not those of {this_run} "
+        f"({in_words(differing)}): {same} to go on, or {anew} to begin anew."
+    )
+
+
+def differences(ours: LMTPConfig, theirs: LMTPConfig) -> dict[str, tuple]:
+    """Facts that change what heads mean and are not the same: this run's and the checkpoint's value of each."""
+    both = {fact: (getattr(ours, fact), getattr(theirs, fact)) for fact in _FACTS}
+    return {
+        fact: pair for fact, pair in both.items() if pair[0] != pair[1] and not (fact in BASE_FACTS and None in pair)
+    }
+
+
+def in_words(differing: dict[str, tuple]) -> str:
+    """Differences for a sentence."""
+    return ", ".join(
+        f"{_key(fact)} {_value(fact, theirs)} there and {_value(fact, ours)} here"
+        for fact, (ours, theirs) in differing.items()
+    )
+
+
+def _in_yaml(theirs: LMTPConfig, differing: dict[str, tuple]) -> str:
+    """What makes this run's heads those of the checkpoint."""
+    keys = {_key(fact): _value(fact, value) for fact, (_, value) in differing.items() if fact not in BASE_FACTS}
+    if len(keys) < len(differing):
+        keys["model_name_or_path"] = theirs.base_model
+    instead = " (no num_heads or leap_stride)" if "offsets" in differing else ""
+    return " and ".join(f"{key}: {value}" for key, value in keys.items()) + instead
+
+
+def _key(fact: str) -> str:
+    return "leap_offsets" if fact == "offsets" else fact
+
+
+def _value(fact: str, value) -> str:
+    return ",".join(map(str, value[1:])) if fact == "offsets" else str(value)
+
+
+def _has_backbone(checkpoint: Path) -> bool:
+    """Whether an adapter or a model lies beside the heads."""
+    from llamafactory.extras.constants import CHECKPOINT_NAMES
+
+    return any((checkpoint / name).is_file() for name in CHECKPOINT_NAMES - {HEADS_CHECKPOINT})
