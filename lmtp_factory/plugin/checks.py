@@ -136,6 +136,8 @@ def _check_method(stage: int, model_args, training_args, finetuning_args) -> Non
     for loss, asked in losses.items():
         if asked:
             raise LMTPError(f"{loss} replaces the loss that L-MTP stages train: leave it out.")
+    if finetuning_args.use_badam:
+        raise LMTPError("use_badam updates blocks of the backbone in turn and never the leap heads: leave it out.")
     method = finetuning_args.finetuning_type
     if stage == 1 and method != "full":
         raise LMTPError(
@@ -145,7 +147,13 @@ def _check_method(stage: int, model_args, training_args, finetuning_args) -> Non
     if stage == 2 and method not in ("full", "lora", "freeze"):
         raise LMTPError(f"Stage 2 does not run with finetuning_type: {method}: write lora, full or freeze.")
     if stage == 1:
-        _check_frozen(model_args, finetuning_args)
+        _check_frozen(model_args, training_args, finetuning_args)
+    checkpointing = model_args.use_reentrant_gc and not model_args.disable_gradient_checkpointing
+    if stage == 2 and model_args.moe_aux_loss_coef and checkpointing:
+        raise LMTPError(
+            "moe_aux_loss_coef trains nothing under reentrant gradient checkpointing, which records no gradient of the "
+            "router's choices: write use_reentrant_gc: false or disable_gradient_checkpointing: true."
+        )
     if "lm_head" in (finetuning_args.lora_target or ()) and is_deepspeed_zero3_enabled():
         raise LMTPError(
             "lora_target: lm_head does not go with ZeRO-3: write train_lm_head: true instead, or use ZeRO-2."
@@ -158,8 +166,17 @@ def _check_method(stage: int, model_args, training_args, finetuning_args) -> Non
         raise LMTPError("L-MTP stages report every head's accuracy by themselves: leave compute_accuracy out.")
 
 
-def _check_frozen(model_args, finetuning_args) -> None:
+def _check_frozen(model_args, training_args, finetuning_args) -> None:
     """What stage 1 cannot do because it neither trains nor saves the backbone."""
+    if training_args.neftune_noise_alpha:
+        raise LMTPError(
+            "neftune_noise_alpha disturbs embeddings that are tuned, and stage 1 keeps them frozen: leave it out here, or "
+            "write it in stage 2."
+        )
+    if model_args.moe_aux_loss_coef:
+        raise LMTPError(
+            "moe_aux_loss_coef trains the router, which stage 1 keeps frozen: leave it out here, or write it in stage 2."
+        )
     if finetuning_args.train_lm_head:
         raise LMTPError("Stage 1 keeps the LM head frozen: leave train_lm_head out, or train stage 2.")
     if model_args.quantization_bit is not None:

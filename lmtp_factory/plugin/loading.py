@@ -178,8 +178,7 @@ def _cast_backbone(model: nn.Module, model_args, frozen: bool) -> None:
 
 def _trainable_dtype(base: nn.Module, model_args, finetuning_args) -> torch.dtype | None:
     """What upstream does with trainable parameters: fp32 masters, unless something else keeps them."""
-    keeps_dtype = finetuning_args.pure_bf16 or finetuning_args.use_badam
-    if keeps_dtype or (is_deepspeed_zero3_enabled() and model_args.quantization_bit is None):
+    if finetuning_args.pure_bf16 or (is_deepspeed_zero3_enabled() and model_args.quantization_bit is None):
         return base.dtype
     return torch.float32
 
