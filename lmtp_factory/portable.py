@@ -31,6 +31,7 @@ _MODULES = {
         "modeling/loss/chunked",
         "modeling/heads",
         "modeling/checkpoint",
+        "modeling/router",
         "modeling/lmtp",
         "modeling/attach",
         "decoding/tree",

@@ -1,10 +1,12 @@
 """Two processes on the CPU under DeepSpeed: the same losses as one process with the same global batch."""
 
+import os
+
 import pytest
 import runs
 import tiny
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lmtp_factory import resources
 from lmtp_factory.modeling.checkpoint import load_heads
@@ -88,6 +90,27 @@ def test_hidden_states_from_the_cache(zero, wide_llama, tmp_path):
     assert len(shards[0]) == len(shards[1]) >= 3  # more for one rank than for the other
     for one, two in zip(*shards, strict=True):
         torch.testing.assert_close(load_file(one), load_file(two), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("edited", [False, True])
+@pytest.mark.parametrize("zero", [None, "zero2", "zero3"])
+def test_every_rank_compares_an_older_cache_with_the_model(zero, edited, data, tmp_path):
+    model, cache = tiny.tiny_llama(tmp_path / "model"), str(tmp_path / "cache")
+    runs.train(model, data, tmp_path / "one", hidden_cache_dir=cache, max_steps=1)
+    if edited:
+        path = model / "model.safetensors"
+        before, tensors = path.stat(), load_file(path)
+        tensors["model.norm.weight"] *= 1.05
+        save_file(tensors, path, metadata={"format": "pt"})
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    args = runs.arguments(
+        model, data, tmp_path / "two", hidden_cache_dir=cache, max_steps=1, deepspeed=zero and deepspeed(zero)
+    )
+    environment = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2", "DS_ACCELERATOR": "cpu"}
+    result = runs.cli("train", runs.write_yaml(tmp_path / "x.yaml", args), check=False, **environment)
+    assert bool(result.returncode) == edited
+    assert (result.stderr.count("are not this model's (they differ by") >= 2) == edited
 
 
 def test_optimizer_states_of_the_heads_are_sharded(llama, data, tmp_path):
