@@ -4,30 +4,27 @@ import functools
 import os
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ..config import LMTPConfig
 from ..data.rows import TEMPLATE_NAME, is_self_distilled
 from ..decoding.plan import read_plan
 from ..errors import LMTPError
 from ..files import HEADS_FOLDER
-from ..modeling import checkpoint
 from ..modeling.loss.path import resolve_path
 from . import hooks
 from .stages import STAGES
 from .start import (
     decoding_heads,
     farthest_offset,
-    hub_options,
     locate_exported_heads,
     no_decoding,
     starting_heads,
 )
+from .vocabulary import check_heads
 
 
 def extend_parser(parser: ModuleType) -> None:
@@ -71,7 +68,7 @@ def check_training(model_args, data_args, training_args, finetuning_args, genera
     stage = finetuning_args.lmtp_stage
     if stage is None:
         if training_args.predict_with_generate and not training_args.do_train:
-            _check_decoding(model_args, finetuning_args)
+            _check_decoding(model_args, data_args, finetuning_args)
         return
     from llamafactory.extras.misc import get_current_device
 
@@ -82,7 +79,8 @@ def check_training(model_args, data_args, training_args, finetuning_args, genera
         _check_hidden_cache(stage, data_args, training_args)
     heads = starting_heads(model_args, finetuning_args, training_args.do_train)
     if heads is not None:
-        difference = finetuning_args.contradicts(_check_heads(heads, model_args))
+        grows = stage == 2 and training_args.do_train
+        difference = finetuning_args.contradicts(check_heads(heads, model_args, data_args, grows))
         if difference:
             raise LMTPError(
                 f"The heads in {heads} do not fit what was written ({difference}): leave the key out to take the heads' "
@@ -226,14 +224,7 @@ def _check_writable(output_dir: str) -> None:
         raise LMTPError(f"output_dir {output_dir} cannot be written ({error.strerror}): name another one.") from None
 
 
-def _check_heads(heads: Path, model_args) -> LMTPConfig:
-    """Their configuration, if they are whole and this model's."""
-    config, options = checkpoint.verify_heads(heads), hub_options(model_args)
-    checkpoint.check_base_files(config, model_args.model_name_or_path, **options)
-    return config
-
-
-def _check_decoding(model_args, finetuning_args) -> None:
+def _check_decoding(model_args, data_args, finetuning_args) -> None:
     from llamafactory.extras.misc import get_current_device
 
     decode = finetuning_args.lmtp_decode
@@ -246,7 +237,7 @@ def _check_decoding(model_args, finetuning_args) -> None:
         )
     heads = decoding_heads(model_args, finetuning_args)
     if heads is not None:
-        _check_heads(heads, model_args)
+        check_heads(heads, model_args, data_args)
         read_plan(heads, get_current_device())
     elif asked_for:
         raise LMTPError(
@@ -265,7 +256,7 @@ def check_inference(model_args, data_args, finetuning_args, generating_args: Any
             would leave lying there.
     """
     if model_args.export_dir is None:
-        _check_decoding(model_args, finetuning_args)
+        _check_decoding(model_args, data_args, finetuning_args)
     elif finetuning_args.lmtp_export == "heads":
         hooks.require_all()
         heads = locate_exported_heads(model_args, finetuning_args)
@@ -274,7 +265,7 @@ def check_inference(model_args, data_args, finetuning_args, generating_args: Any
                 "lmtp_export: heads asks for leap heads, but neither the adapter nor the model directory has an lmtp/ "
                 "folder: name the stage-1 output in stage1_pretrained_path or write lmtp_export: ntp."
             )
-        _check_heads(heads, model_args)
+        check_heads(heads, model_args, data_args)
     elif os.path.isdir(os.path.join(model_args.export_dir, HEADS_FOLDER)):
         raise LMTPError(
             f"export_dir {model_args.export_dir} already holds leap heads, which an export without heads would leave "
