@@ -19,12 +19,16 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 
@@ -111,6 +115,18 @@ def tiny_qwen3(directory: str | Path, tie: bool = True, **config) -> Path:
     """Qwen3."""
     config = {"head_dim": 8} | config
     return _save(Qwen3ForCausalLM, Qwen3Config, directory, tie_word_embeddings=tie, **config)
+
+
+def tiny_mixtral(directory: str | Path, **config) -> Path:
+    """Mixtral: four experts, two of them a token."""
+    config = {"num_local_experts": 4, "num_experts_per_tok": 2} | config
+    return _save(MixtralForCausalLM, MixtralConfig, directory, tie_word_embeddings=False, **config)
+
+
+def tiny_qwen3_moe(directory: str | Path, **config) -> Path:
+    """Qwen3's mixture of experts: four experts, two of them a token."""
+    config = {"head_dim": 8, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2} | config
+    return _save(Qwen3MoeForCausalLM, Qwen3MoeConfig, directory, tie_word_embeddings=False, **config)
 
 
 def tiny_gemma3_text(directory: str | Path, **config) -> Path:

@@ -25,7 +25,7 @@ from ..files import atomic_write
 from .cache_plan import DTYPE, CachePlan
 
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST_FILE = "manifest.json"
 _TENSOR = "hidden"
 _HEADER_DTYPE = "BF16"  # safetensors' name of DTYPE
@@ -185,9 +185,15 @@ class HiddenCache:
 def _read_manifest(path: Path, described: dict[str, Any]) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+        other_format = found.get("format", FORMAT) != FORMAT
         whole = described.keys() <= found.keys() and isinstance(found["facts"], dict)
     except (ValueError, AttributeError):  # no JSON, no object
-        whole = False
+        other_format = whole = False
+    if other_format:
+        raise LMTPError(
+            f"The hidden states in `{path.parent}` are in format {found['format']}, this version reads format {FORMAT}: "
+            "write another hidden_cache_dir, or delete this one."
+        )
     if not whole:
         raise LMTPError(f"{path} is damaged: write another hidden_cache_dir, or delete this one.")
     return found

@@ -26,10 +26,6 @@ from ..files import CONFIG_FILE, HEADS_FOLDER, WEIGHTS_FILE
 from .heads import LeapHeads
 
 
-# Of each weight file, for weights_fingerprint.
-_SAMPLES, _SAMPLE_BYTES = 64, 4096
-
-
 def save_heads(heads: LeapHeads, folder: str | os.PathLike, state_dict: Mapping[str, Tensor] | None = None) -> None:
     """Write ``heads`` to ``folder`` (a path that ends in ``lmtp``), replacing what is there only when all is written.
 
@@ -190,21 +186,3 @@ def base_fingerprint(base: str, **hub_options: Any) -> str | None:
     except (OSError, ValueError):
         return None
     return tokenizer_fingerprint(tokenizer)
-
-
-def weights_fingerprint(base: str, config: PretrainedConfig) -> str:
-    """Hash of what a model computes with: its configuration, and its commit on the hub or samples of its weight files.
-
-    Samples, because reading all of a large model takes minutes; a change of a few small tensors may stay unnoticed.
-    """
-    values = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-    digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode())
-    digest.update(str(getattr(config, "_commit_hash", None)).encode())
-    for path in sorted(Path(base).glob("*.safetensors")) or sorted(Path(base).glob("*.bin")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with open(path, "rb") as file:
-            for sample in range(_SAMPLES):
-                file.seek(size * sample // _SAMPLES)
-                digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()[:16]

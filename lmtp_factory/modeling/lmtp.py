@@ -23,6 +23,7 @@ from .checkpoint import save_heads
 from .heads import LeapHeads
 from .losses.implementation import AUTO, resolve_implementation
 from .losses.targets import IGNORE_INDEX, head_weights, leap_targets
+from .router import router_coefficient, states_and_router_loss
 from .zero3 import hookable
 
 
@@ -92,7 +93,7 @@ class LeapModel:
         hidden_states: Tensor | None = None,
         **inputs,
     ) -> LeapOutput:
-        """Losses of the stage's heads.
+        """Losses of the stage's heads; in stage 2's training also a mixture-of-experts model's own auxiliary loss.
 
         Args:
             labels: (batch, length), -100 where masked.
@@ -101,7 +102,10 @@ class LeapModel:
             hidden_states: (batch, length, hidden) final hidden states, where they are known; the backbone does not run.
             inputs: the backbone's arguments; ``position_ids`` that restart mark packed documents.
         """
-        if hidden_states is None:
+        auxiliary, coefficient = None, router_coefficient(self) if self.training and self.leap_stage == 2 else 0.0
+        if hidden_states is None and coefficient:
+            hidden_states, auxiliary = states_and_router_loss(self, super().forward, inputs)
+        elif hidden_states is None:
             hidden_states = self.final_hidden_states(**inputs)
         hidden = hookable(hidden_states.flatten(0, 1))
 
@@ -118,6 +122,8 @@ class LeapModel:
             softcap=softcap_of(self),
             implementation=resolve_implementation(self.loss_implementation, hidden.device),
         )
+        if auxiliary is not None:
+            loss = loss + coefficient * auxiliary.to(loss.device)
         return LeapOutput(loss=loss, losses=sums / counts.clamp(min=1), loss_sums=sums, hits=hits, counts=counts)
 
     def save_pretrained(self, save_directory, state_dict: dict | None = None, **kwargs) -> None:

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from ..errors import LMTPError
 from .attach import attach_heads
 from .checkpoint import base_fingerprint, check_base, load_heads
+from .vocabulary import new_tokens
 
 
 def load_model(path: str, **from_pretrained_kwargs) -> nn.Module:
@@ -40,10 +41,14 @@ def load_model(path: str, **from_pretrained_kwargs) -> nn.Module:
         raise LMTPError(f"{path} does not say which base model its leap heads belong to: export it with heads first.")
     config_options = {k: v for k, v in from_pretrained_kwargs.items() if k in (*hub_options, "trust_remote_code")}
     config = AutoConfig.from_pretrained(base_path, **config_options)
-    check_base(heads.config, config, base_fingerprint(base_path, **config_options))
+    has_new_tokens = is_adapter and bool(new_tokens(path, heads.config, base_path, **config_options))
+    if not has_new_tokens:
+        check_base(heads.config, config, base_fingerprint(base_path, **config_options))
     is_image_text = type(config) in AutoModelForImageTextToText._model_mapping
     auto_class = AutoModelForImageTextToText if is_image_text else AutoModelForCausalLM
     model = auto_class.from_pretrained(base_path, **from_pretrained_kwargs)
+    if has_new_tokens and heads.config.vocab_size > config.get_text_config().vocab_size:
+        model.resize_token_embeddings(heads.config.vocab_size, mean_resizing=False)  # the adapter holds all of them
     if is_adapter:
         model = PeftModel.from_pretrained(model, path)
     attach_heads(model, heads=heads)

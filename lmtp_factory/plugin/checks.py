@@ -4,7 +4,6 @@ import functools
 import os
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -12,12 +11,10 @@ import torch
 from transformers import AutoConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ..config import LMTPConfig
 from ..decoding.plan import read_plan
 from ..distill.rows import TEMPLATE_NAME, is_self_distilled
 from ..errors import LMTPError
 from ..files import HEADS_FOLDER
-from ..modeling import checkpoint
 from ..modeling.losses.implementation import resolve_implementation
 from . import hooks, log
 from .resume import check_checkpoint, choose_checkpoint
@@ -32,6 +29,7 @@ from .start import (
     no_decoding,
     starting_heads,
 )
+from .vocabulary import check_heads
 
 
 def extend_parser(parser: ModuleType) -> None:
@@ -75,7 +73,7 @@ def check_training(model_args, data_args, training_args, finetuning_args, genera
     stage = finetuning_args.lmtp_stage
     if stage is None:
         if training_args.predict_with_generate and not training_args.do_train:
-            _check_decoding(model_args, finetuning_args)
+            _check_decoding(model_args, data_args, finetuning_args)
         return
     from llamafactory.extras.misc import get_current_device
 
@@ -94,7 +92,8 @@ def check_training(model_args, data_args, training_args, finetuning_args, genera
             f"{start if resumed is None else resumed}."
         )
     if heads is not None:
-        difference = finetuning_args.contradicts(_check_heads(heads, model_args))
+        grows = stage == 2 and training_args.do_train
+        difference = finetuning_args.contradicts(check_heads(heads, model_args, data_args, grows))
         if difference:
             raise LMTPError(
                 f"The heads in {heads} do not fit what was written ({difference}): leave the key out to take the heads' "
@@ -150,6 +149,8 @@ def _check_method(stage: int, model_args, training_args, finetuning_args) -> Non
     for loss, asked in losses.items():
         if asked:
             raise LMTPError(f"{loss} replaces the loss that L-MTP stages train: leave it out.")
+    if finetuning_args.use_badam:
+        raise LMTPError("use_badam updates blocks of the backbone in turn and never the leap heads: leave it out.")
     method = finetuning_args.finetuning_type
     if stage == 1 and method != "full":
         raise LMTPError(
@@ -159,7 +160,13 @@ def _check_method(stage: int, model_args, training_args, finetuning_args) -> Non
     if stage == 2 and method not in ("full", "lora", "freeze"):
         raise LMTPError(f"Stage 2 does not run with finetuning_type: {method}: write lora, full or freeze.")
     if stage == 1:
-        _check_frozen(model_args, finetuning_args)
+        _check_frozen(model_args, training_args, finetuning_args)
+    checkpointing = model_args.use_reentrant_gc and not model_args.disable_gradient_checkpointing
+    if stage == 2 and model_args.moe_aux_loss_coef and checkpointing:
+        raise LMTPError(
+            "moe_aux_loss_coef trains nothing under reentrant gradient checkpointing, which records no gradient of the "
+            "router's choices: write use_reentrant_gc: false or disable_gradient_checkpointing: true."
+        )
     if "lm_head" in (finetuning_args.lora_target or ()) and is_deepspeed_zero3_enabled():
         raise LMTPError(
             "lora_target: lm_head does not go with ZeRO-3: write train_lm_head: true instead, or use ZeRO-2."
@@ -187,8 +194,17 @@ def _check_lm_head_with_freeze(model_args, finetuning_args) -> None:
         )
 
 
-def _check_frozen(model_args, finetuning_args) -> None:
+def _check_frozen(model_args, training_args, finetuning_args) -> None:
     """What stage 1 cannot do because it neither trains nor saves the backbone."""
+    if training_args.neftune_noise_alpha:
+        raise LMTPError(
+            "neftune_noise_alpha disturbs embeddings that are tuned, and stage 1 keeps them frozen: leave it out here, or "
+            "write it in stage 2."
+        )
+    if model_args.moe_aux_loss_coef:
+        raise LMTPError(
+            "moe_aux_loss_coef trains the router, which stage 1 keeps frozen: leave it out here, or write it in stage 2."
+        )
     if finetuning_args.train_lm_head:
         raise LMTPError("Stage 1 keeps the LM head frozen: leave train_lm_head out, or train stage 2.")
     if model_args.quantization_bit is not None:
@@ -238,14 +254,7 @@ def _check_writable(output_dir: str) -> None:
         raise LMTPError(f"output_dir {output_dir} cannot be written ({error.strerror}): name another one.") from None
 
 
-def _check_heads(heads: Path, model_args) -> LMTPConfig:
-    """Their configuration, if they are whole and this model's."""
-    config, options = checkpoint.verify_heads(heads), hub_options(model_args)
-    checkpoint.check_base_files(config, model_args.model_name_or_path, **options)
-    return config
-
-
-def _check_decoding(model_args, finetuning_args) -> None:
+def _check_decoding(model_args, data_args, finetuning_args) -> None:
     decode = finetuning_args.lmtp_decode
     asked_for = decode in ("backward", "forward")
     obstacle = no_decoding(model_args, finetuning_args)
@@ -256,7 +265,7 @@ def _check_decoding(model_args, finetuning_args) -> None:
         )
     heads = decoding_heads(model_args, finetuning_args)
     if heads is not None:
-        _check_heads(heads, model_args)
+        check_heads(heads, model_args, data_args)
         read_plan(heads)
     elif asked_for:
         raise LMTPError(
@@ -275,7 +284,7 @@ def check_inference(model_args, data_args, finetuning_args, generating_args: Any
             would leave lying there.
     """
     if model_args.export_dir is None:
-        _check_decoding(model_args, finetuning_args)
+        _check_decoding(model_args, data_args, finetuning_args)
     elif finetuning_args.lmtp_export != "ntp":
         hooks.require_all()
         heads = locate_exported_heads(model_args, finetuning_args)
@@ -284,7 +293,7 @@ def check_inference(model_args, data_args, finetuning_args, generating_args: Any
                 f"lmtp_export: {finetuning_args.lmtp_export} asks for leap heads, but neither the adapter nor the model "
                 "directory has an lmtp/ folder: name the stage-1 output in stage1_pretrained_path or write lmtp_export: ntp."
             )
-        _check_heads(heads, model_args)
+        check_heads(heads, model_args, data_args)
     elif os.path.isdir(os.path.join(model_args.export_dir, HEADS_FOLDER)):
         raise LMTPError(
             f"export_dir {model_args.export_dir} already holds leap heads, which an export without heads would leave "

@@ -16,12 +16,13 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from ..export.custom_generate import write_custom_generate
 from ..modeling import attach_heads, load_heads
 from ..modeling.attach import fresh_heads
-from ..modeling.checkpoint import base_fingerprint, check_base
+from ..modeling.checkpoint import tokenizer_fingerprint
 from ..modeling.lmtp import base_of
 from ..modeling.losses.chunked import LOGIT_BYTES
 from ..modeling.losses.implementation import as_plain_linear, resolve_implementation
 from . import hooks, log
-from .start import decoding_heads, hub_options, locate_exported_heads, starting_heads
+from .start import decoding_heads, locate_exported_heads, starting_heads
+from .vocabulary import fit_heads, saved_fingerprint
 
 
 @contextmanager
@@ -44,13 +45,13 @@ def extend_loader(loader: ModuleType) -> None:
     patch_model = hooks.expect(loader, "patch_model", "model")
 
     @functools.wraps(upstream)
-    def load_model(*args, **kwargs):
+    def load_model(tokenizer, *args, **kwargs):
         ours = {
-            "init_adapter": functools.partial(_init_adapter, init_adapter),
+            "init_adapter": functools.partial(_init_adapter, init_adapter, tokenizer),
             "patch_model": functools.partial(_patch_model, patch_model),
         }
         with replaced(loader, **ours):
-            return upstream(*args, **kwargs)
+            return upstream(tokenizer, *args, **kwargs)
 
     loader.load_model = load_model
 
@@ -66,25 +67,26 @@ def _patch_model(upstream, model, *args, **kwargs):
     return upstream(model, *args, **kwargs)
 
 
-def _init_adapter(upstream, config, model, model_args, finetuning_args, is_trainable):
+def _init_adapter(upstream, tokenizer, config, model, model_args, finetuning_args, is_trainable):
     exporting = model_args.export_dir is not None
     stage = None if exporting else finetuning_args.lmtp_stage
     if stage is not None:
         _cast_backbone(model, model_args, frozen=stage == 1)
     if stage == 1:
         # Not upstream's full tuning, which would make fp32 masters of the frozen backbone.
-        return _attach_for_training(model, model_args, finetuning_args, is_trainable)
+        return _attach_for_training(model, tokenizer, model_args, finetuning_args, is_trainable)
     if stage == 2 and finetuning_args.train_lm_head and finetuning_args.finetuning_type == "lora":
-        _save_lm_head_with_adapter(model, finetuning_args)
+        _save_lm_head_with_adapter(model, model_args, finetuning_args)
     model = upstream(config, model, model_args, finetuning_args, is_trainable)
     if stage == 2:
-        return _attach_for_training(model, model_args, finetuning_args, is_trainable)
+        return _attach_for_training(model, tokenizer, model_args, finetuning_args, is_trainable)
     heads = locate_exported_heads(model_args, finetuning_args) if exporting else None
     if heads is not None:
         _keep_untied_lm_head(model)
         if finetuning_args.lmtp_export != "ntp":
             log.info(f"Exporting with the leap heads of {heads}.")
             attach_heads(model, heads=load_heads(heads.parent))
+            model.leap_heads.config.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer)  # saved beside them
             if finetuning_args.lmtp_export == "custom_generate":
                 base_of(model).after_export = write_custom_generate
         else:
@@ -92,22 +94,21 @@ def _init_adapter(upstream, config, model, model_args, finetuning_args, is_train
     return model
 
 
-def _attach_for_training(model: nn.Module, model_args, finetuning_args, is_trainable: bool) -> nn.Module:
+def _attach_for_training(model: nn.Module, tokenizer, model_args, finetuning_args, is_trainable: bool) -> nn.Module:
     base, start = base_of(model), starting_heads(model_args, finetuning_args, do_train=is_trainable)
-    fingerprint = base_fingerprint(model_args.model_name_or_path, **hub_options(model_args))
     if start is not None:
         heads = load_heads(start.parent)
-        check_base(heads.config, base.config, fingerprint)
+        fit_heads(heads, base, tokenizer, model_args)
         _warn_if_renamed(heads.config.base_model, model_args.model_name_or_path, start)
         log.info(f"Leap heads start from {start}.")
     else:
-        facts = {"base_model": model_args.model_name_or_path, "tokenizer_fingerprint": fingerprint}
-        heads = fresh_heads(base, finetuning_args.heads_config(**facts))
+        heads = fresh_heads(base, finetuning_args.heads_config(base_model=model_args.model_name_or_path))
         if finetuning_args.lmtp_stage == 2:
             log.warning(
                 "Stage 2 starts from fresh leap heads, which disturbs the backbone: train stage 1 first and name its "
                 "output in stage1_pretrained_path."
             )
+    heads.config.tokenizer_fingerprint = saved_fingerprint(tokenizer, model_args, finetuning_args)
     attach_heads(
         model,
         stage=finetuning_args.lmtp_stage,
@@ -182,16 +183,17 @@ def _cast_backbone(model: nn.Module, model_args, frozen: bool) -> None:
 
 def _trainable_dtype(base: nn.Module, model_args, finetuning_args) -> torch.dtype | None:
     """What upstream does with trainable parameters: fp32 masters, unless something else keeps them."""
-    keeps_dtype = finetuning_args.pure_bf16 or finetuning_args.use_badam
-    if keeps_dtype or (is_deepspeed_zero3_enabled() and model_args.quantization_bit is None):
+    if finetuning_args.pure_bf16 or (is_deepspeed_zero3_enabled() and model_args.quantization_bit is None):
         return base.dtype
     return torch.float32
 
 
-def _save_lm_head_with_adapter(model: nn.Module, finetuning_args) -> None:
-    lm_head = model.get_output_embeddings()
-    name = next(name for name, module in model.named_modules() if module is lm_head).split(".")[-1]
-    finetuning_args.additional_target = sorted({*(finetuning_args.additional_target or []), name})
+def _save_lm_head_with_adapter(model: nn.Module, model_args, finetuning_args) -> None:
+    saved = [model.get_output_embeddings()]
+    if model_args.resize_vocab and finetuning_args.additional_target is None:
+        saved.append(model.get_input_embeddings())  # upstream's own choice, which it makes only where nothing is named
+    names = {name.split(".")[-1] for name, module in model.named_modules() if any(module is one for one in saved)}
+    finetuning_args.additional_target = sorted({*(finetuning_args.additional_target or []), *names})
 
 
 def _keep_untied_lm_head(model: nn.Module) -> None:

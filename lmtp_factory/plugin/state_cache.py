@@ -1,7 +1,9 @@
 """Stage 1 from hidden states on disk (``hidden_cache_dir``): the backbone runs once, however many epochs there are."""
 
+import math
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch.utils.data import Dataset
@@ -12,8 +14,8 @@ from ..data.cache_plan import DTYPE, SHARD_BYTES, CachePlan, documents_digest
 from ..data.hidden_cache import HiddenCache
 from ..data.packing import arrange, pack, places
 from ..errors import LMTPError
-from ..modeling.checkpoint import weights_fingerprint
 from ..modeling.documents import keeps_documents_apart
+from ..modeling.model_facts import model_facts
 from . import log
 from .collator import CACHE_INDEX, MEDIA
 from .start import hub_options
@@ -21,6 +23,8 @@ from .start import hub_options
 
 # Small caches still have enough shards for every rank to compute some.
 _SHARDS, _LEAST_SHARD = 64, 8 * 2**20
+# Documents of an older run's cache that are compared with the model at hand.
+_PROBES = 3
 
 
 class CachedDocuments(Dataset):
@@ -50,9 +54,11 @@ def with_cached_states(documents, model_args, data_args, folder: str) -> CachedD
     lengths = [len(document) for document in ids]
     total = sum(lengths) * hidden_size * DTYPE.itemsize
     plan = CachePlan(lengths, hidden_size, min(max(total // _SHARDS, _LEAST_SHARD), SHARD_BYTES))
+    # Those of rank 0: another node may have its own copy of the model, with other times.
+    (weights,) = broadcast_object_list([model_facts(model_args.model_name_or_path, config)])
     facts = {
         "model": model_args.model_name_or_path,
-        "weights": weights_fingerprint(model_args.model_name_or_path, config),
+        **weights,
         "compute dtype": str(model_args.compute_dtype).removeprefix("torch."),
         "documents": documents_digest(ids),
     }
@@ -65,7 +71,10 @@ def with_cached_states(documents, model_args, data_args, folder: str) -> CachedD
 
 
 class FillCache(TrainerCallback):
-    """Computes the shards that are missing when training begins, which is when every parallel backbone can run."""
+    """Computes the shards that are missing when training begins, which is when every parallel backbone can run.
+
+    A few documents of the shards that were there already are computed again: states of other weights are refused.
+    """
 
     def __init__(self, trainer, documents: CachedDocuments):
         self.trainer, self.documents, self.cache = trainer, documents.documents, documents.cache
@@ -81,6 +90,42 @@ class FillCache(TrainerCallback):
                 f"Not every process sees the hidden states in {self.cache.folder} that the others wrote: name a folder in "
                 "hidden_cache_dir that all nodes share."
             )
+        self._compare(self._probes(set(missing)))
+
+    def _probes(self, fresh: set[int]) -> list[int]:
+        """Documents spread over the shards that this run has not computed."""
+        plan = self.cache.plan
+        old = [document for i, shard in enumerate(plan.shards) if i not in fresh for document in shard]
+        old = [document for document in old if plan.lengths[document]]
+        spread = np.linspace(0, len(old) - 1, _PROBES).astype(int) if old else ()
+        return [old[place] for place in dict.fromkeys(map(int, spread))]
+
+    def _compare(self, probes: list[int]) -> None:
+        """Every rank takes part in every forward, as ZeRO-3 demands, and reads the cache that it will train from.
+
+        Raises:
+            LMTPError: the model at hand gives other states.
+        """
+        model = self.trainer.leap_model
+        allowed = rounding_error(self._computes_in(), model.config.get_text_config().num_hidden_layers)
+        worst = 0.0
+        for document in probes:
+            now = self._compute([document], apart=False)[document].float()
+            difference = (now - self.cache.document(document).float()).norm(dim=-1) / now.norm(dim=-1)
+            # The median, because a single token may take another expert for a last bit.
+            worst = max(worst, difference.nan_to_num(nan=math.inf).median().item())
+        worst = max(gather_object([worst]))
+        if worst > allowed:
+            raise LMTPError(
+                f"The hidden states in `{self.cache.folder}` are not this model's (they differ by {worst:.1%}, rounding "
+                f"explains {allowed:.1%}), so its weights or its code have changed since: write another hidden_cache_dir, "
+                "or delete this one."
+            )
+
+    def _computes_in(self) -> torch.dtype:
+        args = self.trainer.args
+        autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+        return max(autocast, self.trainer.leap_model.dtype, key=lambda dtype: torch.finfo(dtype).eps)
 
     def _fill(self, missing: list[int], args) -> None:
         tokens = self.trainer._train_batch_size * max(self.cache.plan.lengths)
@@ -123,3 +168,15 @@ class FillCache(TrainerCallback):
         with self.trainer.accelerator.autocast():
             hidden = model.final_hidden_states(**inputs).to("cpu", DTYPE)
         return {indices[i]: hidden[row, place] for i, (row, place) in places(lengths, rows).items()}
+
+
+def rounding_error(dtype: torch.dtype, layers: int) -> float:
+    """The relative difference of two computations of one hidden state, of which one was stored, that rounding explains.
+
+    Storing in bf16 rounds by up to 2^-8. Other shapes of batches and other kernels add up in another order: each layer
+    writes twice into the residual stream, each time with an error that is evenly spread up to the unit roundoff u, in the
+    mean u / sqrt(3), and errors of 2 * layers writes add up as a random walk. Twice that is allowed: SmolLM2's 30 layers in
+    bf16 differ by 1.0 % in the median where this allows 3.9 %. Matrix products of fp32 may run in TF32 (2^-11).
+    """
+    unit = max(torch.finfo(dtype).eps / 2, 2**-11)
+    return torch.finfo(DTYPE).eps / 2 + 2 * unit * math.sqrt(2 * layers / 3)

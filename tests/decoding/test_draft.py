@@ -93,7 +93,7 @@ def check_drafts(model, inputs, plan, monkeypatch, seed=0, new=16):
             return foretold(model, window, levels, width)
 
         monkeypatch.setattr(drafter, "draft", recorded)
-        monkeypatch.setattr(draft_module, "rough", lambda layer: layer)  # int8 heads are right but for a percent
+        monkeypatch.setattr(draft_module, "int8_linear", lambda layer: layer)  # int8 heads are right but for a percent
         _, stats = decoded(model, **inputs, **kwargs, lmtp_tree=plan)
         monkeypatch.undo()
 
@@ -178,7 +178,7 @@ def test_int8_heads_propose_nearly_the_same(leap, kind, monkeypatch):
     def recorded(model, window, levels, width):
         quick = draft(model, window, levels, width)
         with monkeypatch.context() as patch:
-            patch.setattr(draft_module, "rough", lambda layer: layer)
+            patch.setattr(draft_module, "int8_linear", lambda layer: layer)
             drafts.append((quick, draft(model, window, levels, model.config.vocab_size)))
         return quick
 

@@ -99,6 +99,11 @@ CONFIGURATION = [
     ({"use_dft_loss": True}, "use_dft_loss replaces the loss"),
     ({"use_eaft_loss": True}, "use_eaft_loss replaces the loss"),
     ({"label_smoothing_factor": 0.1}, "label_smoothing_factor replaces the loss"),
+    ({"use_badam": True}, "use_badam updates blocks of the backbone in turn and never the leap heads"),
+    ({"use_badam": True, "stage": "lmtp2"}, "use_badam updates blocks of the backbone in turn"),
+    ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha disturbs embeddings that are tuned"),
+    ({"moe_aux_loss_coef": 0.01}, "moe_aux_loss_coef trains the router, which stage 1 keeps frozen"),
+    ({"moe_aux_loss_coef": 0.01, "stage": "lmtp2"}, "write use_reentrant_gc: false or disable_gradient_checkpointing"),
     ({"compute_accuracy": True}, "leave compute_accuracy out"),
     ({"stage1_pretrained_path": "no/such/place", "stage": "lmtp2"}, "no/such/place has no lmtp/ folder"),
     (

@@ -1,5 +1,6 @@
 """Two processes on the CPU under DeepSpeed: the same losses as one process with the same global batch."""
 
+import os
 import sys
 
 import pytest
@@ -7,10 +8,12 @@ import runs
 import tiny
 import torch
 from llamafactory.extras.misc import find_available_port
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
-from lmtp_factory import resources
+from lmtp_factory import load_model, resources
 from lmtp_factory.modeling.checkpoint import load_heads
+from lmtp_factory.modeling.model_facts import model_facts
 
 
 pytestmark = pytest.mark.distributed
@@ -91,6 +94,48 @@ def test_hidden_states_from_the_cache(zero, wide_llama, tmp_path):
     assert len(shards[0]) == len(shards[1]) >= 3  # more for one rank than for the other
     for one, two in zip(*shards, strict=True):
         torch.testing.assert_close(load_file(one), load_file(two), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("edited", [False, True])
+@pytest.mark.parametrize("zero", [None, "zero2", "zero3"])
+def test_every_rank_compares_an_older_cache_with_the_model(zero, edited, data, tmp_path):
+    model, cache = tiny.tiny_llama(tmp_path / "model", hidden_size=256), str(tmp_path / "cache")
+    runs.train(model, data, tmp_path / "one", hidden_cache_dir=cache, max_steps=1)
+    if edited:
+        path = model / "model.safetensors"
+        before, tensors = path.stat(), load_file(path)
+        facts = model_facts(str(model), AutoConfig.from_pretrained(model))
+        tensors["model.norm.weight"] *= 1.05
+        save_file(tensors, path, metadata={"format": "pt"})
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert model_facts(str(model), AutoConfig.from_pretrained(model)) == facts, "the samples saw the edit"
+    args = runs.arguments(
+        model, data, tmp_path / "two", hidden_cache_dir=cache, max_steps=1, deepspeed=zero and deepspeed(zero)
+    )
+    environment = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2", "DS_ACCELERATOR": "cpu"}
+    result = runs.cli("train", runs.write_yaml(tmp_path / "x.yaml", args), check=False, **environment)
+    assert bool(result.returncode) == edited
+    assert (result.stderr.count("are not this model's (they differ by") >= 2) == edited
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("zero", "method"), [("zero2", "lora"), ("zero3", "lora"), ("zero3", "full")])
+def test_heads_grow_with_new_tokens(zero, method, llama, stage1, data, tmp_path):
+    args = runs.arguments(
+        llama, data, tmp_path / "out", stage="lmtp2", finetuning_type=method, stage1_pretrained_path=str(stage1),
+        add_tokens="<think>,<done>", deepspeed=deepspeed(zero), learning_rate=1e-3,
+    )  # fmt: skip
+    torchrun(runs.write_yaml(tmp_path / "x.yaml", args))
+    losses = runs.step_losses(runs.history(tmp_path / "out"))
+    assert losses[-1] < losses[0] < 10
+    model, known = load_model(str(tmp_path / "out")), load_heads(stage1).config.vocab_size
+    for old, new in zip(load_heads(stage1).heads, model.leap_heads.heads, strict=True):
+        assert len(new.unembed.weight) == 384
+        torch.testing.assert_close(new.unembed.weight[:known], old.unembed.weight, rtol=0, atol=0.02)
+        # The new rows were the LM head's, on every rank the same.
+        lm_head = model.get_output_embeddings().weight[known:]
+        torch.testing.assert_close(new.unembed.weight[known:], lm_head, rtol=0, atol=0.02)
 
 
 def test_optimizer_states_of_the_heads_are_sharded(llama, data, tmp_path):

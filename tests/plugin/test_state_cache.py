@@ -1,13 +1,16 @@
 """``hidden_cache_dir``: stage 1 from hidden states on disk trains as without, and the backbone runs once."""
 
 import json
+import os
 
 import pytest
 import runs
 import tiny
+import torch
+from transformers import AutoConfig
 
 from lmtp_factory.errors import LMTPError
-from lmtp_factory.modeling.checkpoint import weights_fingerprint
+from lmtp_factory.modeling import model_facts
 from lmtp_factory.plugin import state_cache
 
 
@@ -98,14 +101,6 @@ def test_resuming_from_a_checkpoint(llama, data, tmp_path):
     assert runs.step_losses(resumed) == pytest.approx(runs.step_losses(whole), rel=1e-6)
 
 
-def test_other_data_is_refused_before_a_model_loads(llama, data, tmp_path, no_model_loads_later):
-    folder = str(tmp_path / "cache")
-    runs.train(llama, data, tmp_path / "a", hidden_cache_dir=folder)
-    no_model_loads_later()
-    with pytest.raises(LMTPError, match=r"were computed with documents = .* write another hidden_cache_dir"):
-        runs.train(llama, data, tmp_path / "b", hidden_cache_dir=folder, cutoff_len=24)
-
-
 @pytest.fixture
 def no_model_loads_later(monkeypatch):
     def forbid():
@@ -119,17 +114,98 @@ def no_model_loads_later(monkeypatch):
     return forbid
 
 
-def test_weights_of_another_training_have_another_fingerprint(tmp_path, monkeypatch):
-    from transformers import AutoConfig
+def scale_norm(model, factor=4.0, keep_time=False):
+    """Edit one norm's weights in the file, where the fingerprint's samples of it do not look."""
+    path = model / "model.safetensors"
+    before, content = path.stat(), bytearray(path.read_bytes())
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    start, end = (
+        8 + int.from_bytes(content[:8], "little") + place for place in header["model.norm.weight"]["data_offsets"]
+    )
+    content[start:end] = (torch.frombuffer(content[start:end], dtype=torch.float32) * factor).numpy().tobytes()
+    path.write_bytes(content)
+    if keep_time:
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
-    one = tiny.tiny_llama(tmp_path / "one")
-    monkeypatch.setattr(tiny, "SEED", 1)
-    two = tiny.tiny_llama(tmp_path / "two")
-    prints = [weights_fingerprint(str(path), AutoConfig.from_pretrained(path)) for path in (one, one, two)]
-    assert prints[0] == prints[1] != prints[2]
-    config = json.loads((one / "config.json").read_text())
-    (one / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
-    assert weights_fingerprint(str(one), AutoConfig.from_pretrained(one)) != prints[0]
+
+def set_in_config(model, **values):
+    path = model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.fixture
+def sparse_samples(monkeypatch):
+    """Samples so sparse that no edit is in one, as in a large file."""
+    monkeypatch.setattr(model_facts, "_SAMPLES", 1)
+    monkeypatch.setattr(model_facts, "_SAMPLE_BYTES", 64)
+
+
+CHANGES = {
+    "model.safetensors": lambda model, data: scale_norm(model),
+    "configuration": lambda model, data: set_in_config(model, rms_norm_eps=1e-3),
+    "compute dtype": lambda model, data: {"bf16": True, "use_cpu": True},
+    "documents": lambda model, data: tiny.tiny_dataset(data, rows=47) and None,
+    "documents ": lambda model, data: {"cutoff_len": 24},
+    "documents  ": lambda model, data: {"template": "llama3"},
+    "rope scaling": lambda model, data: {"rope_scaling": "linear"},
+}
+
+
+@pytest.mark.parametrize("fact", CHANGES)
+def test_every_fact_that_changes_is_refused_before_a_model_loads(fact, tmp_path, sparse_samples, no_model_loads_later):
+    model, data, folder = tiny.tiny_llama(tmp_path / "model"), tmp_path / "data", str(tmp_path / "cache")
+    tiny.tiny_dataset(data)
+    runs.train(model, data, tmp_path / "out", hidden_cache_dir=folder, max_steps=1)
+    written = CHANGES[fact](model, data) or {}
+    no_model_loads_later()
+    with pytest.raises(
+        LMTPError, match=rf"computed with {fact.strip()} = .*, now it is .*: write another hidden_cache_dir"
+    ):
+        runs.train(model, data, tmp_path / "out", hidden_cache_dir=folder, max_steps=1, **written)
+
+
+def test_an_edit_that_kept_size_time_and_samples_is_seen_in_the_states(tmp_path, data, sparse_samples, small_shards):
+    model, folder = tiny.tiny_llama(tmp_path / "model"), tmp_path / "cache"
+    run = {"hidden_cache_dir": str(folder), "max_steps": 1}
+    runs.train(model, data, tmp_path / "out", **run)
+    runs.train(model, data, tmp_path / "out", **run)
+    sorted(folder.glob("*.safetensors"))[1].unlink()  # what is computed now is the edited model's, the rest is not
+    scale_norm(model, 1.05, keep_time=True)
+    with pytest.raises(LMTPError, match=r"are not this model's \(they differ by \d\.\d%, rounding explains 0\.\d%\)"):
+        runs.train(model, data, tmp_path / "out", **run)
+
+
+@pytest.mark.parametrize("precision", [{}, {"bf16": True, "use_cpu": True}], ids=["fp32", "bf16"])
+def test_rounding_alone_stays_below_what_is_allowed(precision, tmp_path, data, monkeypatch):
+    """States of packed rows, stored in bf16, against documents computed alone."""
+    dtype = torch.bfloat16 if precision else torch.float32
+    model, asked = tiny.tiny_llama(tmp_path / "model", num_hidden_layers=12), []
+
+    def note(*args):
+        asked.append(args)
+        return rounding_error(*args)
+
+    rounding_error = state_cache.rounding_error
+    monkeypatch.setattr(state_cache, "rounding_error", note)
+    for _ in range(2):
+        runs.train(model, data, tmp_path / "out", hidden_cache_dir=str(tmp_path / "cache"), max_steps=1, **precision)
+    assert set(asked) == {(dtype, 12)}
+    assert (
+        rounding_error(torch.float32, 12)
+        < rounding_error(torch.bfloat16, 12)
+        < rounding_error(torch.bfloat16, 80)
+        < 0.1
+    )
+
+
+def test_facts_of_a_hub_snapshot_are_those_of_the_files_it_links_to(llama, tmp_path):
+    config = AutoConfig.from_pretrained(llama)
+    for path in llama.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    assert model_facts.model_facts(str(tmp_path), config) == model_facts.model_facts(str(llama), config)
+    assert list(model_facts.model_facts("org/name", config)) == ["configuration"]
+    config._commit_hash = "abc"
+    assert model_facts.model_facts("org/name", config)["commit"] == "abc"
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,34 @@ def test_head_zero_is_plain_sft(llama, data, tmp_path):
     assert runs.step_losses(ours) == pytest.approx(runs.step_losses(sft), rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "memory"),
+    [("mixtral", {"disable_gradient_checkpointing": True}), ("qwen3_moe", {"use_reentrant_gc": False})],
+)
+def test_the_router_s_loss_is_plain_sft_s(architecture, memory, data, tmp_path):
+    """With weightless heads, stage 2 of a mixture of experts is upstream's own SFT with its auxiliary loss."""
+    model = getattr(tiny, f"tiny_{architecture}")(tmp_path / "model")
+    run = {"finetuning_type": "full", "learning_rate": 1e-3, "gradient_accumulation_steps": 2, **memory}
+    sft = runs.train(model, data, tmp_path / "sft", stage="sft", moe_aux_loss_coef=0.5, **run)
+    ours = runs.train(model, data, tmp_path / "with", stage="lmtp2", head_weight=0.0, moe_aux_loss_coef=0.5, **run)
+    without = runs.train(model, data, tmp_path / "without", stage="lmtp2", head_weight=0.0, **run)
+    assert runs.step_losses(ours) == pytest.approx(runs.step_losses(sft), rel=1e-4)
+    assert runs.step_losses(ours)[0] > runs.step_losses(without)[0] + 0.4
+    router = next(name for name in load_file(tmp_path / "sft" / "model.safetensors") if "gate.weight" in name)
+    trained = [load_file(tmp_path / name / "model.safetensors")[router] for name in ("sft", "with", "without")]
+    torch.testing.assert_close(trained[1], trained[0], rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(trained[1], trained[2], rtol=1e-2, atol=1e-3)
+
+
+def test_neftune_is_plain_sft_s(llama, data, tmp_path):
+    run = {"finetuning_type": "full", "learning_rate": 1e-3}
+    sft = runs.train(llama, data, tmp_path / "sft", stage="sft", neftune_noise_alpha=20.0, **run)
+    noisy = runs.train(llama, data, tmp_path / "ours", stage="lmtp2", head_weight=0.0, neftune_noise_alpha=20.0, **run)
+    plain = runs.train(llama, data, tmp_path / "plain", stage="lmtp2", head_weight=0.0, **run)
+    assert runs.step_losses(noisy) == pytest.approx(runs.step_losses(sft), rel=1e-4)
+    assert runs.step_losses(noisy) != pytest.approx(runs.step_losses(plain), rel=1e-3)
+
+
 @pytest.mark.parametrize("packing", [{"packing": True}, {"neat_packing": True}])
 def test_packing_trains(packing, llama, data, tmp_path):
     packed = {"cutoff_len": 128, "stage": "lmtp2", "finetuning_type": "lora", "max_steps": 6, **packing}
