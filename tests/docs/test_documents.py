@@ -1,8 +1,8 @@
 """What the documents say is so: commands and YAML are accepted, names exist, keys are those of the code.
 
 Every fenced block of README.md, README_zh.md and docs/*.md is checked as far as a machine without GPU and network allows:
-``yaml`` goes through upstream's parser, commands through the parsers of their programs, ``python`` is compiled and its imports
-are resolved. test_documents_run.py runs README's main path. ``text`` blocks show output or layers and are not checked.
+``yaml`` goes through upstream's parser, commands through the parsers of their programs, ``python`` is compiled and its
+imports are resolved. test_documents_run.py runs README's main path. ``text`` blocks show output or layers: not checked.
 
 Not run, and why: ``pip install`` and ``vllm serve`` (network), ``--engine server`` (needs a server; its options are parsed),
 torchrun, DeepSpeed, several nodes and Ray (the files that the commands name are read and the other arguments parsed;
@@ -35,6 +35,8 @@ MODEL = "Qwen/Qwen2.5-3B-Instruct"
 FOLDERS = ("lmtp_factory", "configs", "data", "benchmarks", "docs", "tests", "experiments")
 OF_THE_READER = "my_model"  # in names of files that commands write
 MAP = ROOT / "docs" / "architecture.md"
+# These have tests of their own for what they hold beside sentences.
+WITH_OTHERS = (*DOCUMENTS, ROOT / "configs" / "README.md", ROOT / "benchmarks" / "README.md")
 # LLaMA-Factory's own keys that mean something more in L-MTP stages.
 UPSTREAM_KEYS = {"stage", "packing"}
 YAML_BLOCKS, BASH_BLOCKS, PYTHON_BLOCKS = map(documents.all_blocks, ("yaml", "bash", "python"))
@@ -176,18 +178,22 @@ def make_targets():
     return set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+@pytest.mark.parametrize("document", WITH_OTHERS, ids=lambda document: str(document.relative_to(ROOT)))
 def test_commands_in_sentences_exist(document):
     for span in documents.code_spans(document):
-        words = span.split()
-        if words[0] == "make":
-            assert set(words[1:]) <= make_targets(), span
-        if words[0] == "lmtp-cli" and len(words) > 1:
+        program, *arguments = span.split()
+        if program == "make":
+            assert set(arguments) <= make_targets(), span
+        if program == "lmtp-cli" and len(arguments) == 1:  # the command's name alone
             with pytest.raises(SystemExit) as stop:
-                build_parser().parse_args([words[1], "--help"])
+                build_parser().parse_args([*arguments, "--help"])
             assert stop.value.code == 0, span
-        if words[0] == "python":
-            assert (ROOT / words[1]).is_file(), span
+        elif program == "lmtp-cli" and arguments and "--help" not in arguments:
+            # sentences may leave the prompts out
+            build_parser().parse_args(arguments if "--prompts" in arguments else [*arguments, "--prompts", "file"])
+        if program == "python":
+            with pytest.MonkeyPatch.context() as monkeypatch:
+                parse_script(arguments[0], arguments[1:], monkeypatch)
 
 
 # Names ---------------------------------------------------------------------------------------------------------------
@@ -197,10 +203,14 @@ def named_paths(document):
     """Paths of this repository in sentences and commands, without those that the reader's commands write."""
     words = [word for block in documents.blocks(document, "bash") for word in re.split(r"[\s=]+", block.text)]
     spans = [*documents.code_spans(document), *words]
-    return {path for path in spans if re.fullmatch(rf"(?:{'|'.join(FOLDERS)})/[\w./-]*", path) and OF_THE_READER not in path}
+    return {
+        path for path in spans if re.fullmatch(rf"(?:{'|'.join(FOLDERS)})/[\w./-]*", path) and OF_THE_READER not in path
+    }
 
 
-@pytest.mark.parametrize("document", [d for d in DOCUMENTS if d != MAP], ids=lambda document: document.name)
+@pytest.mark.parametrize(
+    "document", [d for d in WITH_OTHERS if d != MAP], ids=lambda document: str(document.relative_to(ROOT))
+)
 def test_paths_exist(document):
     assert [path for path in sorted(named_paths(document)) if not (ROOT / path).exists()] == []
 
@@ -216,11 +226,7 @@ def test_the_map_shows_what_is_there():
     assert folders - shown == set(), "folders that the map leaves out"
 
 
-@pytest.mark.parametrize(
-    "document",
-    [*DOCUMENTS, ROOT / "configs" / "README.md", ROOT / "benchmarks" / "README.md"],
-    ids=lambda document: str(document.relative_to(ROOT)),
-)
+@pytest.mark.parametrize("document", WITH_OTHERS, ids=lambda document: str(document.relative_to(ROOT)))
 def test_links_resolve(document):
     for link in documents.links(document):
         path, _, anchor = link.partition("#")
