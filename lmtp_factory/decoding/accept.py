@@ -98,7 +98,7 @@ class Acceptor:
         if self.only_argmax:
             facts.append(logits.argmax(-1))
         # What is read from the device is read together: the tree with the first tokens.
-        read = _lists(*facts) if self.only_argmax and not self.custom_criteria else None
+        read = torch.stack(facts).tolist() if self.only_argmax and not self.custom_criteria else None
         at_once, children = read is not None, None
         walking = [(b, 0) for b, row in enumerate(self.rows) if not row.done]  # rows, and the nodes where they are
         while walking:
