@@ -98,7 +98,7 @@ class Acceptor:
         if self.only_argmax:
             facts.append(logits.argmax(-1))
         # What is read from the device is read together: the tree with the first tokens.
-        read = _lists(*facts) if self.only_argmax and not self.custom_criteria else None
+        read = torch.stack(facts).tolist() if self.only_argmax and not self.custom_criteria else None
         at_once, children = read is not None, None
         walking = [(b, 0) for b, row in enumerate(self.rows) if not row.done]  # rows, and the nodes where they are
         while walking:
@@ -114,11 +114,8 @@ class Acceptor:
                 if self.custom_criteria:
                     ends, *answers = answers
                 read = read or answers
-            if children is None:  # the first of equal siblings wins
-                children = [
-                    {(above[node], names[node]): node for node in range(len(names) - 1, 0, -1)}
-                    for names, above, *_ in zip(*read)
-                ]
+            if children is None:
+                children = [_children(*row) for row in zip(*read[:2])]
             still = []
             for (b, node), token, end in zip(walking, chosen, ends):
                 self._append(b, token, bool(end))
@@ -208,6 +205,11 @@ class Acceptor:
     def stacked(self, name: str) -> tuple[Tensor, ...]:
         """``scores`` or ``logits`` as stock returns them: (batch, vocabulary) a token; all rows have as many."""
         return tuple(map(torch.cat, zip(*(getattr(row, name) for row in self.rows), strict=True)))
+
+
+def _children(tokens: Sequence[int], parents: Sequence[int]) -> dict[tuple[int, int], int]:
+    """(node, token) -> the child of the node that carries the token, the first where siblings are equal."""
+    return {(parents[node], tokens[node]): node for node in range(len(tokens) - 1, 0, -1)}
 
 
 def _joined(rows: list[Tensor]) -> Tensor:

@@ -1,6 +1,7 @@
 """One forward over a whole tree: every node sees the row's past and its own ancestors, nothing else."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -25,19 +26,30 @@ def logits_of(model: nn.Module, hidden: Tensor) -> Tensor:
 
 
 def takes_trees(model: nn.Module) -> bool:
-    """Whether a forward over a tree gives what forwards over its branches give; tried once for each model.
+    """Whether a forward over a tree gives what forwards over its branches give.
 
     Some models build their masks by themselves, or have more between the last hidden state and the logits than a matrix.
+    The answer is kept for each attention implementation; not in train mode, where dropout may be what differs, and not
+    where the trial failed with an error, which may be the device's.
     """
-    known = vars(model).get("_takes_trees")
-    if known is None:
-        try:
-            known = _agrees_on_a_tree(model)
-        except Exception:  # a model may dislike a mask in any way
-            known = False
-        if not model.training:  # else dropout may be what differs
-            model._takes_trees = known
-    return known
+    attention = model.config.get_text_config()._attn_implementation
+    answers = vars(model).get("_takes_trees", {})
+    if attention in answers and not model.training:
+        return answers[attention]
+    try:
+        with _own_random_numbers(model) if model.training else nullcontext():
+            agrees = _agrees_on_a_tree(model)
+    except Exception:  # a model may dislike a mask in any way
+        return False
+    if not model.training:
+        model._takes_trees = {**answers, attention: agrees}
+    return agrees
+
+
+def _own_random_numbers(model: nn.Module) -> AbstractContextManager:
+    """What dropout draws inside is not missing outside."""
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    return torch.random.fork_rng(devices=devices)
 
 
 def _agrees_on_a_tree(model: nn.Module) -> bool:

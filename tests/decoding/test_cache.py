@@ -9,7 +9,7 @@ from transformers import DynamicCache, GPT2Config, MistralConfig, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from trials import PLANS, check, decoded, oracle, padded, prompt, stock
 
-from lmtp_factory.decoding.cache import TreeCache
+from lmtp_factory.decoding.cache import GrowingLayer, TreeCache, _Moves
 from lmtp_factory.decoding.stats import DecodeStats
 
 
@@ -111,6 +111,23 @@ def test_every_step_sees_what_was_kept(kind, rows, seed):
         for row, expected in enumerate(held):
             assert torch.equal(buffers[row, :, : expected.shape[1]], expected)
     assert cache.get_seq_length() == length
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_layers_on_several_devices_share_what_a_step_sends(rows):
+    """One copy of the indices a device; the second device here has no memory, so that only the way there is tested."""
+    devices = ("cpu", "meta", "cpu", "meta")
+    cache = TreeCache(layers=[GrowingLayer() for _ in devices])
+    states = torch.arange(rows * HEADS * 8.0 * SIZE).view(rows, HEADS, 8, SIZE)
+    for number, device in enumerate(devices):
+        cache.update(states.to(device), states.to(device), number)
+    lengths, branches = [5] * rows, [[5, 7]] * rows
+    sent = _Moves(torch.tensor(cache.moves(branches, lengths)))
+    for layer in cache.layers:
+        layer.move(sent)
+    assert set(sent.on) == {torch.device("cpu"), torch.device("meta")} and len(sent.made) == 2
+    for number in (0, 2):
+        assert torch.equal(cache.layers[number].keys[:, :, :7], states[:, :, [0, 1, 2, 3, 4, 5, 7]])
 
 
 def test_sliding_layers_forget():

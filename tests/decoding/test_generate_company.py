@@ -1,5 +1,6 @@
 """Decoding with adapters, in several threads, inside itself, under autocast and inference mode."""
 
+import copy
 import threading
 
 import torch
@@ -7,7 +8,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
 )
-from trials import GREEDY, check, decoded, left_to_stock, prompt, randomise, same, stir, stock
+from trials import GREEDY, PLANS, check, decoded, left_to_stock, padded, prompt, randomise, same, stir, stock
 
 from lmtp_factory import attach_heads
 from lmtp_factory.decoding.stats import DecodeStats
@@ -59,6 +60,43 @@ def test_threads_that_ask_for_different_things(leap):
         thread.join()
     assert [outputs[seed][1] for seed in range(4)] == ["backward", "off", "forward", "backward"]
     assert all(torch.equal(outputs[seed][0], expected[seed]) for seed in range(4))
+
+
+def test_threads_that_are_a_model_s_first(leap):
+    """They prove at once that it takes trees, and one of them fails in the middle."""
+    model, outputs, together = copy.deepcopy(leap("mistral")), {}, threading.Barrier(6)
+    model.__dict__.pop("_takes_trees", None)
+    kwargs = {"max_new_tokens": 24} | GREEDY
+    inputs = [padded([9, 3, 5][: 1 + seed % 3], seed) for seed in range(6)]
+    expected = [stock(leap("mistral"), **batch, **kwargs) for batch in inputs]
+
+    def fail(input_ids, scores, **kwargs):
+        if input_ids.shape[1] == 14:
+            raise RuntimeError("out of patience")
+        return torch.zeros(1, dtype=torch.bool)
+
+    def work(seed):
+        together.wait()
+        stats, plan = DecodeStats(), list(PLANS.values())[seed % len(PLANS)]
+        criteria = [fail] if seed == 3 else []
+        try:
+            output = model.generate(
+                **inputs[seed], lmtp_stats=stats, lmtp_tree=plan, stopping_criteria=criteria, **kwargs
+            )
+            outputs[seed] = output.tolist(), stats.strategy, stats.tokens
+        except RuntimeError as error:
+            outputs[seed] = str(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert outputs.pop(3) == "out of patience"
+    assert outputs == {
+        seed: (expected[seed].tolist(), "backward", 24 * len(expected[seed])) for seed in range(6) if seed != 3
+    }
+    check(model, prompt(), **kwargs)
 
 
 def test_a_criterion_that_generates_itself(leap):

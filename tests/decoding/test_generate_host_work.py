@@ -17,7 +17,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MaxTimeCriteria, set_seed
-from trials import GREEDY, PLANS, check, oracle, padded, prompt, stock
+from trials import GREEDY, PLANS, check, decoded, oracle, padded, prompt, stock
 
 from lmtp_factory.decoding import drafter, generate
 from lmtp_factory.decoding.accept import Acceptor
@@ -193,6 +193,46 @@ def test_criteria_that_are_known_answer_on_the_host(leap, kwargs, monkeypatch):
     check(model, prompt(), max_new_tokens=9, **kwargs, **GREEDY)
     assert acceptors[0].on_device is None and len(acceptors[0].host_criteria) == 1
     assert devices[-1].data_ptr() == acceptors[0].sequences.data_ptr()
+
+
+def with_two_memories(kind: type[Acceptor], made: list) -> type[Acceptor]:
+    """``kind`` as on a GPU: what processors and custom criteria read is another tensor than the host's."""
+
+    class TwoMemories(kind):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.on_device = None if self.on_device is None else self.on_device.clone()
+            made.append(self)
+
+    return TwoMemories
+
+
+def repeats(input_ids, scores, **kwargs):
+    """Ends a row at a token that it has had before, late enough for the sequences to have grown."""
+    return torch.tensor([len(row) > 80 and row[-1] in row[:-1] for row in input_ids.tolist()])
+
+
+@pytest.mark.parametrize(
+    "rows, settings",
+    [
+        (3, {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2}),
+        (1, {"stopping_criteria": [repeats]}),
+        (1, {"stopping_criteria": [repeats], "repetition_penalty": 1.1, "max_time": 1e9}),
+    ],
+    ids=["processors", "criterion", "both"],
+)
+def test_the_device_s_copy_of_the_sequences_keeps_up(leap, rows, settings, monkeypatch):
+    model = leap("mistral", heads=HEADS)
+    kwargs = {"max_new_tokens": 90} | settings | GREEDY
+    expected, made = stock(model, **padded([9, 2, 4][:rows]), **kwargs), []
+    with oracle(expected, mixed):
+        monkeypatch.setattr(generate, "Acceptor", with_two_memories(generate.Acceptor, made))
+        ours, stats = decoded(model, **padded([9, 2, 4][:rows]), **kwargs, lmtp_tree=PLANS["dynamic"])
+        monkeypatch.undo()
+    assert ours.tolist() == expected.tolist() and len(ours[0]) > 80 and stats.tau > 1.3
+    assert made[0].on_device.data_ptr() != made[0].sequences.data_ptr()
+    for b, row in enumerate(made[0].rows):
+        assert torch.equal(made[0].on_device[b, : row.length], made[0].sequences[b, : row.length])
 
 
 @pytest.mark.parametrize("plan", ["chain", "static", "dynamic"])

@@ -45,6 +45,7 @@ from transformers.generation.logits_process import (
     WatermarkLogitsProcessor,
 )
 from transformers.generation.stopping_criteria import EosTokenCriteria
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trials import (
     GREEDY,
     OTHER_SEARCH,
@@ -384,6 +385,55 @@ def test_dropout_does_not_spoil_the_trial(leap):
     assert stats.strategy.startswith("off: a forward over a tree")
     model.eval()
     check(model, prompt(), max_new_tokens=8, **GREEDY)
+
+
+def test_dropout_is_left_to_stock_with_its_random_numbers(leap):
+    """Whatever was found out in eval mode; trying takes no random numbers from those who sample."""
+    model, seen = copy.deepcopy(leap("llama", attention_dropout=0.9)), []
+    check(model, prompt(), max_new_tokens=4, **GREEDY)
+    model.train()
+    for decode in ("off", "auto"):
+        torch.manual_seed(0)
+        stats = DecodeStats()
+        output = model.generate(prompt(), max_new_tokens=12, do_sample=True, lmtp_decode=decode, lmtp_stats=stats)
+        seen.append((output.tolist(), float(torch.rand(()))))
+    assert seen[0] == seen[1]
+    assert stats.strategy.startswith("off: a forward over a tree")
+
+
+def test_an_error_while_trying_is_not_remembered(leap):
+    """A device may have been out of memory."""
+    model, stats = copy.deepcopy(leap()), DecodeStats()
+    model.__dict__.pop("_takes_trees", None)
+
+    def fail(module, args, kwargs):
+        if kwargs["input_ids"].shape[1] < 9:
+            raise torch.OutOfMemoryError("try again later")
+
+    hook = model.base_model.register_forward_pre_hook(fail, with_kwargs=True)
+    model.generate(prompt(), max_new_tokens=1, lmtp_stats=stats, **GREEDY)
+    assert stats.strategy.startswith("off: a forward over a tree")
+    hook.remove()
+    check(model, prompt(), max_new_tokens=8, **GREEDY)
+
+
+def test_another_attention_is_tried_anew(leap, monkeypatch):
+    """One that ignores its mask says nothing about others, nor others about it."""
+    model, stats = copy.deepcopy(leap()), DecodeStats()
+    model.__dict__.pop("_takes_trees", None)
+    right = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def careless(module, query, key, value, mask, **kwargs):
+        return right(module, query, key, value, None if mask is None or mask.dtype == torch.bool else mask, **kwargs)
+
+    for first in ("eager", "sdpa"):
+        model.__dict__.pop("_takes_trees", None)
+        for attention in (first, "eager" if first == "sdpa" else "sdpa"):
+            model.set_attn_implementation(attention)
+            monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", careless)
+            model.generate(prompt(), max_new_tokens=8, lmtp_stats=stats, **GREEDY)
+            monkeypatch.undo()
+            assert stats.strategy.startswith("off: a forward over a tree" if attention == "sdpa" else "backward")
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["after a call in eval mode", "at once"])
