@@ -30,6 +30,8 @@ _MODULES = {
         "modeling/loss/eager",
         "modeling/loss/chunked",
         "modeling/heads",
+        "modeling/trial",
+        "modeling/logits_proof",
         "modeling/checkpoint",
         "modeling/lmtp",
         "modeling/attach",
