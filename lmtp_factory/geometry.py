@@ -18,13 +18,25 @@ depth  stride 2: head @ state      stride 3: head @ state
 """
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from operator import index
 
 from .errors import LMTPError
 
 
 DEFAULT_NUM_HEADS = 3
 DEFAULT_STRIDE = 2
+
+
+def whole(name: str, value: object) -> int:
+    """``value``, refused under ``name`` unless it is a whole number.
+
+    Raises:
+        LMTPError: it is text, a fraction, a truth value or anything else.
+    """
+    if not _is_whole(value):
+        raise LMTPError(f"{name} is {value!r}, but it has to be a whole number: write for instance {name}: 2.")
+    return index(value)
 
 
 def offsets(n: int, stride: int) -> tuple[int, ...]:
@@ -99,12 +111,20 @@ def resolve(
     ``leap_offsets`` may carry the LM head's leading 1 (as in a saved config) or leave it out (as users write it).
 
     Raises:
-        LMTPError: the geometry is impossible, or ``leap_offsets`` contradicts ``num_heads`` or ``leap_stride``.
+        LMTPError: the geometry is impossible or not of whole numbers, or ``leap_offsets`` contradicts ``num_heads`` or
+            ``leap_stride``.
     """
+    num_heads = num_heads if num_heads is None else whole("num_heads", num_heads)
+    leap_stride = leap_stride if leap_stride is None else whole("leap_stride", leap_stride)
     if leap_offsets is None:
         extra_heads = DEFAULT_NUM_HEADS if num_heads is None else num_heads
         return offsets(extra_heads + 1, DEFAULT_STRIDE if leap_stride is None else leap_stride)
-    extra = tuple(leap_offsets[1:]) if leap_offsets and leap_offsets[0] == 1 else tuple(leap_offsets)
+    if isinstance(leap_offsets, str) or not isinstance(leap_offsets, Iterable) or not all(map(_is_whole, leap_offsets)):
+        raise LMTPError(
+            f"leap_offsets is {leap_offsets!r}, but it has to be a list of whole numbers such as [2, 3, 6]."
+        )
+    leap_offsets = tuple(map(index, leap_offsets))
+    extra = leap_offsets[1:] if leap_offsets[:1] == (1,) else leap_offsets
     full = check_offsets(extra)
     written = ",".join(map(str, extra))
     if num_heads is not None and num_heads != len(extra):
@@ -114,3 +134,7 @@ def resolve(
     if leap_stride is not None and leap_stride != stride(full):
         raise LMTPError(f"leap_offsets {written} does not leap by leap_stride {leap_stride}: leave one of them out.")
     return full
+
+
+def _is_whole(value: object) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, bool)

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
@@ -9,9 +10,10 @@ from transformers import PreTrainedModel
 
 from ..config import LMTPConfig
 from ..errors import LMTPError
-from .checkpoint import check_base
+from .checkpoint import check_base, state_size
 from .heads import LeapHeads
 from .lmtp import LeapModel, base_of, leap_class
+from .logits_proof import prove_logits
 from .losses.implementation import as_plain_linear
 from .zero3 import fetch_together, gathered
 
@@ -42,25 +44,25 @@ def attach_heads(
         ``model``. Given ``labels`` its forward returns a :class:`LeapOutput` with the stage's ``loss``.
 
     Raises:
-        LMTPError: heads of another base model; a base whose logits are scaled; an LM head that cannot be copied.
+        LMTPError: heads of another base model; a base whose logits are not its LM head on its final hidden states, see
+            :func:`~.logits_proof.prove_logits`; an LM head that cannot be copied.
     """
     base = base_of(model)
     if isinstance(base, LeapModel):
         raise LMTPError("This model has leap heads already: attach them once.")
-    for scale in ("logit_scale", "logits_scaling"):
-        if getattr(base.config.get_text_config(), scale, None) is not None:
-            raise LMTPError(f"{type(base).__name__} multiplies its logits by {scale}, which leap heads do not support.")
+    if heads is not None:
+        check_base(heads.config, base.config)
+    backbone = prove_logits(base)
     if heads is None:
         heads = fresh_heads(base, config or LMTPConfig())
-    else:
-        check_base(heads.config, base.config)
 
     weight = base.get_output_embeddings().weight
-    device = weight.device if weight.device.type != "meta" else torch.device("cpu")
+    device = weight.device if weight.device.type != "meta" else backbone.device
     if isinstance(vars(base).get("generate"), functools.partial):
         del base.generate  # a heads export loaded with trust_remote_code brings its own decoder
     base.__class__ = leap_class(type(base))
     base.leap_heads = heads.to(device=device, dtype=dtype or (weight.dtype if weight.is_floating_point() else None))
+    base.token_types = backbone.token_types
     base.leap_stage, base.head_weight, base.head_decay = stage, head_weight, head_decay
     if stage == 1:
         base.requires_grad_(False)
@@ -78,13 +80,27 @@ def fresh_heads(base: PreTrainedModel, config: LMTPConfig) -> LeapHeads:
     if lm_head is None:
         raise LMTPError(f"{type(base).__name__} has no LM head to predict tokens with: load a *ForCausalLM class.")
     config = copy.deepcopy(config)
-    config.hidden_size, config.vocab_size = text_config.hidden_size, text_config.vocab_size
+    config.hidden_size, config.vocab_size = state_size(text_config), text_config.vocab_size
     config.base_model = config.base_model or base.config.name_or_path
     heads = LeapHeads(config)
     if config.head_kind == "own":
         if not lm_head.weight.is_floating_point():
             raise LMTPError("The LM head is quantised and cannot be copied into the heads: write head_kind: shared.")
-        with gathered([lm_head.weight]), torch.no_grad():
+        with gathered([lm_head.weight]), _loaded(getattr(lm_head, "base_layer", lm_head)), torch.no_grad():
+            if lm_head.weight.is_meta:
+                raise LMTPError(
+                    f"The weights of {type(lm_head).__name__}, the LM head, are not loaded and cannot be copied into the "
+                    "heads: write head_kind: shared, or load the LM head onto a device."
+                )
             for head in heads.heads:
                 head.unembed.weight.copy_(lm_head.weight)
     return heads
+
+
+def _loaded(layer: nn.Module) -> AbstractContextManager:
+    """Inside the context a layer that accelerate keeps in host memory or on disk has its weights."""
+    if not hasattr(layer, "_hf_hook"):
+        return nullcontext()
+    from accelerate.utils import align_module_device
+
+    return align_module_device(layer)

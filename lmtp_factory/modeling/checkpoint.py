@@ -26,6 +26,12 @@ from ..files import CONFIG_FILE, HEADS_FOLDER, WEIGHTS_FILE
 from .heads import LeapHeads
 
 
+# What heads mean: never left to a default when it is read back.
+_FACTS = ("offsets", "head_kind", "head_layers", "hidden_size", "vocab_size")
+# safetensors' names of the dtypes that a head can compute in.
+_DTYPES = ("F16", "BF16", "F32", "F64")
+
+
 def save_heads(heads: LeapHeads, folder: str | os.PathLike, state_dict: Mapping[str, Tensor] | None = None) -> None:
     """Write ``heads`` to ``folder`` (a path that ends in ``lmtp``), replacing what is there only when all is written.
 
@@ -78,21 +84,28 @@ def read_config(folder: str | os.PathLike) -> LMTPConfig:
     """The configuration in an ``lmtp/`` folder.
 
     Raises:
-        LMTPError: it is missing or unreadable.
+        LMTPError: it is missing, unreadable or impossible; it lacks a fact without which heads mean something else, or holds
+            one that this version does not know.
     """
     path = Path(folder, CONFIG_FILE)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise LMTPError(f"{path} is missing: give the directory whose lmtp/ folder stage 1 or stage 2 wrote.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise LMTPError(f"{path} is damaged ({error}): copy or train the leap heads again.") from None
     if not isinstance(values, dict) or values.pop("model_type", None) != LMTPConfig.model_type:
         raise LMTPError(
             f"{path} does not describe leap heads (its model_type is not {LMTPConfig.model_type}): give a directory whose "
             "lmtp/ folder stage 1 or stage 2 wrote."
         )
-    return LMTPConfig(**values)
+    missing = [name for name in _FACTS if values.get(name) is None]
+    if missing:
+        raise LMTPError(f"{path} does not say {', '.join(missing)}: copy or train the leap heads again.")
+    try:
+        return LMTPConfig(**values)
+    except LMTPError as error:
+        raise LMTPError(f"{path} cannot be used. {error}") from None
 
 
 def verify_heads(folder: str | os.PathLike) -> LMTPConfig:
@@ -101,13 +114,15 @@ def verify_heads(folder: str | os.PathLike) -> LMTPConfig:
     Reads the header of the weights only, so it is cheap enough to run before a model loads.
 
     Raises:
-        LMTPError: a file is missing, damaged or truncated, or the two do not fit each other.
+        LMTPError: a file is missing, damaged or truncated, the two do not fit each other, or weights are no floats.
     """
     folder, config = Path(folder), read_config(folder)
     path = folder / WEIGHTS_FILE
     try:
         with safe_open(path, framework="pt") as weights:  # refuses a file shorter than its header says
-            found = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118  no dict
+            tensors = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118  no dict
+            found = {name: tuple(tensor.get_shape()) for name, tensor in tensors.items()}
+            dtypes = {name: tensor.get_dtype() for name, tensor in tensors.items()}
     except FileNotFoundError:
         raise LMTPError(f"{path} is missing: copy or train the leap heads again.") from None
     except (SafetensorError, OSError) as error:
@@ -119,6 +134,12 @@ def verify_heads(folder: str | os.PathLike) -> LMTPConfig:
         raise LMTPError(
             f"{path} does not fit {folder / CONFIG_FILE} (first at {wrong[0]}): train the leap heads again."
         )
+    odd = sorted(name for name, dtype in dtypes.items() if dtype not in _DTYPES)
+    if odd:
+        raise LMTPError(
+            f"{path} holds {odd[0]} as {dtypes[odd[0]]}, but leap heads are read as {', '.join(_DTYPES)} only: write them "
+            "in one of these."
+        )
     return config
 
 
@@ -126,7 +147,7 @@ def load_heads(path: str | os.PathLike) -> LeapHeads:
     """Leap heads from a directory or hub id that has an ``lmtp/`` folder, on the CPU, in the dtype they were saved in.
 
     Raises:
-        LMTPError: no heads there, or damaged, truncated or incomplete ones.
+        LMTPError: no heads there, or damaged, truncated or incomplete ones, or weights that are not finite.
     """
     folder = find_heads(path)
     if folder is None:
@@ -134,7 +155,14 @@ def load_heads(path: str | os.PathLike) -> LeapHeads:
     config = verify_heads(folder)
     with torch.device("meta"):  # no random numbers for matrices that are about to be read
         heads = LeapHeads(config)
-    heads.load_state_dict(load_file(folder / WEIGHTS_FILE), assign=True)
+    tensors = load_file(folder / WEIGHTS_FILE)
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise LMTPError(
+                f"{folder / WEIGHTS_FILE} holds NaN or infinity in {name}: train the leap heads again, with a lower "
+                "learning rate if that is how they came about."
+            )
+    heads.load_state_dict(tensors, assign=True)
     heads.folder = folder
     return heads
 
@@ -143,6 +171,11 @@ def tokenizer_fingerprint(tokenizer) -> str:
     """Hash of a tokenizer's vocabulary (token and id pairs): equal where token ids mean the same."""
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     return hashlib.sha256(json.dumps(vocabulary, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+def state_size(text_config: PretrainedConfig) -> int:
+    """Width of the final hidden states, as the LM head reads them: OPT projects them to that of its embeddings."""
+    return getattr(text_config, "word_embed_proj_dim", None) or text_config.hidden_size
 
 
 def check_base(config: LMTPConfig, base: PretrainedConfig, fingerprint: str | None = None) -> None:
@@ -158,7 +191,7 @@ def check_base(config: LMTPConfig, base: PretrainedConfig, fingerprint: str | No
     """
     text_config = base.get_text_config()
     facts = [
-        ("hidden size", config.hidden_size, text_config.hidden_size),
+        ("hidden size", config.hidden_size, state_size(text_config)),
         ("vocabulary size", config.vocab_size, text_config.vocab_size),
         ("tokenizer", config.tokenizer_fingerprint, fingerprint),
     ]

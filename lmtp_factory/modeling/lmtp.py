@@ -55,16 +55,15 @@ class LeapOutput(CausalLMOutputWithPast):
 class LeapModel:
     """Mixin in front of a ``*ForCausalLM`` class; see :func:`~.attach.attach_heads`."""
 
+    plain_class: type[PreTrainedModel]  # without heads
     leap_heads: LeapHeads
     leap_stage: int | None
     head_weight: float
     head_decay: float
-    takes_token_types: bool
+    token_types: tuple[str, ...] = ()  # see BackboneFacts
     loss_implementation: str = AUTO  # see losses/implementation.py
     decode_strategy: str = "auto"  # what generate() does where its caller does not say: see lmtp_decode there
-    after_export: Callable[[str], None] | None = (
-        None  # called with the directory that a model for inference was saved to
-    )
+    after_export: Callable[[str], None] | None = None  # called with the directory of a model saved for inference
     _compiled_backbone: tuple | None = None
 
     def leap_offsets(self) -> tuple[int, ...]:
@@ -81,8 +80,9 @@ class LeapModel:
 
     def final_hidden_states(self, **inputs) -> Tensor:
         """(batch, length, hidden) what the LM head reads, from the backbone alone; in stage 1 without a graph."""
-        if self.takes_token_types and "token_type_ids" not in inputs and "input_ids" in inputs:
-            inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])  # Gemma 3 trains on nothing else
+        for name in self.token_types:
+            if name not in inputs and "input_ids" in inputs:
+                inputs[name] = torch.zeros_like(inputs["input_ids"])
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.leap_stage != 1):
             return self.base_model(**inputs, use_cache=False).last_hidden_state
 
@@ -200,6 +200,14 @@ class LeapModel:
             self._compiled_backbone = options, torch.compile(self.base_model.__call__, **options.to_dict())
         return self._compiled_backbone[1]
 
+    def __reduce_ex__(self, protocol):
+        """For pickle and copy, which look a class up by its name and would find the base's."""
+        if type(self) is not leap_class(self.plain_class):  # something else has made a class of its own of it
+            return super().__reduce_ex__(protocol)
+        # A compiled backbone cannot be pickled, and a copy's would be the original's.
+        state = {name: value for name, value in vars(self).items() if name != "_compiled_backbone"}
+        return _new_leap_model, (self.plain_class,), state
+
     def _copy_tree(self, directory) -> None:
         """The measured tree goes with the heads."""
         tree = self.leap_heads.folder and Path(self.leap_heads.folder, TREE_FILE)
@@ -229,11 +237,17 @@ def leap_class(base: type[PreTrainedModel]) -> type:
 
     namespace = {
         "forward": forward,
-        "takes_token_types": "token_type_ids" in parameters,
+        "plain_class": base,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
     }
     return type(base.__name__, (LeapModel, base), namespace)
+
+
+def _new_leap_model(base: type[PreTrainedModel]) -> LeapModel:
+    """An empty instance for pickle to fill in."""
+    leap = leap_class(base)
+    return leap.__new__(leap)
 
 
 def base_of(model: nn.Module) -> nn.Module:

@@ -1,7 +1,7 @@
 """DeepSpeed ZeRO-3: parameters that exist only in shards until they are gathered."""
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,50 @@ def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
     import deepspeed
 
     return deepspeed.zero.GatheredParameters(partitioned)
+
+
+@contextmanager
+def gathered_as_it_runs(model: nn.Module) -> Iterator[None]:
+    """Inside the context ``model``'s forward gathers what it comes to, layer by layer, as DeepSpeed's engine will later.
+
+    A layer of a module list is gathered whole while it runs, of all other modules their own parameters. A collective
+    operation: every rank has to run the same forward. Does nothing without ZeRO-3, or once the engine is there.
+    """
+    if not is_deepspeed_zero3_enabled() or _has_engine(model):
+        yield
+        return
+    running: dict[nn.Module, AbstractContextManager] = {}
+
+    with ExitStack() as hooks:
+        for module, parameters in _units(model):
+
+            def gather(module, args, parameters=parameters):
+                running[module] = gathered(parameters)
+                running[module].__enter__()
+
+            def release(module, args, output):
+                running.pop(module, nullcontext()).__exit__(None, None, None)
+
+            hooks.callback(module.register_forward_pre_hook(gather).remove)
+            # Called after an error too, so that a model which refuses its input is sharded again.
+            hooks.callback(module.register_forward_hook(release, always_call=True).remove)
+        yield
+
+
+def _units(module: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
+    """Modules with the parameters that their forward needs."""
+    yield module, list(module.parameters(recurse=False))
+    for child in module.children():
+        if isinstance(module, nn.ModuleList) and not isinstance(child, nn.ModuleList):
+            yield child, list(child.parameters())
+        else:
+            yield from _units(child)
+
+
+def _has_engine(model: nn.Module) -> bool:
+    from deepspeed.runtime.zero.parameter_offload import ZeROOrderedDict
+
+    return isinstance(model._parameters, ZeROOrderedDict)
 
 
 def hookable(hidden: Tensor) -> Tensor:

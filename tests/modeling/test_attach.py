@@ -294,11 +294,7 @@ def test_a_failed_write_leaves_the_old_heads(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith("lmtp")] == ["lmtp"]
 
 
-def test_a_second_attach_and_scaled_logits_are_refused(tmp_path):
+def test_a_second_attach_is_refused(tmp_path):
     model = attach_heads(load(tiny.tiny_llama(tmp_path)))
     with pytest.raises(LMTPError, match="leap heads already"):
         attach_heads(model)
-    scaled = load(tmp_path)
-    scaled.config.logits_scaling = 2.0
-    with pytest.raises(LMTPError, match="logits_scaling"):
-        attach_heads(scaled)

@@ -6,17 +6,12 @@ from types import SimpleNamespace
 import pytest
 import runs
 import tiny
+import tiny_random
 import torch
-from transformers import (
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
 
 from lmtp_factory import LMTPConfig, attach_heads, load_model
-from lmtp_factory.modeling import documents
 from lmtp_factory.modeling.documents import keeps_documents_apart
+from lmtp_factory.modeling.lmtp import LeapModel
 from lmtp_factory.plugin import collator
 from lmtp_factory.plugin.collator import PackingCollator, packing_collator
 
@@ -103,8 +98,6 @@ def test_stage_two_is_left_to_upstream(llama, data, stage1, tmp_path, lines):
 
 
 def test_a_model_that_mixes_documents_pads(llama, data, tmp_path, lines, monkeypatch):
-    from lmtp_factory.modeling.lmtp import LeapModel
-
     final_hidden_states = LeapModel.final_hidden_states
 
     def leaking(self, **inputs):
@@ -132,39 +125,59 @@ def upstream_batches(seen):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
-def test_documents_are_kept_apart(make, attention, tmp_path, monkeypatch):
+def test_documents_are_kept_apart(make, attention, tmp_path):
     model = load_plain(make(tmp_path), attention)
     attach_heads(model, LMTPConfig(num_heads=1), stage=1)
     assert keeps_documents_apart(model)
-    monkeypatch.setattr(documents, "is_deepspeed_zero3_enabled", lambda: True)
-    monkeypatch.setattr(type(model), "final_hidden_states", None)  # it cannot run
-    assert keeps_documents_apart(model)
 
 
-def test_experts_of_other_tokens_are_no_leak(tmp_path):
-    config = Qwen3MoeConfig(
-        vocab_size=400, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_experts=8, num_experts_per_tok=2,
-    )  # fmt: skip
-    model = attach_heads(Qwen3MoeForCausalLM(config).eval(), LMTPConfig(num_heads=1), stage=1)
-    assert keeps_documents_apart(model)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "shape", [{}, {"num_hidden_layers": 8, "hidden_size": 256, "num_experts": 32, "num_experts_per_tok": 4}]
+)
+def test_experts_of_other_tokens_are_no_leak(shape, dtype):
+    assert keeps_documents_apart(with_heads(tiny_random.qwen3_moe(**shape).to(dtype)))
 
 
-def tiny_qwen_vl():
-    """Several axes of positions, which hide where a document begins."""
-    text = {
-        "vocab_size": 400, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]},
-    }  # fmt: skip
-    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
-    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)).eval()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [tiny_random.falcon_h1, tiny_random.jamba])
+def test_a_running_state_is_found_out(make, dtype):
+    assert not keeps_documents_apart(with_heads(make().to(dtype)))
 
 
-def test_positions_with_several_axes_are_found_out(monkeypatch):
-    model = attach_heads(tiny_qwen_vl(), LMTPConfig(num_heads=1), stage=1)
+@pytest.mark.parametrize("words", [2, 3, 7, 80, 81, 159])
+def test_few_words_are_enough(words):
+    assert keeps_documents_apart(with_heads(tiny_random.llama(vocab_size=words)))
+    assert not keeps_documents_apart(with_heads(tiny_random.falcon_h1(vocab_size=words)))
+
+
+def test_the_worst_token_counts(monkeypatch):
+    model = with_heads(tiny_random.llama())
+    final_hidden_states = LeapModel.final_hidden_states
+
+    def leaking(self, **inputs):
+        states = final_hidden_states(self, **inputs)
+        states[1, -1] += 1e-5 * states[1, 0]  # into one token, by as little as a long-lived state has left by then
+        return states
+
+    monkeypatch.setattr(LeapModel, "final_hidden_states", leaking)
     assert not keeps_documents_apart(model)
-    monkeypatch.setattr(documents, "is_deepspeed_zero3_enabled", lambda: True)
-    assert not keeps_documents_apart(model)
+
+
+def test_the_model_is_left_as_it_was():
+    model = with_heads(tiny_random.qwen_vl())
+    model.train()
+    before = [(sorted(vars(module)), module.training) for module in model.modules()]
+    keeps_documents_apart(model)
+    assert [(sorted(vars(module)), module.training) for module in model.modules()] == before
+
+
+def test_positions_with_several_axes_are_found_out():
+    assert not keeps_documents_apart(with_heads(tiny_random.qwen_vl()))
+
+
+def with_heads(model):
+    return attach_heads(model, LMTPConfig(num_heads=1), stage=1)
 
 
 @pytest.mark.parametrize(

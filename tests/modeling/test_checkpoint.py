@@ -1,0 +1,140 @@
+"""What is read back from ``lmtp/``: every fact that heads need, none that is not known, and weights that are numbers."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_random import llama
+from transformers import AutoModel
+
+from lmtp_factory import LeapHeads, LMTPError, attach_heads
+from lmtp_factory.modeling.checkpoint import load_heads, read_config, save_heads, verify_heads
+
+
+# Written by version 0.1.0: two heads at stride 3 on hidden size 8 and 32 words.
+WRITTEN_BY_0_1_0 = Path(__file__).parents[1] / "fixtures" / "heads-0.1.0"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An ``lmtp/`` folder to spoil."""
+    return Path(shutil.copytree(WRITTEN_BY_0_1_0 / "own", tmp_path / "heads")) / "lmtp"
+
+
+def change(folder, **values):
+    """Set facts in ``lmtp/config.json``; None removes one."""
+    path = folder / "config.json"
+    facts = json.loads(path.read_text()) | values
+    path.write_text(json.dumps({name: value for name, value in facts.items() if value is not None}))
+
+
+@pytest.mark.parametrize("kind", ["own", "shared"])
+def test_heads_of_version_0_1_0_load(kind):
+    heads = load_heads(WRITTEN_BY_0_1_0 / kind)
+    assert heads.config.offsets == (1, 4, 7) and heads.config.head_kind == kind and heads.config.head_layers == 1
+    assert (heads.config.hidden_size, heads.config.vocab_size) == (8, 32)
+    assert (heads.config.base_model, heads.config.tokenizer_fingerprint) == ("some/base", "0123456789abcdef")
+    assert all(parameter.abs().sum() > 0 for parameter in heads.parameters())
+    assert isinstance(AutoModel.from_pretrained(WRITTEN_BY_0_1_0 / kind / "lmtp"), LeapHeads)
+    base = llama(vocab_size=32, hidden_size=8, num_attention_heads=2, num_key_value_heads=1)
+    model = attach_heads(base, heads=heads)
+    ids = torch.arange(6)[None]
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(model.generate(ids, **options), model.generate(ids, lmtp_decode="off", **options))
+
+
+@pytest.mark.parametrize("missing", ["offsets", "head_kind", "head_layers", "hidden_size", "vocab_size"])
+def test_a_missing_fact_is_refused(missing, folder):
+    change(folder, **{missing: None})
+    with pytest.raises(LMTPError, match=f"does not say {missing}: "):
+        read_config(folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {missing: None}))
+    with pytest.raises(LMTPError, match=f"does not say {missing}: "):
+        load_heads(folder.parent)
+
+
+def test_all_missing_facts_are_named(folder):
+    change(folder, offsets=None, vocab_size=None)
+    with pytest.raises(LMTPError, match="does not say offsets, vocab_size: "):
+        read_config(folder)
+
+
+def test_a_fact_of_a_newer_version_is_refused(folder):
+    change(folder, head_inputs="state_token")
+    with pytest.raises(LMTPError, match=r"config.json cannot be used. .* has no head_inputs: .* newer version"):
+        load_heads(folder.parent)
+
+
+def test_what_transformers_writes_is_no_fact_of_a_newer_version(folder, tmp_path):
+    heads = load_heads(folder.parent)
+    heads.config.name_or_path = "somewhere"
+    save_heads(heads, tmp_path / "again" / "lmtp")
+    assert load_heads(tmp_path / "again").config.offsets == (1, 4, 7)
+    heads.save_pretrained(tmp_path / "third" / "lmtp")
+    assert load_heads(tmp_path / "third").config.offsets == (1, 4, 7)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"offsets": "1,4,7"}, r"leap_offsets is '1,4,7'"),
+        ({"offsets": [1, 2.5, 7]}, r"leap_offsets is \[1, 2.5, 7\]"),
+        ({"offsets": [1, True, 7]}, r"leap_offsets is \[1, True, 7\]"),
+        ({"offsets": 4}, "leap_offsets is 4"),
+        ({"offsets": [1, 7, 4]}, "leap_offsets is 7,4, .* have to rise"),
+        ({"head_layers": "1"}, "head_layers is '1'"),
+        ({"head_layers": 1.0}, r"head_layers is 1\.0"),
+        ({"head_layers": 0}, "head_layers is 0"),
+        ({"head_kind": 3}, "head_kind is 3"),
+        ({"hidden_size": "8"}, "hidden_size is '8'"),
+        ({"hidden_size": -8}, "hidden_size is -8"),
+        ({"vocab_size": 32.5}, r"vocab_size is 32\.5"),
+        ({"base_model": 5}, "base_model is 5"),
+    ],
+)
+def test_impossible_facts_are_refused(values, said, folder):
+    change(folder, **values)
+    with pytest.raises(LMTPError, match=f"config.json cannot be used. {said}"):
+        load_heads(folder.parent)
+
+
+def test_a_folder_in_place_of_a_file(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir()
+    with pytest.raises(LMTPError, match=r"model.safetensors is truncated or damaged"):
+        load_heads(folder.parent)
+    (folder / "config.json").unlink()
+    (folder / "config.json").mkdir()
+    with pytest.raises(LMTPError, match=r"config.json is damaged \(.*directory"):
+        load_heads(folder.parent)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused(number, folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["heads.1.unembed.weight"][3, 2] = number
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(LMTPError, match=r"holds NaN or infinity in heads\.1\.unembed\.weight"):
+        load_heads(folder.parent)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name"), [(torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3"), (torch.bool, "BOOL")]
+)
+def test_weights_in_a_dtype_that_heads_cannot_compute_in_are_refused(dtype, name, folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["heads.1.unembed.weight"] = weights["heads.1.unembed.weight"].to(dtype)
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(LMTPError, match=rf"holds heads\.1\.unembed\.weight as {name}, but"):
+        verify_heads(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_floats_load(dtype, folder):
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: tensor.to(dtype) for name, tensor in weights.items()}, folder / "model.safetensors")
+    assert load_heads(folder.parent).dtype == dtype
