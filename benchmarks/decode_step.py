@@ -17,12 +17,12 @@ from transformers import DynamicCache
 
 from lmtp_factory.decoding.cache import TreeCache
 from lmtp_factory.decoding.cpu_prepacked import can_prepack, prepacked
-from lmtp_factory.decoding.plan import TreePlan
 from lmtp_factory.decoding.stats import PHASES, DecodeStats
+from lmtp_factory.decoding.tree_config import TreeConfig
 from lmtp_factory.evaluation.machine import describe
 from lmtp_factory.evaluation.report import load_for_scoring
 from lmtp_factory.evaluation.self_generated import generate_greedy
-from lmtp_factory.modeling.lmtp import base_of
+from lmtp_factory.modeling.model import base_of
 
 
 def main() -> None:
@@ -58,7 +58,7 @@ def main() -> None:
 def one_round(model, prompt: list[int], nodes: int, new_tokens: int) -> tuple[float, dict[str, float]]:
     """Seconds of a bare forward, and of each phase of a step."""
     stats = DecodeStats(profile=True)
-    plan = TreePlan("dynamic", nodes, always=True) if nodes > 1 else TreePlan("chain", 1)
+    plan = TreeConfig("dynamic", nodes, always=True) if nodes > 1 else TreeConfig("chain", 1)
     # No criterion but the length may end the text: rounds have to be equally long.
     generate_greedy(model, prompt, new_tokens, lmtp_tree=plan, lmtp_stats=stats, eos_token_id=None)
     steps = max(stats.steps, 1)
@@ -78,7 +78,7 @@ def bare_forward(model, prompt: list[int], nodes: int, context: int, repeats: in
         for _ in range(repeats):
             model(ids[:, :nodes], past_key_values=cache)
             for layer in cache.layers:
-                layer.settle(context, context)
+                layer.set_cursor(context, context)
         if model.device.type == "cuda":
             torch.cuda.synchronize()
         return (time.perf_counter() - started) / repeats

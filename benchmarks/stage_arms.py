@@ -15,8 +15,8 @@ from lmtp_factory import LMTPConfig, attach_heads
 from lmtp_factory.data.cache_plan import CachePlan
 from lmtp_factory.data.hidden_cache import HiddenCache
 from lmtp_factory.data.packing import arrange, pack
-from lmtp_factory.modeling.lmtp import softcap_of
 from lmtp_factory.modeling.losses.targets import IGNORE_INDEX
+from lmtp_factory.modeling.model import softcap_of
 from lmtp_factory.plugin.collator import CACHE_INDEX, CachedStatesCollator
 
 

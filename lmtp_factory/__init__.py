@@ -13,8 +13,8 @@ _EXPORTS = {
     "LMTPConfig": "lmtp_factory.config",
     "LMTPError": "lmtp_factory.errors",
     "LeapHeads": "lmtp_factory.modeling",
-    "attach_heads": "lmtp_factory.modeling",
-    "load_model": "lmtp_factory.modeling",
+    "attach_heads": "lmtp_factory.decoding",
+    "load_model": "lmtp_factory.decoding",
 }
 
 __all__ = ["LMTPConfig", "LMTPError", "LeapHeads", "attach_heads", "geometry", "load_model"]

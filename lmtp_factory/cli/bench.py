@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from ..evaluation.report import load_for_scoring
     from ..evaluation.self_generated import read_prompts
     from ..files import atomic_write
-    from ..modeling.lmtp import base_of
+    from ..modeling.model import base_of
 
     _, prompts = read_prompts(args.model, args.prompts, args.limit)
     model = base_of(load_for_scoring(args.model, dtype=args.dtype and getattr(torch, args.dtype)))
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         "prompts": Path(args.prompts).name,
         "answers": len(prompts),
         "max_new_tokens": args.max_new_tokens,
-        "tree": f"{model.decoding_plan().kind}, {model.decoding_plan().nodes} nodes ({model.decoding_plan().source})",
+        "tree": f"{model.tree_config().kind}, {model.tree_config().nodes} nodes ({model.tree_config().source})",
     }
     print("\n" + "\n".join(f"{name}: {value}" for name, value in facts.items()) + f"\n\n{table(rows)}")
     print(_equality(rows, parted, len(prompts)))

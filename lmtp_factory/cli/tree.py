@@ -20,12 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Let the model write, time the device, weigh the trees, write ``lmtp/tree.json`` and ``lmtp/tree.png``."""
-    from ..decoding.plan import DEFAULT_WIDTH, Conditions, write_plan
+    from ..decoding.tree_config import DEFAULT_WIDTH, Conditions, write_tree
     from ..evaluation.plots import draw_tree
     from ..evaluation.report import load_for_scoring
     from ..evaluation.self_generated import read_prompts, write_own_text
     from ..modeling.checkpoint import find_heads
-    from ..modeling.lmtp import base_of
+    from ..modeling.model import base_of
     from ..tuning.costs import measure_costs
     from ..tuning.replay import accuracies, observe
     from ..tuning.tree_search import measured, plan_of, table, weigh
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     best = max(options, key=lambda option: option.tokens_per_second)
     plan = plan_of(best, observed, costs)
     facts = measured(options, observed, costs)
-    path = write_plan(plan, folder, Conditions.of(model), facts)
+    path = write_tree(plan, folder, Conditions.of(model), facts)
     draw_tree(plan, accuracies(observed), costs.verify.seconds, options, folder / "tree.png")
 
     print(f"\nVerifying costs, in ms by tokens: {_milliseconds(costs.verify.seconds)}; a draft {1e3 * costs.draft:.1f}")

@@ -27,8 +27,8 @@ from .. import geometry
 from ..errors import LMTPError, first_line
 from ..evaluation.scoring import Row, read_rows
 from ..modeling.heads import LeapHeads
-from ..modeling.lmtp import base_of
 from ..modeling.losses.chunked import chunk_rows
+from ..modeling.model import base_of
 
 
 MOST_POSITIONS, FEWEST_POSITIONS = 4096, 256

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..modeling.documents import WITH_MASK
 from ..modeling.losses.targets import IGNORE_INDEX
+from ..modeling.packing_probe import WITH_MASK
 
 
 # Lengths of rows are rounded up to this; tensor cores want it.

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation import EosTokenCriteria
 
-from .obstacles import is_known
+from .row_safety import is_known
 
 
 @dataclass
@@ -183,7 +183,7 @@ class Acceptor:
         elif self.on_device is not None:
             self.on_device = torch.cat([self.on_device, self.on_device.new_zeros(batch, capacity)], dim=1)
 
-    def wanted(self) -> int:
+    def remaining_tokens(self) -> int:
         """The most tokens that a row may still get."""
         if self.max_length is None:
             return 1 << 20

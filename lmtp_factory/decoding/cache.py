@@ -107,7 +107,7 @@ class GrowingLayer(_Movable, CacheLayerMixin):
             setattr(self, name, roomy)
         self.first = first
 
-    def settle(self, cursor: int, shortest: int) -> None:
+    def set_cursor(self, cursor: int, shortest: int) -> None:
         """Where the next step writes, and the length of the row that has come least far."""
         self.cursor, self.shortest = cursor, shortest
 
@@ -129,7 +129,7 @@ class GrowingLayer(_Movable, CacheLayerMixin):
 class FixedLayer(_Movable, StaticLayer):
     """Buffers of one size and address for ``torch.compile`` and CUDA graphs; sliding windows are left to the mask."""
 
-    def settle(self, cursor: int, shortest: int) -> None:
+    def set_cursor(self, cursor: int, shortest: int) -> None:
         """Where the next step writes."""
         self.cumulative_length.fill_(cursor)
 
@@ -208,8 +208,12 @@ class TreeCache(Cache):
             for layer in self.layers:
                 layer.move(shared)
         grown = [length + len(branch) for branch, length in zip(branches, lengths)]
+        self.set_cursor(max(grown), min(length for length, branch in zip(grown, branches) if branch))
+
+    def set_cursor(self, cursor: int, shortest: int) -> None:
+        """Where the next step writes in every layer, and the length of the shortest row that still generates."""
         for layer in self.layers:
-            layer.settle(max(grown), min(length for length, branch in zip(grown, branches) if branch))
+            layer.set_cursor(cursor, shortest)
 
     def hand_back(self, cache: Cache, length: int) -> None:
         """Give the first ``length`` columns to the cache that this one replaced, as if it had been in use all along.

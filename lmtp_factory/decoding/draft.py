@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import geometry
-from ..modeling.dtypes import like
-from ..modeling.heads import softcapped
-from ..modeling.lmtp import softcap_of
+from ..modeling.dtypes import cast_like
+from ..modeling.heads import softcap_of
+from ..modeling.losses.softmax import softcapped
 from .cpu_prepacked import int8_linear
 
 
@@ -53,6 +53,12 @@ class Window:
             real = torch.arange(size, device=hidden.device) >= missing[:, None]
         return cls(states.clone(), filled, real)
 
+    @classmethod
+    def of_states(cls, states: Tensor, is_real: Tensor) -> "Window":
+        """From given (batch, size, hidden) states, of which those at the (batch, size) ``is_real`` exist."""
+        filled = is_real.sum(1).tolist()
+        return cls(states, filled, None if bool(is_real.all()) else is_real.to(states.device))
+
     def places(self, branches: list[list[int]]) -> list[list[int]]:
         """(batch, size) where each state of the next window stands in (window ++ tree).
 
@@ -82,7 +88,7 @@ class Window:
             self.real = torch.cat([self.real, new], dim=1).gather(1, places) if min(self.filled) < size else None
 
 
-def draft(model: nn.Module, window: Window, levels: int, width: int) -> Candidates:
+def propose_candidates(model: nn.Module, window: Window, levels: int, width: int) -> Candidates:
     """Candidates for levels 1 to ``levels``, from the states that the last step left behind.
 
     Level ``l`` is depth ``d = l + 1``: head ``i``, the first with ``offsets[i] >= d``, reads the state
@@ -110,7 +116,7 @@ def draft(model: nn.Module, window: Window, levels: int, width: int) -> Candidat
 
 
 def _unembed(model: nn.Module, features: Tensor, unembedding: nn.Module) -> Tensor:
-    features = like(features, unembedding)
+    features = cast_like(features, unembedding)
     # A model that was packed once may have moved or been cast since.
     packable = features.dtype == torch.float32 and features.device.type == "cpu"
     layer = int8_linear(unembedding) if packable else unembedding

@@ -16,7 +16,8 @@ class DecodeStats:
     """Counts of one or several calls; give one to ``model.generate(..., lmtp_stats=stats)``.
 
     Attributes:
-        strategy: ``backward``, ``forward`` or ``off``; a reason follows ``off`` where heads were there but of no use.
+        strategy: ``backward``, ``forward`` or ``off``.
+        stock_reason: why stock ``generate`` decoded although heads were there and not switched off; else None.
         tokens: generated, over all rows.
         rows: sequences generated.
         steps: forwards after the prefill, each counted once for every row that it served.
@@ -28,6 +29,7 @@ class DecodeStats:
     """
 
     strategy: str = "off"
+    stock_reason: str | None = None
     tokens: int = 0
     rows: int = 0
     steps: int = 0
@@ -72,7 +74,7 @@ class DecodeStats:
 
     def line(self) -> str:
         """One line for a log."""
+        how = self.strategy if self.stock_reason is None else f"{self.strategy}: {self.stock_reason}"
         return (
-            f"{self.tokens} tokens, {self.tokens_per_second:.1f} tokens/s, tau {self.tau:.2f} (tokens a forward, "
-            f"{self.strategy})"
+            f"{self.tokens} tokens, {self.tokens_per_second:.1f} tokens/s, tau {self.tau:.2f} (tokens a forward, {how})"
         )

@@ -11,9 +11,9 @@ from tqdm import tqdm
 
 from .. import geometry
 from ..decoding.cpu_prepacked import can_prepack, prepacked
-from ..decoding.plan import TreePlan
 from ..decoding.stats import DecodeStats
 from ..decoding.tree import best_first_paths
+from ..decoding.tree_config import TreeConfig
 from .self_generated import generate_greedy
 
 
@@ -75,19 +75,19 @@ def default_arms(model: nn.Module, accuracies: Sequence[Sequence[float]], nodes:
     reach = geometry.reach(model.leap_heads.config.offsets)
     paths = tuple(best_first_paths(accuracies, nodes))
 
-    def ours(plan: TreePlan, strategy: str = "backward") -> Arm:
+    def ours(plan: TreeConfig, strategy: str = "backward") -> Arm:
         return Arm({"lmtp_decode": strategy, "lmtp_tree": plan})
 
     arms = {STOCK: Arm({"lmtp_decode": "off"})}
     if can_prepack(model):
         arms["stock, packed weights"] = Arm({"lmtp_decode": "off"}, around=lambda: prepacked(model))
     arms["prompt lookup"] = Arm({"lmtp_decode": "off", "prompt_lookup_num_tokens": _LOOKUP_TOKENS})
-    arms[OWN_LOOP] = ours(TreePlan("chain", 1))
-    arms["backward, chain"] = ours(TreePlan("chain", reach))
-    arms["backward, static"] = ours(TreePlan("static", len(paths), paths))
-    arms["backward, dynamic"] = ours(TreePlan("dynamic", nodes))
-    arms["backward, as left to us"] = ours(model.decoding_plan())
-    arms["forward, dynamic"] = ours(TreePlan("dynamic", nodes), "forward")
+    arms[OWN_LOOP] = ours(TreeConfig("chain", 1))
+    arms["backward, chain"] = ours(TreeConfig("chain", reach))
+    arms["backward, static"] = ours(TreeConfig("static", len(paths), paths))
+    arms["backward, dynamic"] = ours(TreeConfig("dynamic", nodes))
+    arms["backward, as left to us"] = ours(model.tree_config())
+    arms["forward, dynamic"] = ours(TreeConfig("dynamic", nodes), "forward")
     return arms
 
 

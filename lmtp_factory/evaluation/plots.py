@@ -13,7 +13,7 @@ from ..decoding.tree import best_first_paths
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from ..decoding.plan import TreePlan
+    from ..decoding.tree_config import TreeConfig
     from ..tuning.tree_search import Option
     from .bench import ArmResult
     from .scoring import HeadScores
@@ -72,7 +72,7 @@ def draw_head_bars(scores: Mapping[str, "HeadScores"], path: str | os.PathLike) 
 
 
 def draw_tree(
-    plan: "TreePlan",
+    plan: "TreeConfig",
     accuracies: Sequence[Sequence[float]],
     seconds: Mapping[int, float],
     options: Sequence["Option"],

@@ -9,8 +9,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from ..config import LMTPConfig
+from ..decoding import attach_heads, load_model
 from ..files import atomic_write
-from ..modeling import attach_heads, load_model
 from ..modeling.checkpoint import find_heads
 from .plots import draw_head_bars
 from .scoring import HeadScores

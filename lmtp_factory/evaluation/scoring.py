@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from ..distill.rows import PROMPT_COLUMN, RESPONSE_COLUMN, parse_ids
 from ..errors import LMTPError
-from ..modeling.lmtp import base_of
 from ..modeling.losses.targets import IGNORE_INDEX
+from ..modeling.model import base_of
 
 
 Row = tuple[list[int], list[int]]  # prompt ids, output ids

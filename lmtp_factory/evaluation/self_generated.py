@@ -7,7 +7,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..decoding.plan import TreePlan
+from ..decoding.tree_config import TreeConfig
 from ..distill.chat import load_tokenizer, prompt_ids
 from ..distill.prompts import prompts_from_file
 from .scoring import Row
@@ -35,5 +35,5 @@ def generate_greedy(model: nn.Module, ids: Sequence[int], max_new_tokens: int, *
 def write_own_text(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Iterator[Row]:
     """Each prompt and the model's greedy answer to it."""
     for ids in tqdm(prompts, desc="the model writes", unit="answer"):
-        answer = generate_greedy(model, ids, max_new_tokens, lmtp_tree=TreePlan("chain", 1))
+        answer = generate_greedy(model, ids, max_new_tokens, lmtp_tree=TreeConfig("chain", 1))
         yield list(ids), answer[0, len(ids) :].tolist()

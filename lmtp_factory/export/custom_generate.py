@@ -13,7 +13,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from .. import __version__
-from ..modeling import attach_heads, heads_of, load_heads
+from ..decoding import attach_heads
+from ..modeling import heads_of, load_heads
 
 
 FOLDER = "custom_generate"

@@ -6,8 +6,8 @@ from ..config import LMTPConfig
 from .attach import attach_heads
 from .checkpoint import load_heads, save_heads
 from .heads import LeapHeads
-from .lmtp import LeapOutput, heads_of
 from .load import load_model
+from .model import LeapOutput, base_of, heads_of
 
 
 AutoConfig.register(LMTPConfig.model_type, LMTPConfig, exist_ok=True)
@@ -18,6 +18,7 @@ __all__ = [
     "LeapHeads",
     "LeapOutput",
     "attach_heads",
+    "base_of",
     "heads_of",
     "load_heads",
     "load_model",

@@ -1,7 +1,6 @@
 """Giving leap heads to a model that is loaded."""
 
 import copy
-import functools
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -10,11 +9,12 @@ from transformers import PreTrainedModel
 
 from ..config import LMTPConfig
 from ..errors import LMTPError
+from ..options import HEAD_DECAY, HEAD_WEIGHT
 from .checkpoint import check_base, state_size
 from .heads import LeapHeads
-from .lmtp import LeapModel, base_of, leap_class
 from .logits_proof import prove_logits
 from .losses.implementation import as_plain_linear
+from .model import LeapModel, base_of, leap_class
 from .zero3 import fetch_together, gathered
 
 
@@ -24,9 +24,10 @@ def attach_heads(
     stage: int | None = None,
     *,
     heads: LeapHeads | None = None,
-    head_weight: float = 0.1,
-    head_decay: float = 1.0,
+    head_weight: float = HEAD_WEIGHT,
+    head_decay: float = HEAD_DECAY,
     dtype: torch.dtype | None = None,
+    mixins: tuple[type, ...] = (),
 ) -> nn.Module:
     """Give leap heads to a loaded causal LM, in place.
 
@@ -39,6 +40,7 @@ def attach_heads(
         head_weight: beta of stage 2.
         head_decay: w_i = head_decay ** (i - 1).
         dtype: of the heads' parameters; default the LM head's.
+        mixins: classes to put in front of the model's, see :mod:`lmtp_factory.decoding`.
 
     Returns:
         ``model``. Given ``labels`` its forward returns a :class:`LeapOutput` with the stage's ``loss``.
@@ -58,9 +60,7 @@ def attach_heads(
 
     weight = base.get_output_embeddings().weight
     device = weight.device if weight.device.type != "meta" else backbone.device
-    if isinstance(vars(base).get("generate"), functools.partial):
-        del base.generate  # a heads export loaded with trust_remote_code brings its own decoder
-    base.__class__ = leap_class(type(base))
+    base.__class__ = leap_class(type(base), mixins)
     base.leap_heads = heads.to(device=device, dtype=dtype or (weight.dtype if weight.is_floating_point() else None))
     base.token_types = backbone.token_types
     base.leap_stage, base.head_weight, base.head_decay = stage, head_weight, head_decay

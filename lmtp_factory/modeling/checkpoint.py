@@ -108,7 +108,7 @@ def read_config(folder: str | os.PathLike) -> LMTPConfig:
         raise LMTPError(f"{path} cannot be used. {error}") from None
 
 
-def verify_heads(folder: str | os.PathLike) -> LMTPConfig:
+def validate_checkpoint(folder: str | os.PathLike) -> LMTPConfig:
     """The configuration of an ``lmtp/`` folder whose weights are there, whole, and of the shapes it describes.
 
     Reads the header of the weights only, so it is cheap enough to run before a model loads.
@@ -152,7 +152,7 @@ def load_heads(path: str | os.PathLike) -> LeapHeads:
     folder = find_heads(path)
     if folder is None:
         raise LMTPError(f"{path} has no lmtp/ folder, so no leap heads: give the output directory of an L-MTP stage.")
-    config = verify_heads(folder)
+    config = validate_checkpoint(folder)
     with torch.device("meta"):  # no random numbers for matrices that are about to be read
         heads = LeapHeads(config)
     tensors = load_file(folder / WEIGHTS_FILE)

@@ -10,12 +10,12 @@ def computed_in(weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
-def like(hidden: Tensor, layer: nn.Module) -> Tensor:
+def cast_like(hidden: Tensor, layer: nn.Module) -> Tensor:
     """``hidden`` as ``layer`` takes it: in its dtype, unless autocast sees to that or the weights are quantised."""
     dtype = layer.weight.dtype
     return hidden.to(dtype) if dtype.is_floating_point and not torch.is_autocast_enabled(hidden.device.type) else hidden
 
 
-def wide(tensor: Tensor) -> torch.dtype:
+def accumulation_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype that sums over ``tensor``'s are taken in: fp32 or wider."""
     return torch.promote_types(tensor.dtype, torch.float32)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..config import LMTPConfig
-from .dtypes import like
+from .dtypes import cast_like
 from .losses import HeadSpec, leap_loss
 from .losses.softmax import softcapped
 
@@ -24,13 +24,23 @@ class ResidualBlock(nn.Module):
         nn.init.zeros_(self.leap_proj.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        hidden = like(hidden, self.leap_proj)
+        hidden = cast_like(hidden, self.leap_proj)
         return hidden + F.silu(self.leap_proj(hidden))
 
 
 def unembed(features: Tensor, unembedding: nn.Module, softcap: float | None = None) -> Tensor:
     """(..., hidden) -> (..., vocabulary) logits."""
-    return softcapped(unembedding(like(features, unembedding)), softcap)
+    return softcapped(unembedding(cast_like(features, unembedding)), softcap)
+
+
+def softcap_of(base: PreTrainedModel) -> float | None:
+    """The base model's ``final_logit_softcapping``, which applies to every head that predicts tokens."""
+    return getattr(base.config.get_text_config(), "final_logit_softcapping", None)
+
+
+def lm_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """(..., hidden) final hidden states -> (..., vocabulary), the LM head's logits."""
+    return unembed(hidden, model.get_output_embeddings(), softcap_of(model))
 
 
 class LeapHead(nn.Module):

@@ -1,6 +1,7 @@
 """A model with leap heads in one call."""
 
 import os
+from collections.abc import Callable
 
 from huggingface_hub import snapshot_download
 from torch import nn
@@ -12,12 +13,13 @@ from .checkpoint import base_fingerprint, check_base, load_heads
 from .vocabulary import new_tokens
 
 
-def load_model(path: str, **from_pretrained_kwargs) -> nn.Module:
+def load_model(path: str, *, attach: Callable = attach_heads, **from_pretrained_kwargs) -> nn.Module:
     """A model with leap heads, ready for inference, in one call.
 
     Args:
         path: a heads export, an adapter directory with heads (its base is loaded and the adapter put on), or a stage-1
             output directory (its ``lmtp/config.json`` names the base). Local or a hub id.
+        attach: what attaches the heads.
         from_pretrained_kwargs: passed to the base model's ``from_pretrained``, e.g. ``dtype`` or ``device_map``.
 
     Raises:
@@ -51,5 +53,5 @@ def load_model(path: str, **from_pretrained_kwargs) -> nn.Module:
         model.resize_token_embeddings(heads.config.vocab_size, mean_resizing=False)  # the adapter holds all of them
     if is_adapter:
         model = PeftModel.from_pretrained(model, path)
-    attach_heads(model, heads=heads)
+    attach(model, heads=heads)
     return model.requires_grad_(False).eval()

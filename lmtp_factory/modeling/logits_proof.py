@@ -13,8 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import LMTPError, first_line
-from .heads import softcapped
-from .lmtp import softcap_of
+from .heads import softcap_of, softcapped
 from .trial import trial, trial_tokens
 
 

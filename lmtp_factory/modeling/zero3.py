@@ -62,7 +62,7 @@ def _has_engine(model: nn.Module) -> bool:
     return isinstance(model._parameters, ZeROOrderedDict)
 
 
-def hookable(hidden: Tensor) -> Tensor:
+def ensure_backward_hook(hidden: Tensor) -> Tensor:
     """``hidden`` such that ZeRO-3's hook after a head's backward runs after it.
 
     The hook hangs on the gradient of the module's input. Where the input needs none (stage 1: the backbone is frozen)

@@ -5,8 +5,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_type_hints
 
 from .. import geometry
-from ..decoding.strategies import STRATEGIES
 from ..errors import LMTPError
+from ..options import STRATEGIES
 from . import hooks
 from .stages import STAGES
 from .values import check_values, read_offsets
@@ -104,7 +104,7 @@ class LMTPArguments:
         return next((stage for stage, name in STAGES.items() if self.mtp_type == name), None)
 
     def __post_init__(self):
-        hooks.settle()
+        hooks.apply_pending()
         # From here on upstream sees an ordinary SFT stage, so that packing, prediction, chat and Liger all apply, and
         # the arguments survive being written out and parsed again.
         if self.stage in STAGES.values():

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ..decoding.plan import read_plan
+from ..decoding.tree_config import read_tree
 from ..distill.rows import TEMPLATE_NAME, is_self_distilled
 from ..errors import LMTPError
 from ..files import HEADS_FOLDER
@@ -266,7 +266,7 @@ def _check_decoding(model_args, data_args, finetuning_args) -> None:
     heads = decoding_heads(model_args, finetuning_args)
     if heads is not None:
         check_heads(heads, model_args, data_args)
-        read_plan(heads)
+        read_tree(heads)
     elif asked_for:
         raise LMTPError(
             f"lmtp_decode: {decode} asks for leap heads, but neither the adapter nor the model directory has an lmtp/ "

@@ -9,7 +9,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..data.hidden_cache import HiddenCache
 from ..data.packing import arrange, pack
-from ..modeling.documents import keeps_documents_apart
+from ..modeling.packing_probe import keeps_documents_apart
 from . import log
 
 

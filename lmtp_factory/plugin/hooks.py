@@ -94,7 +94,7 @@ class _Finder:
 
     def find_spec(self, fullname, path=None, target=None):
         if fullname.startswith(f"{PACKAGE}."):  # not while some other package is half-way through its import
-            settle()
+            apply_pending()
         seam = _seams.get(fullname)
         if seam is None:
             return None
@@ -115,10 +115,10 @@ def install() -> None:
         return
     sys.meta_path.insert(0, _Finder())
     _waiting.extend(seam for seam in _seams.values() if seam.name in sys.modules)
-    settle()
+    apply_pending()
 
 
-def settle() -> None:
+def apply_pending() -> None:
     """Extend what was being imported when we were installed and is complete by now."""
     for seam in list(_waiting):
         module = sys.modules.get(seam.name)
@@ -180,7 +180,7 @@ def attach_all(seams: Iterable[Seam] = SEAMS) -> dict[str, str | None]:
             continue
         try:
             importlib.import_module(seam.name)
-            settle()
+            apply_pending()
         except Exception as error:
             _failures[seam.name] = f"{type(error).__name__}: {error}"
         if seam.name not in _attached:

@@ -13,13 +13,14 @@ from llamafactory.extras.misc import get_current_device
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from ..decoding import attach_heads
 from ..export.custom_generate import write_custom_generate
-from ..modeling import attach_heads, load_heads
+from ..modeling import load_heads
 from ..modeling.attach import fresh_heads
 from ..modeling.checkpoint import tokenizer_fingerprint
-from ..modeling.lmtp import base_of
 from ..modeling.losses.chunked import LOGIT_BYTES
 from ..modeling.losses.implementation import as_plain_linear, resolve_implementation
+from ..modeling.model import base_of
 from . import hooks, log
 from .start import decoding_heads, locate_exported_heads, starting_heads
 from .vocabulary import fit_heads, saved_fingerprint
@@ -162,7 +163,7 @@ def _attach_for_decoding(model: nn.Module, folder: Path, strategy: str) -> None:
         return
     attach_heads(model, heads=load_heads(folder.parent))
     base.decode_strategy = strategy
-    plan = base.decoding_plan()
+    plan = base.tree_config()
     size = f"{'up to ' if plan.kind == 'dynamic' else ''}{plan.nodes} nodes"
     log.info(
         f"Decoding with the leap heads of {folder}: {'backward' if strategy == 'auto' else strategy}, {plan.kind} tree of "

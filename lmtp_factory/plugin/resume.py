@@ -12,7 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..config import LMTPConfig
 from ..errors import LMTPError
 from ..files import HEADS_FOLDER
-from ..modeling.checkpoint import read_config, verify_heads
+from ..modeling.checkpoint import read_config, validate_checkpoint
 from . import log
 from .stages import HEADS_CHECKPOINT
 
@@ -113,7 +113,7 @@ def _damage(checkpoint: Path) -> str | None:
     if not (checkpoint / HEADS_FOLDER).is_dir():
         return f"it has no {HEADS_FOLDER}/ folder"
     try:
-        verify_heads(checkpoint / HEADS_FOLDER)
+        validate_checkpoint(checkpoint / HEADS_FOLDER)
     except LMTPError:
         return f"its {HEADS_FOLDER}/ folder cannot be read"
     for weights in checkpoint.glob("*.safetensors"):

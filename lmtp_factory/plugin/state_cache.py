@@ -14,8 +14,8 @@ from ..data.cache_plan import DTYPE, SHARD_BYTES, CachePlan, documents_digest
 from ..data.hidden_cache import HiddenCache
 from ..data.packing import arrange, pack, places
 from ..errors import LMTPError
-from ..modeling.documents import keeps_documents_apart
 from ..modeling.model_facts import model_facts
+from ..modeling.packing_probe import keeps_documents_apart
 from . import log
 from .collator import CACHE_INDEX, MEDIA
 from .start import hub_options

@@ -13,9 +13,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from ..errors import LMTPError
 from ..files import HEADS_FOLDER
 from ..modeling import heads_of, load_heads, save_heads
-from ..modeling.checkpoint import verify_heads
-from ..modeling.lmtp import HEADS_PREFIX, base_of
+from ..modeling.checkpoint import validate_checkpoint
 from ..modeling.losses.targets import count_targets, head_weights
+from ..modeling.model import HEADS_PREFIX, base_of
 from ..modeling.zero3 import gathered
 from . import log
 from .head_metrics import HeadMetrics
@@ -155,7 +155,7 @@ class LeapTrainer(CustomSeq2SeqTrainer):
             self._load_heads(best)
 
     def _check_heads(self, checkpoint: str) -> None:
-        differing = differences(self.leap_model.leap_heads.config, verify_heads(Path(checkpoint, HEADS_FOLDER)))
+        differing = differences(self.leap_model.leap_heads.config, validate_checkpoint(Path(checkpoint, HEADS_FOLDER)))
         if differing:
             raise LMTPError(
                 f"The heads in {checkpoint} are not those that are trained ({in_words(differing)}): name another "

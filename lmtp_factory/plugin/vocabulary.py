@@ -7,7 +7,13 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import LMTPConfig
 from ..errors import LMTPError
-from ..modeling.checkpoint import base_fingerprint, check_base, check_base_files, tokenizer_fingerprint, verify_heads
+from ..modeling.checkpoint import (
+    base_fingerprint,
+    check_base,
+    check_base_files,
+    tokenizer_fingerprint,
+    validate_checkpoint,
+)
 from ..modeling.heads import LeapHeads
 from ..modeling.vocabulary import Vocabulary, grow_heads, new_tokens
 from .start import hub_options
@@ -26,7 +32,7 @@ def check_heads(heads: Path, model_args, data_args, may_grow: bool = False) -> L
     Raises:
         LMTPError: damaged heads, another model's, or heads that know tokens which this run does not add.
     """
-    config, options, base = verify_heads(heads), hub_options(model_args), model_args.model_name_or_path
+    config, options, base = validate_checkpoint(heads), hub_options(model_args), model_args.model_name_or_path
     run = _with_new_tokens(model_args, data_args)
     if run is not None:
         files = Vocabulary.of_files(base, **options)

@@ -14,12 +14,12 @@ from transformers import DynamicCache
 from .. import geometry
 from ..decoding import cpu_prepacked
 from ..decoding.cache import TreeCache
-from ..decoding.draft import Window, draft
-from ..decoding.plan import DEFAULT_WIDTH, CostCurve
+from ..decoding.draft import Window, propose_candidates
+from ..decoding.state import one_row_state
 from ..decoding.tree import chain_paths, fixed, grow
+from ..decoding.tree_config import DEFAULT_WIDTH, CostCurve
 from ..decoding.verify import Verifier
-from ..modeling.heads import unembed
-from ..modeling.lmtp import softcap_of
+from ..modeling.heads import lm_logits
 
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -51,16 +51,15 @@ def measure_costs(
     with cpu_prepacked.prepacked(model) if cpu_prepacked.can_prepack(model) else nullcontext():
         hidden = model.base_model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
         window = Window.of_prompt(hidden, [context], geometry.window(offsets))
-        verifier = Verifier(model, cache, 0, None, last_position=1 << 30)
-        columns = torch.full((1, 1), context, device=device)
+        state = one_row_state(cache, context, last_position=1 << 30, device=device)
+        forward = Verifier(model)
 
         def verify(tree, tokens) -> None:
-            for layer in cache.layers:
-                layer.settle(context, context)
-            unembed(verifier(tokens, tree, [context], columns), model.get_output_embeddings(), softcap_of(model))
+            cache.set_cursor(context, context)
+            lm_logits(model, forward(tokens, tree, state))
 
         def propose() -> None:
-            candidates = draft(model, window, geometry.reach(offsets) - 1, DEFAULT_WIDTH)
+            candidates = propose_candidates(model, window, geometry.reach(offsets) - 1, DEFAULT_WIDTH)
             tree = grow(candidates.probabilities, nodes)
             tree.tokens(ids[:, 0], candidates.tokens)
 

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import geometry
-from ..decoding.plan import TreePlan, Trust
+from ..decoding.draft import Window, propose_candidates
 from ..decoding.tree import grow
+from ..decoding.tree_config import AcceptanceCalibration, TreeConfig
 from ..evaluation.scoring import Row
-from ..modeling.heads import unembed
-from ..modeling.lmtp import softcap_of
 
 
-_ROWS_AT_ONCE = 256  # logits of so many states exist at a time
+_STEPS_AT_ONCE = 64  # so many steps' candidates exist at a time, each level's logits over the whole vocabulary
 
 
 @dataclass(frozen=True)
@@ -39,34 +38,32 @@ class Observed:
 
 @torch.no_grad()
 def observe(model: nn.Module, row: Row, width: int) -> Observed:
-    """Candidates and truth for every step of one answer."""
+    """Candidates and truth for every step of one answer.
+
+    Candidates are those that decoding would propose: :func:`.draft.propose_candidates` on each step's window of states.
+    """
     prompt, answer = row
     ids = torch.tensor([prompt + answer], device=model.device)
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]  # (length, hidden)
     offsets = model.leap_heads.config.offsets
-    lm_head, softcap = model.get_output_embeddings(), softcap_of(model)
-    tokens, probabilities = [], []
-    for head in model.leap_heads.heads:
-        parts = []
-        for states in hidden.split(_ROWS_AT_ONCE):
-            logits = unembed(head.features(states), head.unembed or lm_head, softcap).float()
-            best, chosen = logits.topk(width, dim=-1)
-            parts.append((chosen, (best - logits.logsumexp(-1, keepdim=True)).exp()))
-        tokens.append(torch.cat([part[0] for part in parts]))
-        probabilities.append(torch.cat([part[1] for part in parts]))
+    size, levels = geometry.window(offsets), geometry.reach(offsets) - 1
 
     # A step starts at state t: its root is token t + 1 and level l drafts token t + 1 + l. Nothing follows the last token.
     steps = torch.arange(len(prompt) - 1, len(prompt) + len(answer) - 2)
-    step_probabilities, ranks = [], []
-    for level in range(1, geometry.reach(offsets)):
-        head, back = geometry.lookback(level + 1, offsets)
-        states = (steps - back).clamp(min=0)
-        place = (steps + 1 + level).clamp(max=ids.shape[1] - 1)
-        is_truth = tokens[head - 1][states] == ids[0, place][:, None]
-        is_truth &= ((steps + 1 + level < ids.shape[1]) & (steps >= back))[:, None].to(is_truth.device)
-        ranks.append(torch.where(is_truth.any(1), is_truth.float().argmax(1), width))
-        step_probabilities.append(probabilities[head - 1][states] * (steps >= back)[:, None].to(is_truth.device))
-    return Observed(torch.stack(step_probabilities, dim=1).cpu(), torch.stack(ranks, dim=1).cpu())
+    probabilities, ranks = [], []
+    for part in steps.split(_STEPS_AT_ONCE):
+        places = part[:, None] - torch.arange(size - 1, -1, -1)  # (steps, window) of the states, oldest first
+        window = Window.of_states(hidden[places.clamp(min=0)], is_real=places >= 0)
+        candidates = propose_candidates(model, window, levels, width)  # (steps, levels, width)
+        ahead = part[:, None] + 1 + torch.arange(1, levels + 1)  # (steps, levels) of the drafted tokens
+        truth = ids[0, ahead.clamp(max=ids.shape[1] - 1)].to(candidates.tokens.device)
+        is_truth = candidates.tokens == truth[:, :, None]
+        is_truth &= (candidates.probabilities > 0) & (ahead < ids.shape[1])[:, :, None].to(is_truth.device)
+        ranks.append(torch.where(is_truth.any(-1), is_truth.float().argmax(-1), candidates.tokens.shape[-1]).cpu())
+        probabilities.append(candidates.probabilities.cpu())
+    if not len(steps):
+        return Observed(torch.zeros(0, levels, width), torch.zeros(0, levels, dtype=torch.long))
+    return Observed(torch.cat(probabilities), torch.cat(ranks))
 
 
 def accuracies(observed: Sequence[Observed]) -> list[list[float]]:
@@ -119,18 +116,18 @@ def tau_of_dynamic(observed: Sequence[Observed], sizes: Sequence[int]) -> dict[i
     return {size: _tau(observed, with_size(size)) for size in sizes}
 
 
-def rate_of_cut_trees(observed: Sequence[Observed], plan: TreePlan, draft_cost: float) -> tuple[float, float]:
+def rate_of_cut_trees(observed: Sequence[Observed], plan: TreeConfig, draft_cost: float) -> tuple[float, float]:
     """Tokens a forward, and tokens per unit of the plan's cost, with dynamic trees cut in each step by their worth."""
     tokens = steps = 0
     cost = 0.0
     for answer in observed:
         levels, values = accepted_levels(answer, plan.nodes)
-        trust, step = Trust(), 0
+        calibration, step = AcceptanceCalibration(), 0
         while step < len(answer):
             row = values[step].tolist()
-            nodes = plan.best_size([row], trust.value)
+            nodes = plan.best_size([row], calibration.ratio)
             accepted = int(levels[step, nodes - 1])
-            trust.learn(sum(row[1:nodes]), accepted)
+            calibration.learn(sum(row[1:nodes]), accepted)
             reached = min(accepted + 1, len(answer) - step)
             steps, tokens, step = steps + 1, tokens + reached, step + reached
             cost += plan.cost.at(nodes) + draft_cost

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from ..decoding.plan import TreePlan
 from ..decoding.tree import best_first_paths, chain_paths
+from ..decoding.tree_config import TreeConfig
 from .costs import StepCosts
 from .replay import Observed, accuracies, rate_of_cut_trees, tau_of_dynamic, tau_of_paths
 
@@ -46,20 +46,20 @@ def weigh(observed: Sequence[Observed], costs: StepCosts) -> list[Option]:
     for nodes, tau in tau_of_dynamic(weighed_on, SIZES).items():
         add("dynamic", nodes, tau)
     for nodes in SIZES:
-        plan = TreePlan("dynamic", nodes, cost=costs.verify)
+        plan = TreeConfig("dynamic", nodes, cost=costs.verify)
         options.append(Option("dynamic, cut", nodes, *rate_of_cut_trees(weighed_on, plan, costs.draft)))
     return options
 
 
-def plan_of(option: Option, observed: Sequence[Observed], costs: StepCosts) -> TreePlan:
+def plan_of(option: Option, observed: Sequence[Observed], costs: StepCosts) -> TreeConfig:
     """The plan that carries out an option."""
     if option.kind == "none":
-        return TreePlan("chain", 1)
+        return TreeConfig("chain", 1)
     if option.kind == "static":
         paths = best_first_paths(accuracies(observed), option.nodes)
-        return TreePlan("static", len(paths), tuple(paths))
+        return TreeConfig("static", len(paths), tuple(paths))
     cost = costs.verify if option.kind == "dynamic, cut" else None
-    return TreePlan(option.kind.split(",")[0], option.nodes, cost=cost)
+    return TreeConfig(option.kind.split(",")[0], option.nodes, cost=cost)
 
 
 def table(options: Sequence[Option]) -> str:

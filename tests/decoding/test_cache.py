@@ -74,7 +74,7 @@ class Plain:
         for held, new in zip(self.held, written):
             held[:] = [[part[row] for part in new] for row in range(self.rows)]
         for layer in self.cache.layers:
-            layer.settle(columns, columns)
+            layer.set_cursor(columns, columns)
 
     def step(self) -> None:
         """A tree of some nodes; each unfinished row keeps some branch, not always that of the lowest numbers."""
@@ -318,5 +318,5 @@ def test_a_static_cache_of_the_caller_s(leap):
     # Once in use it stays stock's.
     ids = torch.cat([first, prompt(1, 4, seed=1)], dim=1)
     second = model.generate(ids, past_key_values=cache, **kwargs)
-    assert stats.strategy == "off: a cache of type StaticCache cannot hold trees"
+    assert stats.stock_reason == "a cache of type StaticCache cannot hold trees"
     assert torch.equal(second, stock(model, ids, max_new_tokens=10, do_sample=False))

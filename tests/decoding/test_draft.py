@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from trials import GEOMETRIES, PLANS, decoded, oracle, padded, prompt, stock
 
 from lmtp_factory.decoding import draft as draft_module
-from lmtp_factory.decoding import drafter
-from lmtp_factory.decoding.draft import Window, draft
+from lmtp_factory.decoding import tree_builder
+from lmtp_factory.decoding.draft import Window, propose_candidates
 
 
 HEADS = {
@@ -84,15 +84,15 @@ def check_drafts(model, inputs, plan, monkeypatch, seed=0, new=16):
     ranks = {(row, place): rng.choice([0, 0, 1, 2, None]) for row in range(rows) for place in range(length + new)}
 
     with oracle(expected, lambda row, place: ranks[row, place]) as acceptors:
-        foretold = drafter.draft
+        foretold = tree_builder.propose_candidates
 
         def recorded(model, window, levels, width):
             lengths = [row.length for row in acceptors[-1].rows if not row.done]
             unfinished = [b for b, row in enumerate(acceptors[-1].rows) if not row.done]
-            seen.append((dict(zip(unfinished, lengths)), draft(model, window, levels, width)))
+            seen.append((dict(zip(unfinished, lengths)), propose_candidates(model, window, levels, width)))
             return foretold(model, window, levels, width)
 
-        monkeypatch.setattr(drafter, "draft", recorded)
+        monkeypatch.setattr(tree_builder, "propose_candidates", recorded)
         monkeypatch.setattr(draft_module, "int8_linear", lambda layer: layer)  # int8 heads are right but for a percent
         _, stats = decoded(model, **inputs, **kwargs, lmtp_tree=plan)
         monkeypatch.undo()
@@ -158,10 +158,10 @@ def test_a_conversation_s_next_turn_starts_a_window_of_what_is_new(leap, monkeyp
     drafts = []
 
     def recorded(*args):
-        drafts.append(draft(*args))
+        drafts.append(propose_candidates(*args))
         return drafts[-1]
 
-    monkeypatch.setattr(drafter, "draft", recorded)
+    monkeypatch.setattr(tree_builder, "propose_candidates", recorded)
     kwargs = {"max_new_tokens": 9, "do_sample": False}
     output, _ = decoded(model, ids, past_key_values=first.past_key_values, lmtp_tree=PLANS["dynamic"], **kwargs)
     assert torch.equal(output, stock(model, ids, **kwargs))
@@ -176,13 +176,13 @@ def test_int8_heads_propose_nearly_the_same(leap, kind, monkeypatch):
     model, drafts = leap(heads={"head_kind": kind}), []
 
     def recorded(model, window, levels, width):
-        quick = draft(model, window, levels, width)
+        quick = propose_candidates(model, window, levels, width)
         with monkeypatch.context() as patch:
             patch.setattr(draft_module, "int8_linear", lambda layer: layer)
-            drafts.append((quick, draft(model, window, levels, model.config.vocab_size)))
+            drafts.append((quick, propose_candidates(model, window, levels, model.config.vocab_size)))
         return quick
 
-    monkeypatch.setattr(drafter, "draft", recorded)
+    monkeypatch.setattr(tree_builder, "propose_candidates", recorded)
     decoded(model, prompt(), max_new_tokens=6, do_sample=False, lmtp_tree=PLANS["dynamic"])
     assert drafts
     for quick, exact in drafts:

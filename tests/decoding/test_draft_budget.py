@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trials import GREEDY, PATHS, check, oracle, prompt, stock
 
-from lmtp_factory.decoding import generate
+from lmtp_factory.decoding import loop
 from lmtp_factory.decoding.draft_budget import ALLOWANCE, MOST, STAKE, DraftBudget
-from lmtp_factory.decoding.plan import TreePlan
 from lmtp_factory.decoding.stats import DecodeStats
+from lmtp_factory.decoding.tree_config import TreeConfig
 
 
 def simulate(accepted, extra: float, tokens: int, budget=None, noise=lambda: 1.0) -> tuple[float, int]:
@@ -93,23 +93,23 @@ def test_one_slow_plain_step_does_not_make_drafts_look_cheap():
 @pytest.mark.parametrize(
     "plan",
     [
-        TreePlan("chain", 5),
-        TreePlan("static", 12, paths=PATHS),
-        TreePlan("dynamic", 9, width=3),
+        TreeConfig("chain", 5),
+        TreeConfig("static", 12, paths=PATHS),
+        TreeConfig("dynamic", 9, width=3),
     ],
     ids=["chain", "static", "dynamic"],
 )
 def test_every_kind_of_tree_stops_where_nothing_is_accepted(leap, plan, monkeypatch):
     """A real generation whose drafts are always wrong, on a clock on which a draft costs half a plain step more."""
-    now, decode_step = 0.0, generate.Verifier.__call__
+    now, decode_step = 0.0, loop.Verifier.__call__
 
     def verify(self, tokens, *args):
         nonlocal now
         now += 1.0 if tokens.shape[1] == 1 else 1.5
         return decode_step(self, tokens, *args)
 
-    monkeypatch.setattr(generate.Verifier, "__call__", verify)
-    monkeypatch.setattr(generate.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(loop.Verifier, "__call__", verify)
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: now)
     model = leap()
     kwargs = {"max_new_tokens": 80} | GREEDY
     whole = stock(model, prompt(), **kwargs)

@@ -39,7 +39,7 @@ def test_heads_beside_an_unmerged_adapter(leap, tmp_path):
 
 def test_prompt_tuning_is_left_to_stock(leap, tmp_path, caplog):
     model = adapted(leap, tmp_path, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
-    reason = "its inputs are prepared by somebody else, as in prompt tuning"
+    reason = "its inputs are prepared by another library, as in prompt tuning"
     left_to_stock(model, reason, caplog, input_ids=prompt(), max_new_tokens=8, **GREEDY)
 
 

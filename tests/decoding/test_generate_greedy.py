@@ -18,7 +18,7 @@ from transformers import (
 from trials import GEOMETRIES, PLANS, check, decoded, oracle, padded, prompt, randomise, stir, stock
 
 from lmtp_factory import attach_heads
-from lmtp_factory.decoding.plan import TreePlan
+from lmtp_factory.decoding.tree_config import TreeConfig
 from lmtp_factory.modeling import heads_of
 
 
@@ -86,7 +86,7 @@ def test_forward_is_the_same_with_plain_steps_between(leap, rows, plan):
 def test_a_cache_made_without_a_config(leap, architecture):
     """It keeps everything in sliding layers too, so that the mask has to hide it; steps of one node need one as well."""
     model = leap(architecture)
-    for plan in (*PLANS.values(), TreePlan("chain", 1)):
+    for plan in (*PLANS.values(), TreeConfig("chain", 1)):
         kwargs = {"max_new_tokens": 28} | GREEDY
         expected = stock(model, prompt(), past_key_values=DynamicCache(), **kwargs)
         with oracle(expected, mixed):
@@ -99,10 +99,10 @@ def test_a_cache_made_without_a_config(leap, architecture):
 def test_branches_longer_than_the_sliding_window(leap, architecture, window):
     """Their last nodes do not see their first ones."""
     model = leap(architecture, heads={"offsets": (2, 3, 8)}, sliding_window=window)
-    for plan in (TreePlan("chain", 8, always=True), PLANS["dynamic"]):
+    for plan in (TreeConfig("chain", 8, always=True), PLANS["dynamic"]):
         for inputs in ({"input_ids": prompt()}, padded([9, 4])):
             stats = check_drafts(model, inputs, plan, rank=lambda row, place: 0 if place % 17 else None)
-    assert len(stats.accepted) > 2 and check_drafts(model, inputs, TreePlan("chain", 8, always=True)).tau > 1.3
+    assert len(stats.accepted) > 2 and check_drafts(model, inputs, TreeConfig("chain", 8, always=True)).tau > 1.3
 
 
 def test_several_sequences_of_one_prompt(leap):
@@ -221,7 +221,7 @@ def test_a_perfect_draft_reaches_as_far_as_the_heads(leap, geometry, kind):
             model,
             **padded([6, 3]),
             max_new_tokens=new,
-            lmtp_tree=TreePlan(kind, 2 + 3 * reach, width=3, always=True),
+            lmtp_tree=TreeConfig(kind, 2 + 3 * reach, width=3, always=True),
             **GREEDY,
         )
     assert ours.tolist() == expected.tolist()

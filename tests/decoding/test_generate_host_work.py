@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MaxTimeCriteria, set_seed
 from trials import GREEDY, PLANS, check, decoded, oracle, padded, prompt, stock
 
-from lmtp_factory.decoding import drafter, generate
+from lmtp_factory.decoding import loop, tree_builder
 from lmtp_factory.decoding.accept import Acceptor
 from lmtp_factory.decoding.stats import DecodeStats
 from lmtp_factory.plugin.chat import Reader
@@ -138,16 +138,16 @@ def counted(model, inputs, plan, new=24, **kwargs):
     set_seed(0)
     expected = stock(model, **inputs, **kwargs)
     check(model, prompt(), max_new_tokens=8, lmtp_tree=plan, **GREEDY)  # what is done once a model is done
-    real, counter, stats = drafter.draft, Counting(model), Branches()
+    real, counter, stats = tree_builder.propose_candidates, Counting(model), Branches()
     with oracle(expected, mixed), pytest.MonkeyPatch.context() as patch:
-        foretold = drafter.draft
+        foretold = tree_builder.propose_candidates
 
         def both(*args, **kwargs):
             real(*args, **kwargs)
             with counter.pause():
                 return foretold(*args, **kwargs)
 
-        patch.setattr(drafter, "draft", both)
+        patch.setattr(tree_builder, "propose_candidates", both)
         set_seed(0)
         with counter.counting():
             ours = model.generate(**inputs, **kwargs, lmtp_tree=plan, lmtp_stats=stats)
@@ -189,7 +189,7 @@ def test_criteria_that_are_known_answer_on_the_host(leap, kwargs, monkeypatch):
         kind, "__call__", lambda self, ids, *args, **more: devices.append(ids) or asked(self, ids, *args)
     )
     acceptors = []
-    monkeypatch.setattr(generate, "Acceptor", lambda *args: acceptors.append(Acceptor(*args)) or acceptors[-1])
+    monkeypatch.setattr(loop, "Acceptor", lambda *args: acceptors.append(Acceptor(*args)) or acceptors[-1])
     check(model, prompt(), max_new_tokens=9, **kwargs, **GREEDY)
     assert acceptors[0].on_device is None and len(acceptors[0].host_criteria) == 1
     assert devices[-1].data_ptr() == acceptors[0].sequences.data_ptr()
@@ -226,7 +226,7 @@ def test_the_device_s_copy_of_the_sequences_keeps_up(leap, rows, settings, monke
     kwargs = {"max_new_tokens": 90} | settings | GREEDY
     expected, made = stock(model, **padded([9, 2, 4][:rows]), **kwargs), []
     with oracle(expected, mixed):
-        monkeypatch.setattr(generate, "Acceptor", with_two_memories(generate.Acceptor, made))
+        monkeypatch.setattr(loop, "Acceptor", with_two_memories(loop.Acceptor, made))
         ours, stats = decoded(model, **padded([9, 2, 4][:rows]), **kwargs, lmtp_tree=PLANS["dynamic"])
         monkeypatch.undo()
     assert ours.tolist() == expected.tolist() and len(ours[0]) > 80 and stats.tau > 1.3

@@ -60,10 +60,10 @@ from trials import (
 )
 
 from lmtp_factory import LMTPError, attach_heads
-from lmtp_factory.decoding import generate, obstacles
-from lmtp_factory.decoding.obstacles import obstacle
-from lmtp_factory.decoding.plan import TreePlan
+from lmtp_factory.decoding import support
 from lmtp_factory.decoding.stats import DecodeStats
+from lmtp_factory.decoding.support import unsupported_reason
+from lmtp_factory.decoding.tree_config import TreeConfig
 from lmtp_factory.plugin.chat import Reader
 
 
@@ -238,7 +238,7 @@ def test_every_processor_and_criterion_of_transformers_has_been_looked_at():
         kinds = (kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, base))
         defined |= {kind.__name__ for kind in kinds if kind is not base}
     row_safe = {type(part).__name__ for part in ROW_SAFE} | ROW_SAFE_BY_READING
-    whole_batch = obstacles.WHOLE_BATCH_PROCESSORS | obstacles.WHOLE_BATCH_CRITERIA
+    whole_batch = support.WHOLE_BATCH_PROCESSORS | support.WHOLE_BATCH_CRITERIA
     assert defined == row_safe | whole_batch and not row_safe & whole_batch
 
 
@@ -272,12 +272,12 @@ def test_scores_of_rows_that_end_before_others(leap, name, caplog):
 
 def test_caches_that_cannot_go_back(leap, caplog):
     kind = type("Unknown", (DynamicCache,), {})
-    generate._say_once.cache_clear()
+    support.say_once.cache_clear()
     stats = DecodeStats()
     with caplog.at_level(logging.WARNING, logger="lmtp_factory"):
         kwargs = {"max_new_tokens": 8} | GREEDY
         output = leap().generate(prompt(), past_key_values=kind(), lmtp_stats=stats, **kwargs)
-    assert stats.strategy == "off: a cache of type Unknown cannot hold trees"
+    assert stats.stock_reason == "a cache of type Unknown cannot hold trees"
     assert torch.equal(output, stock(leap(), prompt(), **kwargs))
 
 
@@ -328,11 +328,11 @@ def test_models_that_cannot_be_sped_up(leap):
     )  # fmt: skip
 
     def reason(text_config=None, **kwargs):
-        stand_in = SimpleNamespace(config=copy.deepcopy(model.config), training=False)
+        stand_in = SimpleNamespace(config=copy.deepcopy(model.config), training=False, _takes_trees={"sdpa": True})
         for name, value in (text_config or {}).items():
             setattr(stand_in.config, name, value)
         inputs = {"use_cache": True, "past_key_values": DynamicCache(), "position_ids": torch.arange(9)[None]} | kwargs
-        return obstacle(stand_in, prompt(), [], [], config, inputs)
+        return unsupported_reason(stand_in, prompt(), [], [], config, False, inputs)
 
     assert reason() is None
     assert reason({"_attn_implementation_internal": "flash_attention_2"}) == (
@@ -370,7 +370,7 @@ def small(kind, config_kind, **config):
 )
 def test_models_whose_forward_takes_no_trees(build, caplog):
     """They are found out by trying."""
-    reason = "a forward over a tree is not what forwards over its branches are"
+    reason = "a tree-masked forward does not match sequential forwards"
     left_to_stock(build(), reason, caplog, prompt(), max_new_tokens=8, **GREEDY)
     caplog.clear()
     left_to_stock(build(), reason, caplog, **padded([9, 4]), max_new_tokens=8, **GREEDY)
@@ -382,7 +382,7 @@ def test_dropout_does_not_spoil_the_trial(leap):
     model.train()
     stats = DecodeStats()
     model.generate(prompt(), max_new_tokens=4, lmtp_stats=stats, **GREEDY)
-    assert stats.strategy.startswith("off: a forward over a tree")
+    assert stats.stock_reason == "a tree-masked forward does not match sequential forwards"
     model.eval()
     check(model, prompt(), max_new_tokens=8, **GREEDY)
 
@@ -398,7 +398,7 @@ def test_dropout_is_left_to_stock_with_its_random_numbers(leap):
         output = model.generate(prompt(), max_new_tokens=12, do_sample=True, lmtp_decode=decode, lmtp_stats=stats)
         seen.append((output.tolist(), float(torch.rand(()))))
     assert seen[0] == seen[1]
-    assert stats.strategy.startswith("off: a forward over a tree")
+    assert stats.stock_reason == "a tree-masked forward does not match sequential forwards"
 
 
 def test_an_error_while_trying_is_not_remembered(leap):
@@ -412,7 +412,7 @@ def test_an_error_while_trying_is_not_remembered(leap):
 
     hook = model.base_model.register_forward_pre_hook(fail, with_kwargs=True)
     model.generate(prompt(), max_new_tokens=1, lmtp_stats=stats, **GREEDY)
-    assert stats.strategy.startswith("off: a forward over a tree")
+    assert stats.stock_reason == "a tree-masked forward does not match sequential forwards"
     hook.remove()
     check(model, prompt(), max_new_tokens=8, **GREEDY)
 
@@ -433,7 +433,7 @@ def test_another_attention_is_tried_anew(leap, monkeypatch):
             monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", careless)
             model.generate(prompt(), max_new_tokens=8, lmtp_stats=stats, **GREEDY)
             monkeypatch.undo()
-            assert stats.strategy.startswith("off: a forward over a tree" if attention == "sdpa" else "backward")
+            assert stats.strategy == ("off" if attention == "sdpa" else "backward")
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["after a call in eval mode", "at once"])
@@ -459,9 +459,9 @@ def test_a_plan_wider_than_the_vocabulary(leap, rows):
     inputs, kwargs = {"input_ids": prompt(rows, 6) % 7 + 2}, {"max_new_tokens": 12} | GREEDY
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     for width in (9, 10, 40):
-        check(model, **inputs, **kwargs, lmtp_tree=TreePlan("dynamic", 64, width=width))
-    check(model, **inputs, **kwargs, lmtp_tree=TreePlan("static", 3, paths=((), (0,), (8,))))
-    beyond = TreePlan("static", 3, paths=((), (0,), (9,)))
+        check(model, **inputs, **kwargs, lmtp_tree=TreeConfig("dynamic", 64, width=width))
+    check(model, **inputs, **kwargs, lmtp_tree=TreeConfig("static", 3, paths=((), (0,), (8,))))
+    beyond = TreeConfig("static", 3, paths=((), (0,), (9,)))
     message = r"static tree takes candidates down to rank 9, but the vocabulary has 9 tokens \(ranks 0 to 8\)"
     with pytest.raises(LMTPError, match=message):
         model.generate(**inputs, **kwargs, lmtp_tree=beyond)

@@ -10,10 +10,10 @@ from scipy.stats import chi2
 from transformers import set_seed
 from trials import PLANS, check, decoded, oracle, padded, prompt, stock
 
-from lmtp_factory.decoding import drafter, generate
+from lmtp_factory.decoding import loop, tree_builder
 from lmtp_factory.decoding.accept import Acceptor
 from lmtp_factory.decoding.draft import Candidates
-from lmtp_factory.decoding.plan import TreePlan
+from lmtp_factory.decoding.tree_config import TreeConfig
 
 
 VOCABULARY, NEW, SAMPLES = 9, 3, 4000
@@ -81,15 +81,15 @@ def propose(proposals):
             super().__init__(*args)
             acceptors.append(self)
 
-    def draft(model, window, levels, width):
+    def propose(model, window, levels, width):
         acceptor = acceptors[-1]
         tokens = [proposals(acceptor.sequences[b, : row.length].tolist()) for b, row in enumerate(acceptor.rows)]
         tokens = torch.tensor(tokens)[:, :levels, :width]
         return Candidates(tokens, torch.tensor([0.4, 0.3, 0.2, 0.1])[:width].expand(tokens.shape))
 
     patch = pytest.MonkeyPatch()
-    patch.setattr(generate, "Acceptor", Recorded)
-    patch.setattr(drafter, "draft", draft)
+    patch.setattr(loop, "Acceptor", Recorded)
+    patch.setattr(tree_builder, "propose_candidates", propose)
     return patch
 
 
@@ -182,4 +182,4 @@ def test_a_tree_of_one_node_samples_like_stock(leap):
     set_seed(5)
     expected = stock(model, prompt(), **kwargs)
     set_seed(5)
-    assert torch.equal(decoded(model, prompt(), lmtp_tree=TreePlan("chain", 1), **kwargs)[0], expected)
+    assert torch.equal(decoded(model, prompt(), lmtp_tree=TreeConfig("chain", 1), **kwargs)[0], expected)

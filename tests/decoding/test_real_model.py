@@ -7,10 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lmtp_factory import LMTPConfig, attach_heads, resources
-from lmtp_factory.decoding import drafter
+from lmtp_factory.decoding import tree_builder
 from lmtp_factory.decoding.draft import Candidates
-from lmtp_factory.decoding.plan import TreePlan
 from lmtp_factory.decoding.stats import DecodeStats
+from lmtp_factory.decoding.tree_config import TreeConfig
 
 
 pytestmark = pytest.mark.slow
@@ -44,7 +44,7 @@ def good_drafts(monkeypatch, model, inputs):
         known = model.base_model(input_ids=texts, attention_mask=mask, position_ids=positions).last_hidden_state
     generator = torch.Generator().manual_seed(0)
 
-    def draft(model, window, levels, width):
+    def propose(model, window, levels, width):
         tokens = torch.randint(model.config.vocab_size, (len(texts), levels, width), generator=generator)
         for row, state in enumerate(window.states[:, -1]):
             place = int((known[row] - state).norm(dim=-1).argmin())  # the state that the step starts from
@@ -54,7 +54,7 @@ def good_drafts(monkeypatch, model, inputs):
                     tokens[row, level, torch.randint(width, (), generator=generator)] = token
         return Candidates(tokens, torch.full((len(texts), levels, width), 0.3))
 
-    monkeypatch.setattr(drafter, "draft", draft)
+    monkeypatch.setattr(tree_builder, "propose_candidates", propose)
     return texts
 
 
@@ -62,7 +62,7 @@ def test_greedy_is_stock_token_for_token(model, inputs, good_drafts):
     stats = DecodeStats()
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
     output = model.generate(
-        **inputs, **options, lmtp_tree=TreePlan("dynamic", 24, width=2, always=True), lmtp_stats=stats
+        **inputs, **options, lmtp_tree=TreeConfig("dynamic", 24, width=2, always=True), lmtp_stats=stats
     )
     assert torch.equal(output, good_drafts)
     assert stats.tau > 1.5
@@ -76,6 +76,6 @@ def test_a_seed_gives_stocks_sample(model, inputs, penalty):
     for decode in ("off", "backward"):
         torch.manual_seed(7)
         outputs.append(
-            model.generate(**row, **options, lmtp_decode=decode, lmtp_tree=TreePlan("dynamic", 8, always=True))
+            model.generate(**row, **options, lmtp_decode=decode, lmtp_tree=TreeConfig("dynamic", 8, always=True))
         )
     assert torch.equal(*outputs)

@@ -8,21 +8,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from lmtp_factory.decoding import drafter, generate
+from lmtp_factory.decoding import loop, support, tree_builder
 from lmtp_factory.decoding.accept import Acceptor
 from lmtp_factory.decoding.draft import Candidates
-from lmtp_factory.decoding.plan import CostCurve, TreePlan
 from lmtp_factory.decoding.stats import DecodeStats
 from lmtp_factory.decoding.tree import best_first_paths
+from lmtp_factory.decoding.tree_config import CostCurve, TreeConfig
 from lmtp_factory.modeling import heads_of
 
 
 PATHS = tuple(best_first_paths([[0.6, 0.2, 0.1], [0.5, 0.2, 0.1], [0.4, 0.2], [0.3, 0.1]], 12))
 PLANS = {
-    "chain": TreePlan("chain", 5, always=True),
-    "static": TreePlan("static", 12, paths=PATHS, always=True),
-    "dynamic": TreePlan("dynamic", 9, width=3, always=True),
-    "with cost": TreePlan("dynamic", 9, width=3, cost=CostCurve({1: 1.0, 4: 1.05, 64: 3.0}), always=True),
+    "chain": TreeConfig("chain", 5, always=True),
+    "static": TreeConfig("static", 12, paths=PATHS, always=True),
+    "dynamic": TreeConfig("dynamic", 9, width=3, always=True),
+    "with cost": TreeConfig("dynamic", 9, width=3, cost=CostCurve({1: 1.0, 4: 1.05, 64: 3.0}), always=True),
 }
 # Rising offsets without gaps to speak of, with one that leaps far, and the strides.
 GEOMETRIES = {
@@ -78,7 +78,7 @@ def decoded(model, *args, **kwargs):
     return output, stats
 
 
-def check(model, *args, lmtp_tree: TreePlan = PLANS["dynamic"], lmtp_decode: str = "backward", **kwargs):
+def check(model, *args, lmtp_tree: TreeConfig = PLANS["dynamic"], lmtp_decode: str = "backward", **kwargs):
     """Assert that we generate what stock generates; the token ids and the stats."""
     expected = stock(model, *args, **kwargs)
     ours, stats = decoded(model, *args, lmtp_tree=lmtp_tree, lmtp_decode=lmtp_decode, **kwargs)
@@ -103,7 +103,7 @@ def oracle(continuations: Tensor, rank: Callable[[int, int], int | None] = lambd
 
     generator = torch.Generator().manual_seed(seed)
 
-    def draft(model, window, levels: int, width: int) -> Candidates:
+    def propose(model, window, levels: int, width: int) -> Candidates:
         rows, vocabulary = acceptors[-1].rows, model.config.get_text_config().vocab_size
         tokens = torch.empty(len(rows), levels, width, dtype=torch.long)
         for b, row in enumerate(rows):
@@ -121,8 +121,8 @@ def oracle(continuations: Tensor, rank: Callable[[int, int], int | None] = lambd
         return Candidates(tokens, probabilities / probabilities.sum(-1, keepdim=True))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generate, "Acceptor", Recorded)
-        patch.setattr(drafter, "draft", draft)
+        patch.setattr(loop, "Acceptor", Recorded)
+        patch.setattr(tree_builder, "propose_candidates", propose)
         yield acceptors
 
 
@@ -156,7 +156,7 @@ def after_prompt(output, inputs) -> list[list[int]]:
 
 def left_to_stock(model, reason, caplog, *args, expected=None, **kwargs):
     """As stock, and the log says why, once for any number of calls."""
-    generate._say_once.cache_clear()
+    support.say_once.cache_clear()
     stats, outputs = DecodeStats(), []
     if expected is None:
         expected = stock(model, *args, **kwargs)
@@ -165,7 +165,7 @@ def left_to_stock(model, reason, caplog, *args, expected=None, **kwargs):
             outputs.append(model.generate(*args, lmtp_stats=stats, **kwargs))
     said = [record.message for record in caplog.records if record.name.startswith("lmtp_factory")]
     assert said == [f"Decoding without leap heads: {reason}."]
-    assert stats.strategy == f"off: {reason}" and stats.tokens == 0
+    assert (stats.strategy, stats.stock_reason) == ("off", reason) and stats.tokens == 0
     for output in outputs:
         ours, theirs = (getattr(o, "sequences", o) for o in (output, expected))
         assert torch.equal(ours, theirs)

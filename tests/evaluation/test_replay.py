@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM
 
 from lmtp_factory import LMTPConfig, attach_heads
 from lmtp_factory.cli import main
-from lmtp_factory.decoding.plan import Conditions, CostCurve, TreePlan, read_plan
 from lmtp_factory.decoding.stats import DecodeStats
 from lmtp_factory.decoding.tree import best_first_paths, chain_paths
+from lmtp_factory.decoding.tree_config import Conditions, CostCurve, TreeConfig, read_tree
 from lmtp_factory.evaluation.self_generated import generate_greedy, write_own_text
 from lmtp_factory.tuning.costs import StepCosts
 from lmtp_factory.tuning.replay import accuracies, observe, rate_of_cut_trees, tau_of_dynamic, tau_of_paths
@@ -45,7 +45,7 @@ def decoded_tau(model, plan):
 @pytest.mark.parametrize("nodes", [2, 4, 6])
 def test_replayed_chains_are_decoded_ones(model, observed, nodes):
     tau = tau_of_paths(observed, chain_paths(nodes))
-    assert tau == pytest.approx(decoded_tau(model, TreePlan("chain", nodes, always=True)))
+    assert tau == pytest.approx(decoded_tau(model, TreeConfig("chain", nodes, always=True)))
     assert tau > 1.2
 
 
@@ -53,25 +53,25 @@ def test_replayed_chains_are_decoded_ones(model, observed, nodes):
 def test_replayed_static_trees_are_decoded_ones(model, observed, nodes):
     paths = tuple(best_first_paths(accuracies(observed), nodes))
     assert tau_of_paths(observed, paths) == pytest.approx(
-        decoded_tau(model, TreePlan("static", nodes, paths, always=True))
+        decoded_tau(model, TreeConfig("static", nodes, paths, always=True))
     )
 
 
 def test_replayed_dynamic_trees_are_decoded_ones(model, observed):
     taus = tau_of_dynamic(observed, [2, 5, 12])
     for nodes, tau in taus.items():
-        assert tau == pytest.approx(decoded_tau(model, TreePlan("dynamic", nodes, width=6, always=True)))
+        assert tau == pytest.approx(decoded_tau(model, TreeConfig("dynamic", nodes, width=6, always=True)))
     assert taus[2] <= taus[5] <= taus[12]
 
 
 def test_free_verification_cuts_nothing(observed):
-    free = TreePlan("dynamic", 12, cost=CostCurve({1: 1.0, 64: 1.0}))
+    free = TreeConfig("dynamic", 12, cost=CostCurve({1: 1.0, 64: 1.0}))
     tau, _ = rate_of_cut_trees(observed, free, draft_cost=0.0)
     assert tau == pytest.approx(tau_of_dynamic(observed, [12])[12])
 
 
 def test_dear_verification_drafts_nothing(observed):
-    dear = TreePlan("dynamic", 12, cost=CostCurve({1: 1.0, 2: 2.5, 64: 200.0}))
+    dear = TreeConfig("dynamic", 12, cost=CostCurve({1: 1.0, 2: 2.5, 64: 200.0}))
     assert rate_of_cut_trees(observed, dear, draft_cost=0.0) == (1.0, 1.0)
 
 
@@ -101,7 +101,7 @@ def test_tree_command(tmp_path, capsys):
     assert main(["tree", str(path), *arguments]) == 0
     printed = capsys.readouterr().out
     assert "<- chosen" in printed and "level 1:" in printed
-    plan, conditions = read_plan(path / "lmtp")
+    plan, conditions = read_tree(path / "lmtp")
     assert plan.source.endswith("tree.json")
     facts = json.loads((path / "lmtp" / "tree.json").read_text())["measured"]
     best = max(facts["options"], key=lambda option: option["tokens_per_second"])

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import lmtp_factory
 from lmtp_factory import LMTPConfig, LMTPError, attach_heads, load_model
-from lmtp_factory.decoding.plan import Conditions, TreePlan, write_plan
+from lmtp_factory.decoding.tree_config import Conditions, TreeConfig, write_tree
 from lmtp_factory.export.custom_generate import FOLDER, write_custom_generate
 from lmtp_factory.files import HEADS_FOLDER, TREE_FILE
 
@@ -49,7 +49,7 @@ def export(tmp_path):
     path = tiny.tiny_qwen3(tmp_path / "export")
     attach_heads(AutoModelForCausalLM.from_pretrained(path), LMTPConfig(num_heads=2)).save_pretrained(path)
     write_custom_generate(path)
-    write_plan(TreePlan("chain", 4), path / HEADS_FOLDER, Conditions("cpu", "float32", True), measured={})
+    write_tree(TreeConfig("chain", 4), path / HEADS_FOLDER, Conditions("cpu", "float32", True), measured={})
     return path
 
 
@@ -86,7 +86,7 @@ def test_load_model_needs_no_loader(export, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     model = load_model(str(export), trust_remote_code=True)
     assert "generate" not in vars(model)
-    assert type(model).generate.__module__ == "lmtp_factory.modeling.lmtp"
+    assert type(model).generate.__module__ == "lmtp_factory.decoding.mixin"
 
 
 def test_a_measured_tree_travels(export, tmp_path):

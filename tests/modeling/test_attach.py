@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from lmtp_factory import LeapHeads, LMTPConfig, LMTPError, attach_heads, load_model
 from lmtp_factory.modeling import heads_of
-from lmtp_factory.modeling.checkpoint import find_heads, load_heads, save_heads, verify_heads
+from lmtp_factory.modeling.checkpoint import find_heads, load_heads, save_heads, validate_checkpoint
 
 
 ARCHITECTURES = {
@@ -250,12 +250,12 @@ def test_damaged_heads_are_refused_before_they_load(tmp_path):
     model = attach_heads(load(tiny.tiny_llama(tmp_path / "base")))
     save_heads(model.leap_heads, tmp_path / "lmtp")
     weights, config = tmp_path / "lmtp" / "model.safetensors", tmp_path / "lmtp" / "config.json"
-    verify_heads(tmp_path / "lmtp")
+    validate_checkpoint(tmp_path / "lmtp")
 
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(LMTPError, match="truncated or damaged"):
-        verify_heads(tmp_path / "lmtp")
+        validate_checkpoint(tmp_path / "lmtp")
     weights.write_bytes(whole)
 
     tensors = load_file(weights)
@@ -264,14 +264,14 @@ def test_damaged_heads_are_refused_before_they_load(tmp_path):
         load_heads(tmp_path)
     weights.unlink()
     with pytest.raises(LMTPError, match="is missing"):
-        verify_heads(tmp_path / "lmtp")
+        validate_checkpoint(tmp_path / "lmtp")
 
     config.write_text(config.read_text()[:40])
     with pytest.raises(LMTPError, match="is damaged"):
-        verify_heads(tmp_path / "lmtp")
+        validate_checkpoint(tmp_path / "lmtp")
     config.unlink()
     with pytest.raises(LMTPError, match="is missing"):
-        verify_heads(tmp_path / "lmtp")
+        validate_checkpoint(tmp_path / "lmtp")
     with pytest.raises(LMTPError, match="has no lmtp/ folder"):
         load_heads(tmp_path / "base")
     assert find_heads("no/such-model-anywhere") is None

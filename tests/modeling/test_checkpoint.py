@@ -11,7 +11,7 @@ from tiny_random import llama
 from transformers import AutoModel
 
 from lmtp_factory import LeapHeads, LMTPError, attach_heads
-from lmtp_factory.modeling.checkpoint import load_heads, read_config, save_heads, verify_heads
+from lmtp_factory.modeling.checkpoint import load_heads, read_config, save_heads, validate_checkpoint
 
 
 # Written by version 0.1.0: two heads at stride 3 on hidden size 8 and 32 words.
@@ -130,7 +130,7 @@ def test_weights_in_a_dtype_that_heads_cannot_compute_in_are_refused(dtype, name
     weights["heads.1.unembed.weight"] = weights["heads.1.unembed.weight"].to(dtype)
     save_file(weights, folder / "model.safetensors")
     with pytest.raises(LMTPError, match=rf"holds heads\.1\.unembed\.weight as {name}, but"):
-        verify_heads(folder)
+        validate_checkpoint(folder)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

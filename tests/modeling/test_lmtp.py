@@ -11,7 +11,7 @@ from tiny_random import gemma3, gpt2, llama
 
 from lmtp_factory import LMTPConfig, attach_heads
 from lmtp_factory.modeling import heads_of
-from lmtp_factory.modeling.lmtp import LeapModel
+from lmtp_factory.modeling.model import LeapModel
 
 
 def batch():

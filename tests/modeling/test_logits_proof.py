@@ -207,7 +207,7 @@ _ZERO3 = """
 import sys, deepspeed, tiny_random, torch
 from transformers.integrations import HfDeepSpeedConfig
 from lmtp_factory import LMTPConfig, LMTPError, attach_heads
-from lmtp_factory.modeling.documents import keeps_documents_apart
+from lmtp_factory.modeling.packing_probe import keeps_documents_apart
 deepspeed.init_distributed("gloo")
 settings = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
 

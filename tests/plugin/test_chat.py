@@ -11,7 +11,7 @@ from talkers import ask, chat_model, soon, stream
 
 from lmtp_factory import LMTPError
 from lmtp_factory.modeling import heads_of
-from lmtp_factory.modeling.lmtp import LeapModel
+from lmtp_factory.modeling.model import LeapModel
 
 
 FIRST = talkers.QUESTIONS[0]
@@ -177,7 +177,7 @@ def test_a_stream_whose_generation_fails_ends(ending, expected, lines, monkeypat
         def fail(*args):
             raise RuntimeError("out of memory")
 
-        broken.setattr("lmtp_factory.decoding.generate.decode", fail)
+        broken.setattr("lmtp_factory.decoding.loop.decode", fail)
         assert stream(model) == ""
         with pytest.raises(RuntimeError, match="out of memory"):
             ask(model)

@@ -10,8 +10,8 @@ import tiny_random
 import torch
 
 from lmtp_factory import LMTPConfig, attach_heads, load_model
-from lmtp_factory.modeling.documents import keeps_documents_apart
-from lmtp_factory.modeling.lmtp import LeapModel
+from lmtp_factory.modeling.model import LeapModel
+from lmtp_factory.modeling.packing_probe import keeps_documents_apart
 from lmtp_factory.plugin import collator
 from lmtp_factory.plugin.collator import PackingCollator, packing_collator
 

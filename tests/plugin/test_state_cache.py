@@ -20,7 +20,7 @@ RUN = {"max_steps": None, "num_train_epochs": 3, "per_device_train_batch_size": 
 @pytest.fixture
 def backbone(monkeypatch):
     """Tokens of every forward of the backbone."""
-    from lmtp_factory.modeling.lmtp import LeapModel
+    from lmtp_factory.modeling.model import LeapModel
 
     seen, final_hidden_states = [], LeapModel.final_hidden_states
 

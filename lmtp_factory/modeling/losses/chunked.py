@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..dtypes import computed_in, like, wide
+from ..dtypes import accumulation_dtype, cast_like, computed_in
 from .head_spec import HeadSpec
 from .implementation import as_plain_linear
 from .rows import RowLoss
@@ -71,7 +71,9 @@ def chunked_loss(
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, targets, scales, heads, *parameters):
-        hidden_gradient = torch.zeros_like(hidden, dtype=wide(hidden)) if ctx.needs_input_grad[0] else None
+        hidden_gradient = (
+            torch.zeros_like(hidden, dtype=accumulation_dtype(hidden)) if ctx.needs_input_grad[0] else None
+        )
         sums = torch.zeros(len(heads), dtype=torch.float32, device=hidden.device)
         hits = torch.zeros(len(heads), dtype=torch.long, device=hidden.device)
         last_use = {parameter: i for i, head in enumerate(heads) for parameter in head.parameters()}
@@ -79,7 +81,7 @@ class _ChunkedLoss(torch.autograd.Function):
         for i, (head, rows) in enumerate(zip(heads, _valid_rows(targets), strict=True)):
             # Sums over chunks and heads in fp32: in bf16 each further one would lose the low bits of the sum before.
             mine = [p for p in head.parameters() if p.requires_grad and parameters]
-            gradients |= {p: torch.zeros_like(p, dtype=wide(p)) for p in mine if p not in gradients}
+            gradients |= {p: torch.zeros_like(p, dtype=accumulation_dtype(p)) for p in mine if p not in gradients}
             for chunk in head.chunks(rows):
                 losses, right = head.run(hidden, chunk, targets[i, chunk], scales[i], hidden_gradient, gradients)
                 sums[i] += losses.sum()
@@ -179,7 +181,7 @@ class _HeadRun:
         trained = [p for p in self.head.unembedding.parameters() if p in gradients]
         features.requires_grad_(features_need)
         with torch.set_grad_enabled(features_need or bool(trained)):
-            logits = self.head.unembedding(like(features, self.head.unembedding))
+            logits = self.head.unembedding(cast_like(features, self.head.unembedding))
         gradient = logits.detach()  # the same storage, which no linear layer keeps for its backward
         losses, hits = self.row_loss(gradient, targets, self.softcap)
         wanted = [features] * features_need + trained

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..dtypes import like
+from ..dtypes import cast_like
 from .head_spec import HeadSpec
 from .rows import cross_entropy
 from .targets import IGNORE_INDEX
@@ -28,7 +28,7 @@ def eager_loss(
     """
     sums, hits = [], []
     for head, head_targets in zip(heads, targets, strict=True):
-        logits = head.unembedding(like(head.features(hidden), head.unembedding))  # (rows, vocabulary)
+        logits = head.unembedding(cast_like(head.features(hidden), head.unembedding))  # (rows, vocabulary)
         losses, is_hit = cross_entropy(logits, head_targets.clamp(min=0), softcap)  # (rows,), (rows,)
         is_valid = head_targets != IGNORE_INDEX
         sums.append(losses.where(is_valid, 0.0).sum())

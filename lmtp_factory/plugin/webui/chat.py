@@ -5,9 +5,9 @@ import functools
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from ...decoding.strategies import STRATEGIES
 from ...errors import LMTPError
 from ...modeling import heads_of
+from ...options import STRATEGIES
 from .. import hooks
 from ..chat import Wish
 from .answer import summary

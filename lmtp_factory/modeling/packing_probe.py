@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .lmtp import LeapModel
+from .model import LeapModel
 from .trial import other_words, trial, trial_tokens
 
 

@@ -11,25 +11,20 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import CompileConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..files import HEADS_FOLDER, TREE_FILE
 from .checkpoint import save_heads
-from .heads import LeapHeads
+from .heads import LeapHeads, softcap_of
 from .losses.implementation import AUTO, resolve_implementation
 from .losses.targets import IGNORE_INDEX, head_weights, leap_targets
 from .router import router_coefficient, states_and_router_loss
-from .zero3 import hookable
+from .zero3 import ensure_backward_hook
 
-
-if TYPE_CHECKING:  # decoding builds on modeling; generate() imports it when called
-    from ..decoding.plan import TreePlan
-    from ..decoding.stats import DecodeStats
 
 HEADS_PREFIX = "leap_heads."
 # Arguments of the language-model wrapper that its backbone does not take.
@@ -56,15 +51,14 @@ class LeapModel:
     """Mixin in front of a ``*ForCausalLM`` class; see :func:`~.attach.attach_heads`."""
 
     plain_class: type[PreTrainedModel]  # without heads
+    mixins: tuple[type, ...]  # in front of this one
     leap_heads: LeapHeads
     leap_stage: int | None
     head_weight: float
     head_decay: float
     token_types: tuple[str, ...] = ()  # see BackboneFacts
     loss_implementation: str = AUTO  # see losses/implementation.py
-    decode_strategy: str = "auto"  # what generate() does where its caller does not say: see lmtp_decode there
     after_export: Callable[[str], None] | None = None  # called with the directory of a model saved for inference
-    _compiled_backbone: tuple | None = None
 
     def leap_offsets(self) -> tuple[int, ...]:
         """Offsets of the heads that this stage trains, in the order of the losses."""
@@ -107,7 +101,7 @@ class LeapModel:
             hidden_states, auxiliary = states_and_router_loss(self, super().forward, inputs)
         elif hidden_states is None:
             hidden_states = self.final_hidden_states(**inputs)
-        hidden = hookable(hidden_states.flatten(0, 1))
+        hidden = ensure_backward_hook(hidden_states.flatten(0, 1))
 
         positions = inputs.get("position_ids")
         targets = torch.stack([leap_targets(labels, offset, positions).flatten() for offset in self.leap_offsets()])
@@ -143,70 +137,13 @@ class LeapModel:
                 if self.after_export is not None:
                     self.after_export(save_directory)
 
-    def generate(
-        self,
-        *args,
-        lmtp_decode: str | None = None,
-        lmtp_tree: "TreePlan | None" = None,
-        lmtp_stats: "DecodeStats | None" = None,
-        **kwargs,
-    ):
-        """As always, and faster where the heads can help: greedy search and sampling give what they give without.
-
-        Args:
-            lmtp_decode: ``auto`` or ``backward`` (look-back), ``forward`` (the paper's F-MTP), ``off`` (stock); default the
-                model's ``decode_strategy``.
-            lmtp_tree: the tree to draft with; default the model's own.
-            lmtp_stats: filled in with what was done.
-
-        Raises:
-            LMTPError: an unknown ``lmtp_decode``.
-        """
-        from ..decoding.generate import Request, requested
-        from ..decoding.stats import DecodeStats
-
-        strategy = self.decode_strategy if lmtp_decode is None else lmtp_decode
-        request = Request(strategy, lmtp_tree, DecodeStats() if lmtp_stats is None else lmtp_stats)
-        with requested(request, kwargs.get("streamer")):
-            return super().generate(*args, **kwargs)
-
-    def _sample(
-        self,
-        input_ids,
-        logits_processor,
-        stopping_criteria,
-        generation_config,
-        synced_gpus=False,
-        streamer=None,
-        **model_kwargs,
-    ):
-        """The one method of ``generate`` that look-back decoding stands in for."""
-        from ..decoding.generate import decode
-
-        prepared = (input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer)
-        output = decode(self, *prepared, model_kwargs)
-        return super()._sample(*prepared, **model_kwargs) if output is None else output
-
-    def decoding_plan(self) -> "TreePlan":
-        """The tree that :meth:`generate` drafts with."""
-        from ..decoding.plan import plan_for
-
-        return plan_for(self)
-
-    def compiled_backbone(self, options: "CompileConfig | None") -> Callable:
-        """The backbone's forward under ``torch.compile``, kept for the next call with the same options."""
-        options = options or CompileConfig()
-        if self._compiled_backbone is None or self._compiled_backbone[0] != options:
-            self._compiled_backbone = options, torch.compile(self.base_model.__call__, **options.to_dict())
-        return self._compiled_backbone[1]
-
     def __reduce_ex__(self, protocol):
         """For pickle and copy, which look a class up by its name and would find the base's."""
-        if type(self) is not leap_class(self.plain_class):  # something else has made a class of its own of it
+        if type(self) is not leap_class(
+            self.plain_class, self.mixins
+        ):  # something else has made a class of its own of it
             return super().__reduce_ex__(protocol)
-        # A compiled backbone cannot be pickled, and a copy's would be the original's.
-        state = {name: value for name, value in vars(self).items() if name != "_compiled_backbone"}
-        return _new_leap_model, (self.plain_class,), state
+        return _new_leap_model, (self.plain_class, self.mixins), self.__getstate__()
 
     def _copy_tree(self, directory) -> None:
         """The measured tree goes with the heads."""
@@ -222,8 +159,8 @@ class LeapModel:
 
 
 @functools.cache
-def leap_class(base: type[PreTrainedModel]) -> type:
-    """``base`` with :class:`LeapModel` in front, under its own name."""
+def leap_class(base: type[PreTrainedModel], mixins: tuple[type, ...] = ()) -> type:
+    """``base`` with ``mixins`` and :class:`LeapModel` in front, under its own name."""
     parameters = list(inspect.signature(base.forward).parameters)[1:]
 
     @functools.wraps(base.forward)  # generate() reads the signature to see what the model takes
@@ -238,15 +175,16 @@ def leap_class(base: type[PreTrainedModel]) -> type:
     namespace = {
         "forward": forward,
         "plain_class": base,
+        "mixins": mixins,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
     }
-    return type(base.__name__, (LeapModel, base), namespace)
+    return type(base.__name__, (*mixins, LeapModel, base), namespace)
 
 
-def _new_leap_model(base: type[PreTrainedModel]) -> LeapModel:
+def _new_leap_model(base: type[PreTrainedModel], mixins: tuple[type, ...]) -> LeapModel:
     """An empty instance for pickle to fill in."""
-    leap = leap_class(base)
+    leap = leap_class(base, mixins)
     return leap.__new__(leap)
 
 
@@ -258,8 +196,3 @@ def base_of(model: nn.Module) -> nn.Module:
 def heads_of(model: nn.Module) -> LeapHeads | None:
     """The leap heads of ``model``, or None where it has none."""
     return getattr(base_of(model), "leap_heads", None)
-
-
-def softcap_of(base: PreTrainedModel) -> float | None:
-    """The base model's ``final_logit_softcapping``, which applies to every head that predicts tokens."""
-    return getattr(base.config.get_text_config(), "final_logit_softcapping", None)

@@ -45,25 +45,25 @@ _PRIOR, _FADING = 2.0, 0.97
 
 
 @dataclass
-class Trust:
-    """How many accepted tokens have come of one that the heads' probabilities promised, over the last steps."""
+class AcceptanceCalibration:
+    """Moving ratio of accepted to predicted tokens; 1 means that the heads' probabilities are calibrated."""
 
-    promised: float = 0.0
-    kept: float = 0.0
+    predicted: float = 0.0
+    accepted: float = 0.0
 
     @property
-    def value(self) -> float:
-        """1 where the probabilities are right, less where they promise too much."""
-        return (self.kept + _PRIOR) / (self.promised + _PRIOR)
+    def ratio(self) -> float:
+        """Accepted tokens for each one that the probabilities predict."""
+        return (self.accepted + _PRIOR) / (self.predicted + _PRIOR)
 
-    def learn(self, promised: float, kept: int) -> None:
+    def learn(self, predicted: float, accepted: int) -> None:
         """One step: the sum of its drafted nodes' values, and how many of them were accepted."""
-        self.promised = _FADING * self.promised + promised
-        self.kept = _FADING * self.kept + kept
+        self.predicted = _FADING * self.predicted + predicted
+        self.accepted = _FADING * self.accepted + accepted
 
 
 @dataclass(frozen=True)
-class TreePlan:
+class TreeConfig:
     """How to draft.
 
     Attributes:
@@ -102,19 +102,32 @@ class TreePlan:
         """Candidate ranks that a fixed tree takes."""
         return [path[-1] for path in self.fixed_paths() if path]
 
-    def best_size(self, values: Sequence[Sequence[float]], trust: float) -> int:
+    def check_ranks(self, vocab_size: int) -> None:
+        """Refuse a static tree of candidates that do not exist; a dynamic one takes what there is.
+
+        Raises:
+            LMTPError: naming the rank and the vocabulary.
+        """
+        deepest = max(self.ranks(), default=0) if self.kind == "static" else 0
+        if deepest >= vocab_size:
+            raise LMTPError(
+                f"The static tree takes candidates down to rank {deepest}, but the vocabulary has {vocab_size} tokens "
+                f"(ranks 0 to {vocab_size - 1}): measure a tree on this model with lmtp-cli tree."
+            )
+
+    def best_size(self, values: Sequence[Sequence[float]], calibration: float) -> int:
         """The number of nodes that gives most expected tokens for its cost.
 
         Args:
             values: each row's node values, root first.
-            trust: see :class:`Trust`.
+            calibration: the ratio of :class:`AcceptanceCalibration`.
         """
         if self.cost is None:
             return len(values[0])
-        rows, promised, best, best_rate = len(values), 0.0, 1, 0.0
+        rows, expected, best, best_rate = len(values), 0.0, 1, 0.0
         for nodes in range(1, len(values[0]) + 1):
-            promised += sum(row[nodes - 1] for row in values) * (trust if nodes > 1 else 1.0)
-            rate = promised / self.cost.at(nodes * rows)
+            expected += sum(row[nodes - 1] for row in values) * (calibration if nodes > 1 else 1.0)
+            rate = expected / self.cost.at(nodes * rows)
             if rate > best_rate:
                 best, best_rate = nodes, rate
         return best
@@ -150,33 +163,33 @@ _PLAIN_CPU = CostCurve({1: 1.0, 2: 1.5, 4: 1.6, 8: 1.6, 16: 1.8, 32: 2.6, 64: 4.
 _GPU_NODES, _CPU_NODES = 32, 16
 
 
-def default_plan(conditions: Conditions) -> TreePlan:
+def default_tree(conditions: Conditions) -> TreeConfig:
     """A dynamic tree: large on an accelerator, and on a CPU as large as each step's probabilities pay for."""
     source = f"default for {conditions.device}"
     if conditions.device != "cpu":
-        return TreePlan("dynamic", _GPU_NODES, source=source)
-    return TreePlan("dynamic", _CPU_NODES, cost=_PACKED_CPU if conditions.prepacked else _PLAIN_CPU, source=source)
+        return TreeConfig("dynamic", _GPU_NODES, source=source)
+    return TreeConfig("dynamic", _CPU_NODES, cost=_PACKED_CPU if conditions.prepacked else _PLAIN_CPU, source=source)
 
 
-def plan_for(model: nn.Module) -> TreePlan:
+def tree_config_for(model: nn.Module) -> TreeConfig:
     """The tree that ``model.generate`` drafts with: ``lmtp/tree.json`` where it was measured under these conditions.
 
     Raises:
         LMTPError: the file is damaged.
     """
     conditions, folder = Conditions.of(model), model.leap_heads.folder
-    found = None if folder is None else read_plan(folder)
+    found = None if folder is None else read_tree(folder)
     if found is None:
-        return default_plan(conditions)
+        return default_tree(conditions)
     plan, measured_under = found
     if measured_under == conditions:
         return plan
-    plan = default_plan(conditions)
+    plan = default_tree(conditions)
     other = f"{Path(folder, TREE_FILE)} was measured on {measured_under or 'an unknown machine'}, this is {conditions}"
     return replace(plan, source=f"{plan.source}; {other}")
 
 
-def write_plan(plan: TreePlan, folder: str | os.PathLike, conditions: Conditions, measured: Mapping) -> Path:
+def write_tree(plan: TreeConfig, folder: str | os.PathLike, conditions: Conditions, measured: Mapping) -> Path:
     """``tree.json`` in an ``lmtp/`` folder.
 
     Args:
@@ -193,7 +206,7 @@ def write_plan(plan: TreePlan, folder: str | os.PathLike, conditions: Conditions
     return path
 
 
-def read_plan(folder: str | os.PathLike) -> tuple[TreePlan, Conditions | None] | None:
+def read_tree(folder: str | os.PathLike) -> tuple[TreeConfig, Conditions | None] | None:
     """The plan in an ``lmtp/`` folder and what it was measured under; None where there is no plan.
 
     Conditions are None in files of versions that did not write all of them.
@@ -207,7 +220,7 @@ def read_plan(folder: str | os.PathLike) -> tuple[TreePlan, Conditions | None] |
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         cost = values["cost"] and CostCurve({int(n): float(s) for n, s in values["cost"].items()})
-        plan = TreePlan(
+        plan = TreeConfig(
             kind=values["kind"],
             nodes=int(values["nodes"]),
             paths=tuple(tuple(map(int, path)) for path in values["paths"]),
