@@ -63,6 +63,17 @@ def test_a_soft_cap_that_the_configuration_does_not_name_is_refused():
         prove_logits(Capped(llama().config))
 
 
+def test_logits_scaled_in_place_are_refused():
+    class Scaled(LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits *= 0.5
+            return output
+
+    with pytest.raises(LMTPError, match="Scaled changes its LM head's logits"):
+        prove_logits(Scaled(llama().config))
+
+
 def test_states_changed_before_the_lm_head_are_refused():
     class Scaled(LlamaForCausalLM):
         def __init__(self, config):
