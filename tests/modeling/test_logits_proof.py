@@ -251,10 +251,11 @@ for model in (sharded(lambda: tiny_random.granite(8.0), "granite"), broken):
     except LMTPError as error:
         print(error)
     check(model)
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
 """
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
 def test_sharded_weights(tmp_path):
     (tmp_path / "program.py").write_text(_ZERO3)
