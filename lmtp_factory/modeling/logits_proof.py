@@ -67,7 +67,7 @@ def prove_logits(base: PreTrainedModel) -> BackboneFacts:
     def replace(module, args, output):
         read.append(args[0])
         said.append(torch.linspace(-_LARGEST_LOGIT, _LARGEST_LOGIT, output.numel()).view(output.shape).to(output))
-        return said[-1]
+        return said[-1].clone()  # some models scale in place
 
     try:
         with trial(base):
@@ -78,7 +78,7 @@ def prove_logits(base: PreTrainedModel) -> BackboneFacts:
             finally:
                 hook.remove()
             token_types = _needed_token_types(base, ids)
-    except torch.OutOfMemoryError:
+    except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:
         raise LMTPError(

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .model import LeapModel
 from .trial import other_words, trial, trial_tokens
@@ -35,7 +36,10 @@ def keeps_documents_apart(base: LeapModel) -> bool:
     ids = trial_tokens(base, rows, _LENGTH)
     swapped = torch.stack([torch.arange(_LENGTH) < n for n in firsts]).to(ids.device)
     with trial(base):
-        return bool(_largest_change(base, ids, swapped, positions) <= _NOISE_MARGIN * _noise(base))
+        leak = _largest_change(base, ids, swapped, positions)
+        # Under ZeRO-3 every rank runs the same forwards, whatever it has measured.
+        noise = _noise(base) if leak or is_deepspeed_zero3_enabled() else 0.0
+        return bool(leak <= _NOISE_MARGIN * noise)
 
 
 def _noise(base: LeapModel) -> Tensor:

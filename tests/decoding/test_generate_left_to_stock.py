@@ -8,8 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from transformers import (
-    BertConfig,
-    BertLMHeadModel,
     DynamicCache,
     LogitsProcessor,
     MaxLengthCriteria,
@@ -359,14 +357,10 @@ def small(kind, config_kind, **config):
 @pytest.mark.parametrize(
     "build",
     [
-        # A dense layer between the last hidden state and the vocabulary: the heads' own view of the model is wrong.
-        lambda: small(
-            BertLMHeadModel, BertConfig, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, is_decoder=True
-        ),
         # No cache, and a mask of its own.
         lambda: small(OpenAIGPTLMHeadModel, OpenAIGPTConfig, n_embd=32, n_layer=2, n_head=4),
     ],
-    ids=["bert", "openai-gpt"],
+    ids=["openai-gpt"],
 )
 def test_models_whose_forward_takes_no_trees(build, caplog):
     """They are found out by trying."""

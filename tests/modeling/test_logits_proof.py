@@ -63,6 +63,17 @@ def test_a_soft_cap_that_the_configuration_does_not_name_is_refused():
         prove_logits(Capped(llama().config))
 
 
+def test_logits_scaled_in_place_are_refused():
+    class Scaled(LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits *= 0.5
+            return output
+
+    with pytest.raises(LMTPError, match="Scaled changes its LM head's logits"):
+        prove_logits(Scaled(llama().config))
+
+
 def test_states_changed_before_the_lm_head_are_refused():
     class Scaled(LlamaForCausalLM):
         def __init__(self, config):
@@ -240,10 +251,11 @@ for model in (sharded(lambda: tiny_random.granite(8.0), "granite"), broken):
     except LMTPError as error:
         print(error)
     check(model)
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
 """
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
 def test_sharded_weights(tmp_path):
     (tmp_path / "program.py").write_text(_ZERO3)

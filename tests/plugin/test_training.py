@@ -233,8 +233,11 @@ def test_a_replaced_forward_of_the_base_class_changes_nothing(llama, data, tmp_p
     run = {"stage": "lmtp2", "finetuning_type": "lora", "max_steps": 2}
     before = runs.train(llama, data, tmp_path / "a", **run)
 
+    forward = LlamaForCausalLM.forward
+
     def fused(self, input_ids=None, labels=None, **kwargs):
-        raise AssertionError("the base's own loss was computed")
+        assert labels is None, "the base's own loss was computed"
+        return forward(self, input_ids=input_ids, **kwargs)
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", fused)
     assert runs.step_losses(runs.train(llama, data, tmp_path / "b", **run)) == runs.step_losses(before)
