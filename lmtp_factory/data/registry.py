@@ -6,14 +6,14 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 from .. import resources
 from ..errors import LMTPError
 
 
-if TYPE_CHECKING:
-    from llamafactory.data.parser import DatasetAttr
+# LLaMA-Factory's description of a dataset.
+DatasetAttr = TypeVar("DatasetAttr")
 
 DATA_DIR_VARIABLE = "LMTP_DATA_DIR"
 """Environment variable: a directory of downloaded release files."""

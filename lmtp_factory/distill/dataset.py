@@ -1,7 +1,8 @@
-"""The finished data set: JSONL rows and their entry in dataset_info.json, each written whole or not at all."""
+"""The finished dataset: training and held-out rows as JSONL, and their entries in dataset_info.json."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from ..errors import LMTPError
 from ..files import atomic_write
+from .near_duplicates import NearDuplicates
 from .rows import dataset_entry
 
 
@@ -16,10 +18,10 @@ _INFO = "dataset_info.json"
 
 
 def read_info(directory: Path) -> dict[str, Any]:
-    """The dataset_info.json of a directory, empty when there is none.
+    """The dataset_info.json of a directory; empty if there is none.
 
     Raises:
-        LMTPError: it is there but is not a JSON object.
+        LMTPError: it is not a JSON object.
     """
     path = directory / _INFO
     if not path.exists():
@@ -28,18 +30,18 @@ def read_info(directory: Path) -> dict[str, Any]:
         info = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise LMTPError(
-            f"`{path}` cannot be read as JSON ({error}): mend it or choose another --output-dir."
+            f"{path} cannot be read as JSON ({error}): repair it or choose another --output-dir."
         ) from error
     if not isinstance(info, dict):
-        raise LMTPError(f"`{path}` is not a JSON object: mend it or choose another --output-dir.")
+        raise LMTPError(f"{path} is not a JSON object: repair it or choose another --output-dir.")
     return info
 
 
 def write_dataset(directory: Path, name: str, rows: Iterable[dict[str, Any]]) -> Path:
-    """Write `name`.jsonl and its entry in dataset_info.json; other entries stay.
+    """Write `name`.jsonl and its entry in dataset_info.json, each whole or not at all; other entries stay.
 
     Raises:
-        LMTPError: the disk is full or the directory cannot be written; older files are untouched.
+        LMTPError: the disk is full or the directory cannot be written. Older files are untouched.
     """
     path = directory / f"{name}.jsonl"
     try:
@@ -50,6 +52,22 @@ def write_dataset(directory: Path, name: str, rows: Iterable[dict[str, Any]]) ->
             file.write(json.dumps(info, ensure_ascii=False, indent=2) + "\n")
     except OSError as error:
         raise LMTPError(
-            f"`{path}` cannot be written ({error.strerror}): make room and run the same command again."
+            f"{path} cannot be written ({error.strerror}): make room and run the same command again."
         ) from error
     return path
+
+
+def split_heldout(rows: list[dict[str, Any]], share: float) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
+    """Held-out rows, training rows, and the number of rows in neither because they resemble a held-out row.
+
+    The choice depends on the prompts only, not on their order.
+    """
+    ordered = sorted(rows, key=lambda row: hashlib.sha256(row["prompt_ids"].encode()).digest())
+    heldout_ids = {row["id"] for row in ordered[: round(share * len(rows))]}
+    heldout = [row for row in rows if row["id"] in heldout_ids]
+    seen = NearDuplicates()
+    for row in heldout:
+        seen.add(row["instruction"])
+    rest = [row for row in rows if row["id"] not in heldout_ids]
+    train = [row for row in rest if row["instruction"] not in seen]
+    return heldout, train, len(rest) - len(train)

@@ -1,4 +1,4 @@
-"""What an engine is asked and what it gives back; both engines and the pipeline speak these types."""
+"""The interface of an engine: requests and sampling in, generations out."""
 
 from __future__ import annotations
 
@@ -10,15 +10,22 @@ from typing import Literal, Protocol
 
 @dataclass(frozen=True)
 class Request:
-    """One continuation to be generated: `id` names it in journal and seeds, `prompt_ids` is all the model reads."""
+    """One prompt to continue.
+
+    Attributes:
+        id: its number in the journal; also seeds its sampling.
+        prompt_ids: all that the model reads.
+        text: the user's text, for the row; engines do not read it.
+    """
 
     id: int
     prompt_ids: tuple[int, ...]
+    text: str = ""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What the model wrote after a request's prompt, the stop token included when it stopped by itself."""
+    """What the model wrote after a request's prompt; the stop token is included if it stopped by itself."""
 
     id: int
     output_ids: tuple[int, ...]
@@ -27,7 +34,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen. `temperature` 0 is greedy; no penalties and no top-k: the model's own distribution."""
+    """How tokens are chosen: from the model's own distribution, without penalties and top-k. Temperature 0 is greedy."""
 
     max_new_tokens: int
     temperature: float = 0.0
@@ -36,13 +43,13 @@ class Sampling:
     stop_ids: tuple[int, ...] = ()
 
     def seed_of(self, request_id: int) -> int:
-        """A seed (31 bits) of its own for a request, so that results do not depend on what ran before it."""
+        """A 31-bit seed for one request, so that its answer does not depend on what ran before it."""
         digest = hashlib.sha256(f"{self.seed}:{request_id}".encode()).digest()
         return int.from_bytes(digest[:4], "big") >> 1
 
 
 class Engine(Protocol):
-    """Anything that can continue token ids."""
+    """Continues token ids."""
 
     def generate(
         self,
@@ -50,23 +57,23 @@ class Engine(Protocol):
         sampling: Sampling,
         *,
         done: Collection[int],
-        on_tokens: Callable[[int], None],
-        on_rows: Callable[[list[Generation]], None],
+        on_finished: Callable[[list[Generation]], None],
     ) -> None:
         """Continue every request whose id is not in `done`.
 
         Args:
-            requests: the whole list, finished requests included: the split into batches, and with it every sampled
-                token, depends on the whole list only, so that a resumed run repeats an uninterrupted one.
+            requests: all requests, those in `done` included: batches and sampled tokens depend on the whole list
+                only, so a resumed run writes what an uninterrupted one writes.
             sampling: how to choose tokens.
-            done: ids to leave out.
-            on_tokens: called with the number of new tokens, for the progress bar.
-            on_rows: called with results as they are finished, in any order.
+            done: ids of requests to leave out.
+            on_finished: takes results as they are finished, in any order.
         """
 
 
-def stop_at(output_ids: Sequence[int], stop_ids: Collection[int]) -> tuple[tuple[int, ...], Literal["stop", "length"]]:
-    """Cut after the first stop token (kept), and say whether there was one."""
+def cut_at_stop(
+    output_ids: Sequence[int], stop_ids: Collection[int]
+) -> tuple[tuple[int, ...], Literal["stop", "length"]]:
+    """The ids up to and including the first stop token, and the finish reason."""
     for position, token in enumerate(output_ids):
         if token in stop_ids:
             return tuple(output_ids[: position + 1]), "stop"

@@ -1,4 +1,4 @@
-"""The work file of a run: finished rows, appended as they come, so that a killed run goes on where it stopped."""
+"""The journal of a run: rows are appended as they are finished, so a killed run can be resumed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ..errors import LMTPError
 
 try:
     import fcntl
-except ImportError:  # Windows has no flock; two runs into one file are then not noticed
+except ImportError:  # Windows has no flock; there two runs on one file are not noticed
     fcntl = None
 
 
 def digest(lists_of_ids: Iterable[Iterable[int]]) -> str:
-    """A fingerprint (hex) of token id lists, in order."""
+    """A hexadecimal fingerprint of token id lists, in order."""
     hasher = hashlib.sha256()
     for ids in lists_of_ids:
         hasher.update((" ".join(map(str, ids)) + "\n").encode())
@@ -29,15 +29,15 @@ def digest(lists_of_ids: Iterable[Iterable[int]]) -> str:
 class Journal:
     """An append-only JSONL file: a header line with the run's settings, then one row a line.
 
-    Opening an existing file reads its rows; a last line that a kill cut short is dropped. Use it as a context
+    Opening an existing file reads its rows; an incomplete last line, left by a kill, is dropped. Use it as a context
     manager.
 
     Args:
         path: the file.
-        settings: whatever decides what the rows contain; flat and JSON-serialisable.
+        settings: the facts that decide the rows; flat and JSON-serialisable.
 
     Raises:
-        LMTPError: the file was begun with other settings, is damaged, is in use, or cannot be written.
+        LMTPError: the file has other settings, is damaged, is in use, or cannot be written.
     """
 
     def __init__(self, path: str | Path, settings: dict[str, Any]):
@@ -47,7 +47,7 @@ class Journal:
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         except OSError as error:
             raise LMTPError(
-                f"`{self.path}` cannot be written ({error.strerror}): choose another --output-dir."
+                f"{self.path} cannot be written ({error.strerror}): choose another --output-dir."
             ) from error
         try:
             self._lock()
@@ -62,12 +62,12 @@ class Journal:
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise LMTPError(f"another run is writing `{self.path}`: wait for it, or choose another --name.") from None
+            raise LMTPError(f"Another run is writing {self.path}: wait for it, or choose another --name.") from None
 
     def _recover(self, settings: dict[str, Any]) -> None:
         content = self.path.read_bytes()
         self._end = content.rfind(b"\n") + 1
-        os.ftruncate(self._descriptor, self._end)  # what a kill left of a last line
+        os.ftruncate(self._descriptor, self._end)  # an incomplete last line
         lines = content[: self._end].split(b"\n")[:-1]
         if not lines:
             self._append([{"lmtp_distill": settings}])
@@ -83,7 +83,7 @@ class Journal:
                 raise
             except (ValueError, KeyError, TypeError) as error:
                 raise LMTPError(
-                    f"{self.path}, line {number}: not a row of a distillation run; delete the file to start over."
+                    f"{self.path}, line {number} is not a row of a distillation run: delete the file to start over."
                 ) from error
 
     def _compare(self, begun_with: dict[str, Any], settings: dict[str, Any]) -> None:
@@ -91,15 +91,15 @@ class Journal:
             before, now = begun_with.get(key), settings.get(key)
             if before != now:
                 raise LMTPError(
-                    f"`{self.path}` was begun with {key} = {before!r}, now it is {now!r}: go on with the same "
-                    "settings, choose another --name, or delete the file to start over."
+                    f"{self.path} was begun with {key} = {before!r}, now it is {now!r}: use the same settings, choose "
+                    "another --name, or delete the file to start over."
                 )
 
     def append(self, rows: list[dict[str, Any]]) -> None:
-        """Write finished rows (each with an integer `id`), at once and in whole lines.
+        """Write finished rows, each with an integer `id`, in whole lines.
 
         Raises:
-            LMTPError: the disk is full or failing; the file is cut back to its last whole row.
+            LMTPError: the disk is full or fails; the file then ends with its last whole row.
         """
         self._append(rows)
         self.rows.update((row["id"], row) for row in rows)
@@ -108,18 +108,18 @@ class Journal:
         data = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries).encode()
         try:
             written = 0
-            while written < len(data):  # a filling disk takes a part first and refuses the rest
+            while written < len(data):  # a disk that becomes full takes a part and refuses the rest
                 written += os.write(self._descriptor, data[written:])
         except OSError as error:
             os.ftruncate(self._descriptor, self._end)
             raise LMTPError(
-                f"`{self.path}` cannot be written any further ({error.strerror}): make room and run the same command "
-                f"again, the {len(self.rows)} finished rows are kept."
+                f"{self.path} cannot be extended ({error.strerror}): make room and run the same command again; the "
+                f"{len(self.rows)} finished rows are kept."
             ) from error
         self._end += len(data)
 
     def close(self) -> None:
-        """Close the file and let other runs have it."""
+        """Close the file and release its lock."""
         os.close(self._descriptor)
 
     def __enter__(self) -> Self:

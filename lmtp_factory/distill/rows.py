@@ -5,19 +5,17 @@ A row is one JSON object a line::
     {"id": 0, "instruction": "...", "output": "...",
      "prompt_ids": "1 9690 198", "output_ids": "19556 17 2", "finish_reason": "stop"}
 
-`prompt_ids` are the tokens that the model read (system text and turn markers included), `output_ids` those that it
-wrote, end-of-turn included when `finish_reason` is `stop`. They are kept because decoding and encoding again does not
-always give the same tokens; they are decimal strings because LLaMA-Factory's alpaca converter passes only strings.
+`prompt_ids` holds the tokens that the model read, system text and turn markers included. `output_ids` holds the tokens
+that it wrote, the end of turn included if `finish_reason` is `stop`. Decoding and encoding again does not always give
+the same tokens, so the ids are kept. They are decimal strings because LLaMA-Factory's alpaca converter passes only
+strings.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-
-if TYPE_CHECKING:
-    from llamafactory.data.parser import DatasetAttr
 
 TEMPLATE_NAME = "lmtp"
 """The LLaMA-Factory template that turns such rows back into token ids."""
@@ -25,13 +23,20 @@ TEMPLATE_NAME = "lmtp"
 PROMPT_COLUMN, RESPONSE_COLUMN = "prompt_ids", "output_ids"
 
 
+class DatasetColumns(Protocol):
+    """The columns that LLaMA-Factory's `DatasetAttr` names as prompt and response."""
+
+    prompt: str | None
+    response: str | None
+
+
 def format_ids(ids: Iterable[int]) -> str:
-    """Token ids as they stand in a row: decimal numbers with one space between."""
+    """Token ids as a row holds them: decimal numbers with one space between."""
     return " ".join(str(int(token)) for token in ids)
 
 
 def parse_ids(text: str) -> list[int]:
-    """Token ids out of a row's string; the inverse of `format_ids`.
+    """Token ids from a row's string; the inverse of `format_ids`.
 
     Raises:
         ValueError: `text` holds anything but decimal numbers and blanks.
@@ -44,7 +49,7 @@ def parse_ids(text: str) -> list[int]:
 
 
 def dataset_entry(file_name: str) -> dict[str, Any]:
-    """The entry in dataset_info.json that shows a file of such rows to LLaMA-Factory."""
+    """The dataset_info.json entry of a file of such rows."""
     return {
         "file_name": file_name,
         "formatting": "alpaca",
@@ -52,6 +57,6 @@ def dataset_entry(file_name: str) -> dict[str, Any]:
     }
 
 
-def is_self_distilled(dataset_attr: DatasetAttr) -> bool:
-    """Whether LLaMA-Factory's description of a dataset says that its columns are token ids."""
-    return dataset_attr.prompt == PROMPT_COLUMN and dataset_attr.response == RESPONSE_COLUMN
+def is_self_distilled(columns: DatasetColumns) -> bool:
+    """Whether the columns of a dataset hold token ids."""
+    return columns.prompt == PROMPT_COLUMN and columns.response == RESPONSE_COLUMN

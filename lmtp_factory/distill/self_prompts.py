@@ -1,4 +1,4 @@
-"""Prompts that an instruct model writes itself, after the bare start of a user turn."""
+"""Prompts that an instruct model writes itself, after the start of a user turn."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING, Any
 from ..errors import LMTPError
 from . import chat
 from .engine import Request
-from .filters import Filters, NearDuplicates
-from .prompts import Prompt, user_prompt
+from .filters import is_repetitive
+from .near_duplicates import NearDuplicates
+from .prompts import Prompt, build_prompt
 from .rows import parse_ids
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# A wave asks for somewhat more prompts than are missing. A model that still has too few after so many waves only
-# repeats itself.
+# Prompts are sampled: a greedy model writes one prompt again and again.
+TEMPERATURE, TOP_P = 1.0, 0.95
+# Each wave asks for more prompts than are missing. A model that has too few after the last wave repeats itself.
 _SURPLUS, _WAVES = 1.25, 8
 _MIN_WORDS = 3
 
@@ -29,22 +31,22 @@ def write_prompts(
     count: int,
     generate: Callable[[Sequence[Request]], dict[int, dict[str, Any]]],
 ) -> tuple[list[Prompt], Counter[str]]:
-    """Let the model write `count` prompts, no two alike.
+    """Let the model write `count` different prompts.
 
-    Waves of samples are taken until enough of them are good: ended by the model itself, at least three words, no
-    special tokens, no loop, not nearly a prompt that is there already.
+    A sample is a prompt if the model ended it and it has at least three words, no special tokens, no repetition loop
+    and no near-duplicate among the earlier prompts. Waves of samples are generated until there are enough.
 
     Args:
         tokenizer: the model's.
-        turn: the start and the end token of a user turn.
-        count: prompts wanted.
-        generate: turns requests into rows by id (and keeps them, so that a resumed run asks only for the rest).
+        turn: start and end of a user turn.
+        count: number of prompts.
+        generate: turns requests into rows by id. It keeps them, so a resumed run generates only the rest.
 
     Returns:
-        the prompts in the order of their samples, and how many samples were dropped for which reason.
+        the prompts in the order of their samples, and the number of dropped samples by reason.
 
     Raises:
-        LMTPError: the model writes hardly any usable prompt.
+        LMTPError: at most half of the prompts are usable.
     """
     prompts: list[Prompt] = []
     dropped: Counter[str] = Counter()
@@ -56,26 +58,28 @@ def write_prompts(
         asked += wave
         rows = generate(requests)
         for request in requests:
-            text, reason = _judge(tokenizer, rows[request.id], turn)
+            if len(prompts) == count:
+                break
+            text, reason = _text_or_reason(tokenizer, parse_ids(rows[request.id]["output_ids"]), turn)
             if reason is None and text in seen:
                 reason = "near-duplicate"
-            if reason is None and len(prompts) < count:
+            if reason is None:
                 seen.add(text)
-                prompts.append(user_prompt(text))
-            elif reason is not None:
+                prompts.append(build_prompt(text))
+            else:
                 dropped[reason] += 1
         if len(prompts) == count:
             return prompts, dropped
-    if len(prompts) < count // 2 + 1:
+    if len(prompts) <= count // 2:
         raise LMTPError(
-            f"of {asked} texts that the model wrote as a user only {len(prompts)} are usable prompts: give prompts "
-            "with `--prompts FILE` or `--dataset NAME`, or ask for fewer with `--num-prompts`."
+            f"Of {asked} texts that the model wrote as a user only {len(prompts)} are usable prompts: give prompts "
+            "with --prompts FILE or --dataset NAME, or ask for fewer with --num-prompts."
         )
     return prompts, dropped
 
 
-def _judge(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], turn: chat.UserTurn) -> tuple[str, str | None]:
-    ids = parse_ids(row["output_ids"])
+def _text_or_reason(tokenizer: PreTrainedTokenizerBase, ids: list[int], turn: chat.UserTurn) -> tuple[str, str | None]:
+    """The text of a sample, and the reason to drop it if there is one."""
     if not ids or ids[-1] != turn.end_id:
         return "", "not ended"
     if set(ids[:-1]) & chat.special_ids(tokenizer):
@@ -83,6 +87,6 @@ def _judge(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], turn: chat.U
     text = tokenizer.decode(ids[:-1]).strip()
     if len(text.split()) < _MIN_WORDS:
         return text, "too short"
-    if Filters().is_loop(ids):
+    if is_repetitive(ids):
         return text, "repetition loop"
     return text, None

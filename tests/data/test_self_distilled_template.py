@@ -1,9 +1,9 @@
-"""Through LLaMA-Factory's own loader, the training tokens are those that the model read and wrote."""
+"""LLaMA-Factory's loader trains on the tokens that the model read and wrote."""
 
 import json
 
 import pytest
-from tiny_model import SYSTEM
+from tiny_chat_model import SYSTEM, build_tokenizer, distill, read_rows, save_model, save_prompts
 
 from lmtp_factory.distill.dataset import write_dataset
 from lmtp_factory.distill.rows import format_ids, parse_ids
@@ -53,33 +53,46 @@ def assert_same_tokens(examples, rows):
 
 
 @pytest.fixture(scope="module")
-def distilled(tiny, prompts_file, tmp_path_factory, distil):
-    """Rows sampled from the tiny model, and the directory that they lie in."""
+def tiny(tmp_path_factory):
+    """Directory of the tiny model."""
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    save_model(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def distilled(tiny, tmp_path_factory):
+    """Rows sampled from the tiny model, and their directory."""
     directory = tmp_path_factory.mktemp("distilled")
-    options = ["--max-new-tokens", 24, "--temperature", 1, "--keep-truncated", "--min-tokens", 1, "--min-distinct", 0]
-    return directory, distil(tiny, "--prompts", prompts_file, "--name", "own", "--output-dir", directory, *options)[
-        "own"
-    ]
+    save_prompts(directory / "prompts.jsonl")
+    options = ["--max-new-tokens", 24, "--temperature", 1, "--keep-truncated", "--name", "own"]
+    distill(tiny, "--prompts", directory / "prompts.jsonl", "--output-dir", directory, *options)
+    return directory, read_rows(directory / "own.jsonl")
 
 
-def test_tokens_are_those_of_the_rows(tiny, distilled, tmp_path, tokenizer):
+def test_training_tokens_equal_the_rows_tokens(tiny, distilled, tmp_path, tokenizer):
     directory, rows = distilled
     examples, loaded = load(tiny, directory, "own", tmp_path)
     assert_same_tokens(examples, rows)
 
-    # what makes this hard is there: a default system text, both ways to end, and text that tokenizes otherwise
+    # the rows have a default system text, both finish reasons, and text that tokenizes to other ids
     assert all(SYSTEM in tokenizer.decode(parse_ids(row["prompt_ids"])) for row in rows)
     assert {row["finish_reason"] for row in rows} == {"stop", "length"}
     output = [parse_ids(row["output_ids"]) for row in rows]
     assert any(tokenizer(tokenizer.decode(ids), add_special_tokens=False)["input_ids"] != ids for ids in output)
-    # and the tokenizer that training saves is the model's own, but for a padding token
+    # training saves the model's own tokenizer; only a padding token is added
     assert loaded.eos_token == tokenizer.eos_token
     assert loaded.chat_template == tokenizer.chat_template
     assert loaded.pad_token is not None
     assert len(loaded) == len(tokenizer)
 
 
-def test_an_end_of_turn_is_kept_and_none_is_invented(tiny, distilled, tmp_path):
+def test_an_end_of_turn_is_kept_and_none_is_added(tiny, distilled, tmp_path):
     directory, rows = distilled
     examples, loaded = load(tiny, directory, "own", tmp_path)
     for example, row in zip(examples, rows, strict=True):
@@ -101,11 +114,12 @@ def test_packed_documents_are_whole(tiny, distilled, tmp_path):
 
 
 @pytest.mark.slow
-def test_tokens_of_a_real_model(smollm2, tmp_path, distil):
+def test_tokens_of_a_real_model(smollm2, tmp_path):
     prompts = tmp_path / "prompts.json"
     prompts.write_text(json.dumps(["What is 12345 + 678?", "Name two colours.", "Say 'naïve' in Japanese: 日本語."]))
-    options = ["--max-new-tokens", 32, "--keep-truncated", "--min-tokens", 1]
-    rows = distil(smollm2, "--prompts", prompts, "--name", "real", "--output-dir", tmp_path, *options)["real"]
+    options = ["--max-new-tokens", 64, "--keep-truncated", "--name", "real", "--output-dir", tmp_path]
+    distill(smollm2, "--prompts", prompts, *options)
+    rows = read_rows(tmp_path / "real.jsonl")
     examples, _ = load(smollm2, tmp_path, "real", tmp_path)
     assert_same_tokens(examples, rows)
     assert any(row["finish_reason"] == "stop" and row["output_ids"].endswith(" 2") for row in rows)

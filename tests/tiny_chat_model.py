@@ -1,6 +1,7 @@
-"""A tiny Llama with a tokenizer of its own: random weights, a default system text, several end tokens."""
+"""A tiny random Llama with chat template, default system text and several end tokens, and how to distill from it."""
 
 import argparse
+import json
 
 from lmtp_factory.cli import distill as cli
 
@@ -40,11 +41,11 @@ def build_tokenizer():
 
 
 def save_model(directory):
-    """Save the model. Every twentieth token ends its turn, so that some answers stop and some do not."""
+    """Save model and tokenizer. Every twentieth token ends a turn, so some answers stop and some are cut."""
     import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-    torch.set_num_threads(1)  # on a busy machine, waiting for a second core takes far longer than these matrices
+    torch.set_num_threads(1)  # a second thread costs more than it saves on such small matrices
     tokenizer = build_tokenizer()
     tokenizer.save_pretrained(directory)
     torch.manual_seed(0)
@@ -61,7 +62,7 @@ def save_model(directory):
             eos_token_id=2,
         )
     )
-    # penalties and top-k as many a model card has them: distillation must not let them in
+    # many models ship penalties and top-k; distillation must not apply them
     model.generation_config = GenerationConfig(
         bos_token_id=1,
         eos_token_id=[2, *range(40, len(tokenizer), 20)],
@@ -73,8 +74,20 @@ def save_model(directory):
     model.save_pretrained(directory)
 
 
-def parse(*arguments):
-    """The namespace of a `distill` command line."""
+def save_prompts(path):
+    """Save fourteen different prompts as JSONL."""
+    prompts = [f"tell me about {'the head and ' * (number % 5)}token {number}" for number in range(14)]
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts), encoding="utf-8")
+
+
+def distill(*arguments):
+    """Run `lmtp-cli distill` and raise what it raises."""
     parser = argparse.ArgumentParser()
     cli.add_arguments(parser)
-    return parser.parse_args([str(argument) for argument in arguments])
+    assert cli.run(parser.parse_args([str(argument) for argument in arguments])) == 0
+
+
+def read_rows(path):
+    """The rows of a dataset, or of a journal after its header line."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [row for row in rows if "id" in row]

@@ -1,4 +1,4 @@
-"""The work file survives kills and full disks, and refuses to mix two runs."""
+"""The journal survives kills and full disks, and refuses to mix two runs."""
 
 import json
 import subprocess
@@ -7,9 +7,9 @@ import textwrap
 
 import pytest
 
+from lmtp_factory.distill.dataset import write_dataset
 from lmtp_factory.distill.journal import Journal
 from lmtp_factory.errors import LMTPError
-from lmtp_factory.files import atomic_write
 
 
 SETTINGS = {"model": "m", "seed": 0}
@@ -36,14 +36,14 @@ def test_rows_come_back(tmp_path):
     assert read(path) == [row(0), row(2), row(1)]
 
 
-def test_any_torn_end_costs_at_most_the_row_that_it_tore(tmp_path):
+def test_an_incomplete_end_costs_at_most_one_row(tmp_path):
     path = tmp_path / "raw.jsonl"
     write(path, [0, 1, 2])
     whole = path.read_bytes()
     ends = [index + 1 for index, byte in enumerate(whole) if byte == ord("\n")]
     for cut in range(len(whole)):
         path.write_bytes(whole[:cut])
-        survivors = max(0, sum(end <= cut for end in ends) - 1)  # less the header
+        survivors = max(0, sum(end <= cut for end in ends) - 1)  # without the header
         assert read(path) == [row(number) for number in range(survivors)]
         write(path, [7])
         assert read(path) == [*map(row, range(survivors)), row(7)]
@@ -78,7 +78,7 @@ def test_a_file_of_something_else(tmp_path):
 
 def test_two_runs_do_not_share_a_file(tmp_path):
     path = tmp_path / "raw.jsonl"
-    with Journal(path, SETTINGS), pytest.raises(LMTPError, match="another run"):
+    with Journal(path, SETTINGS), pytest.raises(LMTPError, match="Another run"):
         Journal(path, SETTINGS)
     assert read(path) == []
 
@@ -89,7 +89,7 @@ def test_a_place_that_cannot_be_written(tmp_path):
 
 
 def run_with_file_limit(code, tmp_path, limit):
-    """Run code in a process whose files cannot grow beyond `limit` bytes: a write takes a part, the next fails."""
+    """Run code in a process whose files cannot grow beyond `limit` bytes: one write is cut, the next fails."""
     preamble = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
     return subprocess.run(
         [sys.executable, "-c", preamble + textwrap.dedent(code)],
@@ -123,9 +123,7 @@ def test_a_full_disk_leaves_whole_rows(tmp_path):
     assert read(tmp_path / "raw.jsonl") == [row(number) for number in range(count)]
 
 
-def test_a_full_disk_keeps_the_dataset_that_was_there(tmp_path):
-    from lmtp_factory.distill.dataset import write_dataset
-
+def test_a_full_disk_keeps_the_older_dataset(tmp_path):
     write_dataset(tmp_path, "d", [row(0)])
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     result = run_with_file_limit(
@@ -143,29 +141,3 @@ def test_a_full_disk_keeps_the_dataset_that_was_there(tmp_path):
     )
     assert "make room" in result.stdout, result.stderr
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-def test_atomic_write_is_all_or_nothing(tmp_path):
-    path = tmp_path / "f"
-    with atomic_write(path) as file:
-        file.write("a\r\nb")
-    assert path.read_bytes() == b"a\r\nb"
-    with pytest.raises(RuntimeError), atomic_write(path, "wb") as file:
-        file.write(b"half")
-        raise RuntimeError
-    assert path.read_bytes() == b"a\r\nb"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["f"]
-
-
-def test_a_dataset_entry_joins_those_that_are_there(tmp_path):
-    from lmtp_factory.distill.dataset import write_dataset
-
-    (tmp_path / "dataset_info.json").write_text('{"mine": {"file_name": "mine.json"}}')
-    write_dataset(tmp_path, "d", [row(0)])
-    info = json.loads((tmp_path / "dataset_info.json").read_text())
-    assert info["mine"] == {"file_name": "mine.json"}
-    assert info["d"]["file_name"] == "d.jsonl"
-    (tmp_path / "dataset_info.json").write_text("{")
-    with pytest.raises(LMTPError, match="mend it"):
-        write_dataset(tmp_path, "e", [row(0)])
-    assert (tmp_path / "dataset_info.json").read_text() == "{"
