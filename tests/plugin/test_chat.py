@@ -140,7 +140,7 @@ def test_base_and_stage_one_heads(llama, stage1, lines):
 def test_the_yaml_of_a_stage_chats_too(ending, expected, lines):
     """What it says about training does not matter, and nothing is attached for training."""
     model = chat_model(ending, stage="lmtp2", finetuning_type="full", num_heads=2)
-    assert model.engine.model.leap_stage is None
+    assert model.engine.model.objective is None
     assert ask(model) == expected[FIRST]
 
 
