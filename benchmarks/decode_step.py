@@ -1,7 +1,8 @@
-"""What a look-back step costs beyond the forward that it needs anyway.
+"""Overhead of a look-back step over a plain forward.
 
-Baseline: the model's own forward (logits included) of as many tokens, with the same cache and weights, at the same context
-length. The phases of a step are timed inside `generate`; rounds of both take turns.
+Baseline: the model's forward, including logits, of equally many tokens, with the same cache, weights and context
+    length. The
+phases of a step are timed inside `generate`. Rounds of both are interleaved.
 
     python benchmarks/decode_step.py demo_run/export_heads
 """
@@ -29,8 +30,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="export, adapter or stage-1 directory with heads")
     parser.add_argument("--nodes", type=int, nargs="+", default=[1, 8, 16], help="sizes of the dynamic tree")
-    parser.add_argument("--prompt", type=int, default=200, help="tokens of the prompt")
-    parser.add_argument("--new-tokens", type=int, default=48, help="generated in a round")
+    parser.add_argument("--prompt", type=int, default=200, help="length of the prompt")
+    parser.add_argument("--new-tokens", type=int, default=48, help="tokens generated per round")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", metavar="FILE", help="also write the numbers there")
     args = parser.parse_args()
@@ -39,7 +40,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(model.config.get_text_config().vocab_size, (args.prompt,), generator=generator).tolist()
     print(describe(model.device))
-    print(f"{'nodes':>5} {'forward':>9} {'step':>9} {'ratio':>6}   of it, in ms: {' '.join(f'{p:>7}' for p in PHASES)}")
+    print(f"{'nodes':>5} {'forward':>9} {'step':>9} {'ratio':>6}   phases in ms: {' '.join(f'{p:>7}' for p in PHASES)}")
     rows = []
     for nodes in args.nodes:
         rounds = [one_round(model, prompt, nodes, args.new_tokens) for _ in range(args.rounds + 1)][1:]
@@ -56,11 +57,11 @@ def main() -> None:
 
 
 def one_round(model, prompt: list[int], nodes: int, new_tokens: int) -> tuple[float, dict[str, float]]:
-    """Seconds of a bare forward, and of each phase of a step."""
+    """Return the seconds of a plain forward and of each phase of a step."""
     stats = DecodeStats(profile=True)
-    plan = TreeConfig("dynamic", nodes, always=True) if nodes > 1 else TreeConfig("chain", 1)
-    # No criterion but the length may end the text: rounds have to be equally long.
-    generate_greedy(model, prompt, new_tokens, lmtp_tree=plan, lmtp_stats=stats, eos_token_id=None)
+    tree_config = TreeConfig("dynamic", nodes, always=True) if nodes > 1 else TreeConfig("chain", 1)
+    # Without an end-of-sequence token all rounds have equal length.
+    generate_greedy(model, prompt, new_tokens, lmtp_tree=tree_config, lmtp_stats=stats, eos_token_id=None)
     steps = max(stats.steps, 1)
     times = {phase: stats.seconds[phase] / steps for phase in PHASES}
     return bare_forward(model, prompt, nodes, len(prompt) + new_tokens // 2, steps), times
@@ -68,7 +69,7 @@ def one_round(model, prompt: list[int], nodes: int, new_tokens: int) -> tuple[fl
 
 @torch.no_grad()
 def bare_forward(model, prompt: list[int], nodes: int, context: int, repeats: int) -> float:
-    """Seconds of a forward of `nodes` tokens behind `context` cached ones."""
+    """Return the seconds of a forward of `nodes` tokens after `context` cached tokens."""
     config = model.config.get_text_config()
     ids = torch.tensor([(prompt * 2)[:context]], device=model.device)
     cache = TreeCache.replacing(DynamicCache(config=config), config, columns=0)

@@ -1,4 +1,4 @@
-"""What `loss_memory` compares: the arms, the step that each of them does, and the arithmetic of its memory."""
+"""The arms of `loss_memory.py`: the step of each arm, and the memory that it needs by calculation."""
 
 import importlib.util
 from dataclasses import dataclass
@@ -42,25 +42,25 @@ class Point:
 
     @property
     def valid(self) -> int:
-        """Targets of a head that are not masked."""
+        """Number of unmasked targets of a head."""
         return self.tokens - round(self.masked * self.tokens)
 
     @property
     def tflop(self) -> float:
-        """Of the matmuls that the floor does: logits, features' gradient, and weight's gradient where trained."""
+        """TFLOP of the floor's matmuls: logits, gradient of the features, gradient of the weight if it is trained."""
         matmuls = 3 if self.kind == "own" else 2
         return 2e-12 * self.heads * matmuls * self.valid * self.vocab * self.hidden
 
     @property
     def weights(self) -> int:
-        """Bytes held before the step: unembeddings, blocks and hidden states."""
+        """Bytes allocated before the step: unembeddings, blocks and hidden states."""
         unembeddings = self.heads if self.kind == "own" else 1
         elements = unembeddings * self.vocab * self.hidden + self.heads * self.hidden**2 + self.tokens * self.hidden
         return self.itemsize * elements
 
 
-def open_because(arm: str, device: torch.device) -> str | None:
-    """What an arm lacks here."""
+def unavailable_reason(arm: str, device: torch.device) -> str | None:
+    """Return why an arm cannot run on this machine, or None."""
     if arm in ("triton", "liger") and device.type != "cuda":
         return "needs CUDA"
     if arm == "liger" and importlib.util.find_spec("liger_kernel") is None:
@@ -69,15 +69,15 @@ def open_because(arm: str, device: torch.device) -> str | None:
 
 
 def needed(arm: str, point: Point, device: torch.device) -> tuple[int, str]:
-    """Bytes above `Point.weights` at the peak of a step, and how they come about."""
+    """Return the peak bytes of a step above `Point.weights`, and their explanation."""
     n, rows, vocab, size = point.heads, point.tokens, point.vocab, point.itemsize
-    features = rows * point.hidden * size  # of one head
-    trained = (vocab if point.kind == "own" else 0) + point.hidden  # rows of a head's matrices with a gradient
+    features = rows * point.hidden * size  # bytes of one head's features
+    trained = (vocab if point.kind == "own" else 0) + point.hidden  # rows of a head's trained matrices
     gradient = trained * point.hidden * size
     if arm == "eager":
-        # Every head's fp32 log-softmax waits for the backward, which starts with two gradients of the last head: by the
-        # log-softmax and by the logits. It ends at the first head, where only that head's are left, but all
-        # gradients of weights have come. Of the features a head keeps SiLU's input and what its unembedding reads.
+        # Autograd stores the fp32 log-softmax of every head. The backward begins with the last head and its gradients
+        # with respect to log-softmax and logits. It ends with the first head, when only this head's log-softmax is left
+        # and all weight gradients exist. Each head also stores the inputs of SiLU and of the unembedding.
         logits = rows * vocab * 4
         first, last = (n + 2) * logits + 2 * n * features, 3 * logits + (n - 1) * gradient
         if first >= max(last, logits + n * gradient):
@@ -86,28 +86,29 @@ def needed(arm: str, point: Point, device: torch.device) -> tuple[int, str]:
             f"3 x {rows:,} tokens x {vocab:,} logits x 4 bytes, and gradients of {n:,} x {trained:,} x {point.hidden:,}"
         )
     if arm == "liger":
-        # Its chunks hold about as many logits as there are features; a product as large as the gradient is added to it.
+        # Liger's chunks have about as many logits as features. It adds a product of the gradient's size to the
+        # gradient.
         chunk_tokens = 1 << (-(-rows // -(-vocab // point.hidden)) - 1).bit_length()
         total = (n + 1) * gradient + 4 * n * features
     else:
         most = chunk_rows(vocab, device, DTYPES[point.dtype])
-        chunk_tokens = -(-point.valid // max(1, -(-point.valid // most)))  # equal chunks
+        chunk_tokens = -(-point.valid // max(1, -(-point.valid // most)))  # chunks of equal size
         total = n * gradient
         if arm != "floor" and size < 4:
-            # The head at work sums up in fp32, and adds products in both dtypes, 64 MiB of them in fp32 at most.
+            # The current head accumulates in fp32 and needs products in both dtypes, at most 64 MiB of them in fp32.
             total += gradient + int(1.5 * min(2 * gradient, 64 * MIB))
     words = f"gradients of {n:,} x {trained:,} x {point.hidden:,}, one chunk of {chunk_tokens:,} x {vocab:,} logits"
     return total + chunk_tokens * vocab * size, words
 
 
 class Problem:
-    """Weights, hidden states and targets of a point, and the step of every arm."""
+    """Weights, hidden states and targets of a point, with the step of each arm."""
 
     def __init__(self, point: Point, device: torch.device):
         self.point, self.device = point, device
         torch.manual_seed(0)
         default = torch.get_default_dtype()
-        torch.set_default_dtype(DTYPES[point.dtype])  # made in it: a copy in fp32 would have to fit too
+        torch.set_default_dtype(DTYPES[point.dtype])  # creates weights in this dtype, because an fp32 copy may not fit
         with torch.device(device):
             config = LMTPConfig(
                 num_heads=point.heads, head_kind=point.kind, hidden_size=point.hidden, vocab_size=point.vocab
@@ -123,7 +124,7 @@ class Problem:
         torch.set_default_dtype(default)
 
     def step(self, arm: str) -> tuple[float | None, int]:
-        """Forward and backward; the loss, and the bytes of the trained weights' gradients. The caller clears them."""
+        """Run forward and backward; return the loss and the bytes of the weight gradients, which the caller clears."""
         if arm == "floor":
             return None, self._floor()
         if arm == "liger":
@@ -134,7 +135,7 @@ class Problem:
         return loss.item(), sum(p.grad.nbytes for p in self.heads.parameters() if p.grad is not None)
 
     def _floor(self) -> int:
-        """Bare matmuls on as many rows as have targets, a chunk's worth of logits at a time."""
+        """Run only the matmuls, on as many rows as there are valid targets, one chunk at a time."""
         rows = self.hidden[: self.point.valid]
         most = chunk_rows(self.point.vocab, self.device, rows.dtype)
         chunks = rows.tensor_split(max(1, -(-len(rows) // most)))
@@ -153,7 +154,7 @@ class Problem:
         return sum(gradient.nbytes for gradient in gradients)
 
     def _liger(self) -> Tensor:
-        """Liger with its defaults: masked rows are computed too, bf16 gradients are summed up in bf16."""
+        """Run Liger with its defaults: it also computes masked rows and accumulates bf16 gradients in bf16."""
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
         losses = [

@@ -1,15 +1,15 @@
 """Peak extra memory and time of the leap loss, forward and backward.
 
-Baseline, ratio 1.00: `eager`, every head's logits at once and autograd. `torch` and `triton` are our chunked loss,
-`liger` is Liger-Kernel's fused linear cross-entropy called for every head, and `floor` does nothing but the matmuls
-that none can do without, in chunks. The heads are trained and the hidden states frozen, as in stage 1. Extra memory is
-what a step takes beyond weights and hidden states; gradients of trained weights count and have a column of their own.
+Baseline, ratio 1.00: `eager`, each head's logits for all rows and autograd. `torch` and `triton` are the chunked loss.
+`liger` is Liger-Kernel's fused linear cross-entropy, called for each head. `floor` is only the unavoidable matmuls, in
+chunks. Heads are trained and hidden states frozen, as in stage 1. Extra memory is the peak beyond weights and hidden
+states. It includes the gradients of trained weights, which also have their own column.
 
     python benchmarks/loss_memory.py --sweep tokens vocab hidden heads --json loss.json --plot loss.png
 
-One axis at a time is swept around a centre. An option with one value puts the centre there. On a CPU every arm and round
-has a fresh process, and one more for its memory; on CUDA all share one. Arms take turns. Where an arm does not fit, its
-memory is computed instead.
+Each axis is swept separately around a centre. An option with a single value sets the centre. On a CPU each arm and
+round runs in a new process, and one more process measures memory; on CUDA all share one process. Arms are interleaved.
+If an arm does not fit into memory, its memory is calculated.
 """
 
 import argparse
@@ -23,14 +23,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from loss_arms import ARMS, DTYPES, Point, Problem, needed, open_because
+from loss_arms import ARMS, DTYPES, Point, Problem, needed, unavailable_reason
 from peak_memory import MIB, PeakMemory, available_bytes
 
 from lmtp_factory.config import HEAD_KINDS
 from lmtp_factory.evaluation.machine import describe
 
 
-# The centre of each axis, and what is swept.
+# Axis -> (centre, swept values).
 AXES = {
     "tokens": (8192, (2048, 8192, 32768)),
     "vocab": (152064, (49152, 128256, 152064, 262144)),
@@ -40,8 +40,8 @@ AXES = {
 AXIS_LABELS = {"tokens": "tokens", "vocab": "vocabulary", "hidden": "hidden size", "heads": "heads"}
 BASELINE = "eager"
 
-# glibc comes to keep freed blocks below 32 MiB: one of 31 MiB may be counted twice, or not at all after the warm-up.
-# Here blocks from 1 MiB on go back to the system at once. That costs time, so it is a run of its own.
+# glibc may keep freed blocks of less than 32 MiB, so memory would be counted twice or not at all. This setting returns
+# blocks of 1 MiB or more to the system at once. It costs time, so memory is measured in a separate run.
 GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": str(MIB)}
 
 
@@ -90,7 +90,7 @@ def parse() -> argparse.Namespace:
 
 
 def chosen_points(args: argparse.Namespace) -> tuple[Point, list[Point]]:
-    """The centre, and all points with each of them once."""
+    """Return the centre and all distinct points."""
     values = {axis: getattr(args, axis) for axis in AXES}
     middle = {axis: AXES[axis][0] if AXES[axis][0] in v else v[len(v) // 2] for axis, v in values.items()}
     centre = Point(**middle, kind=args.kind, dtype=args.dtype, masked=args.masked)
@@ -99,15 +99,15 @@ def chosen_points(args: argparse.Namespace) -> tuple[Point, list[Point]]:
 
 
 def compare(point: Point, arms: list[str], rounds: int, device: torch.device) -> dict[str, dict]:
-    """Medians and ratios of every arm, or why there are none."""
+    """Return medians and ratios of each arm, or why they are missing."""
     rows = {arm: {} for arm in arms}
     for arm, row in rows.items():
         needs, words = needed(arm, point, device)
         row["needs_bytes"] = needs
-        # 5% and half a gigabyte for what the arithmetic leaves out, the process itself included.
+        # Add 5 % and 0.5 GB for what the calculation omits, including the process itself.
         total, available = 1.05 * (needs + point.weights) + 5e8, available_bytes(device)
-        if because := open_because(arm, device):
-            row["open"] = because
+        if reason := unavailable_reason(arm, device):
+            row["open"] = reason
         elif total > available:
             row["skipped"] = (
                 f"needs {needs / 1e9:,.1f} GB: {words}; beside {point.weights / 1e9:,.1f} GB of weights and hidden "
@@ -133,7 +133,7 @@ def compare(point: Point, arms: list[str], rounds: int, device: torch.device) ->
 
 
 def add_ratios(row: dict, base: dict, name: str) -> None:
-    """Memory over that of another arm, which may be computed; time over its time in the same round."""
+    """Add ratios to another arm: memory (measured or calculated) and time within the same round."""
     memory, _ = memory_of(row)
     base_memory, computed = memory_of(base)
     if memory and base_memory:
@@ -145,12 +145,12 @@ def add_ratios(row: dict, base: dict, name: str) -> None:
 
 
 def memory_of(row: dict) -> tuple[float | None, bool]:
-    """Peak extra bytes as measured, or as computed for an arm that does not fit; whether computed."""
+    """Return the peak extra bytes, and whether they are calculated because the arm does not fit into memory."""
     return (row["needs_bytes"], True) if "skipped" in row else (row.get("peak_bytes"), False)
 
 
 def measured(problem: Problem, arm: str) -> dict:
-    """One step. Gradients do not exist before it, as after `zero_grad`."""
+    """Measure one step that starts without gradients, as after `zero_grad`."""
     problem.heads.zero_grad(set_to_none=True)
     with PeakMemory(problem.device) as peak:
         started = time.perf_counter()
@@ -163,13 +163,13 @@ def measured(problem: Problem, arm: str) -> dict:
 
 
 def in_worker(point: Point, arm: str, device: torch.device) -> dict:
-    # Loads libraries, starts threads and lets MKL take its buffers, some 10 MiB.
+    # Warm-up: loads libraries, starts threads and allocates MKL's buffers, about 10 MiB.
     Problem(replace(point, vocab=4096, hidden=256, heads=1, tokens=256), device).step(arm)
     return measured(Problem(point, device), arm)
 
 
 def in_fresh_process(point: Point, arm: str, device: torch.device, **environment: str) -> dict:
-    """One step where no earlier one has left memory that is resident already."""
+    """Measure one step in a new process, where no earlier step has left resident memory."""
     options = ["--worker", json.dumps(asdict(point)), "--arms", arm, "--device", str(device)]
     command = [sys.executable, os.path.abspath(__file__), *options]
     worker = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | environment)
@@ -196,7 +196,7 @@ def print_table(rows: dict[str, dict]) -> None:
                 f"{cell(row.get('time_over_eager'), '.3f'):>12}{cell(row.get('time_over_floor'), '.3f'):>12}"
             )
     if any("peak_bytes" in row and row["peak_bytes"] is None for row in rows.values()):
-        print("No peak memory: on a CPU it is read from Linux's /proc/self/status, which is not to be had here.")
+        print("No peak memory: on a CPU it is read from Linux's /proc/self/status, which does not exist here.")
 
 
 def cell(value: float | None, spec: str, unit: int = 1, suffix: str = "") -> str:
@@ -204,8 +204,8 @@ def cell(value: float | None, spec: str, unit: int = 1, suffix: str = "") -> str
 
 
 def draw(report: dict, axes: list[str], path: str) -> None:
-    """A row of panels for each axis: peak extra memory, time."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # here: workers start half a second sooner
+    """Draw peak extra memory and time, one row of panels per axis."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # imported here so that workers start faster
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4 * len(axes)), layout="constrained")

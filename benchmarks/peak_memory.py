@@ -1,4 +1,4 @@
-"""The most memory that a piece of code held beyond what was held before it."""
+"""Peak memory of a block of code."""
 
 from pathlib import Path
 
@@ -10,11 +10,11 @@ MIB = 2**20
 
 
 class PeakMemory:
-    """Context manager; `.bytes` afterwards is the peak above what was held at the start, None where it is not known.
+    """Context manager that sets `bytes` to the peak memory above the memory at the start, or None if it is unknown.
 
-    On CUDA: torch's allocator. On a CPU, Linux only: the process's resident memory, whose high-water mark the kernel
-    resets when "5" is written to `clear_refs`. A page that malloc kept from earlier is resident already and counts for
-    nothing, so measure in a fresh process. Resolution: some 1 MiB.
+    On CUDA it uses torch's allocator. On a CPU (Linux only) it uses the process's resident memory; writing "5" to
+    `clear_refs` resets the kernel's high-water mark. Pages that malloc has kept are resident already and do not count,
+    so measure in a new process. The resolution is about 1 MiB.
     """
 
     def __init__(self, device: torch.device | str):
@@ -51,7 +51,7 @@ def _resident(field: str) -> int:
 
 
 def available_bytes(device: torch.device | str) -> int:
-    """What a new allocation may take; torch's own free blocks count as free."""
+    """Return the memory available to new allocations, including torch's cached free blocks."""
     device = torch.device(device)
     if device.type == "cuda":
         torch.cuda.empty_cache()

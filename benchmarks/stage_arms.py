@@ -1,4 +1,4 @@
-"""What `stage_throughput` compares: one training step of every arm on the same documents."""
+"""The arms of `stage_throughput.py`: the training step of each arm, on the same documents."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,19 +21,19 @@ from lmtp_factory.plugin.collator import CACHE_INDEX, CachedStatesCollator
 
 
 ARMS = {
-    "stage 1, naive": "padded; LM head and its loss computed, inner hidden states kept, all logits stacked",
+    "stage 1, naive": "padded; computes the LM head and its loss, stores all hidden states, stacks all logits",
     "stage 1": "packed; final hidden states and the leap loss",
-    "stage 1, cached": "the same with the final hidden states read from the cache on disk",
-    "stage 1, backbone": "packed; nothing but the frozen forward, which no stage 1 without a cache goes below",
+    "stage 1, cached": "packed; final hidden states from the cache on disk and the leap loss",
+    "stage 1, backbone": "packed; only the frozen forward, a lower bound of stage 1 without a cache",
     "LoRA SFT": "padded; transformers' own loss",
-    "stage 2, naive": "padded; inner hidden states kept, all logits stacked",
+    "stage 2, naive": "padded; stores all hidden states, stacks all logits",
     "stage 2": "padded; one backbone pass and the leap loss",
 }
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all arms share."""
+    """Settings that all arms share."""
 
     model: str
     batch: int
@@ -47,11 +47,16 @@ class Setting:
 def make_step(
     arm: str, setting: Setting, documents: Sequence[dict], folder: str
 ) -> tuple[Callable[[Sequence[dict]], None], int, int]:
-    """The arm's training step (forward, backward and AdamW), bytes of the base model, and of what was added to it.
+    """Create the training step of an arm.
 
     Args:
-        documents: all that will be trained on.
-        folder: an empty one, for the cache.
+        arm: A key of `ARMS`.
+        setting: Settings that all arms share.
+        documents: All training documents.
+        folder: Empty directory for the cache.
+
+    Returns:
+        The step (forward, backward and AdamW); bytes of the base model; bytes of the parameters added to it.
     """
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(setting.model, dtype=DTYPES[setting.dtype]).to(setting.device)
@@ -105,7 +110,7 @@ def make_step(
 
 @torch.no_grad()
 def fill(folder: str, model: nn.Module, documents: Sequence[dict], pad: int) -> HiddenCache:
-    """A cache of the documents' hidden states; each document gets its place in it."""
+    """Fill a cache with the documents' hidden states and store its index in each document."""
     plan = CachePlan([len(document["input_ids"]) for document in documents], model.config.hidden_size)
     cache = HiddenCache.open(folder, plan, {})
     for shard, members in enumerate(plan.shards):
@@ -120,7 +125,7 @@ def fill(folder: str, model: nn.Module, documents: Sequence[dict], pad: int) -> 
 
 
 def padded(batch: Sequence[dict], pad: int) -> dict[str, Tensor]:
-    """One document a row, as upstream's collator makes them."""
+    """Pad documents to one per row, as LLaMA-Factory's collator does."""
 
     def column(key: str, value: int) -> Tensor:
         rows = [torch.as_tensor(document[key]) for document in batch]
@@ -133,9 +138,9 @@ def padded(batch: Sequence[dict], pad: int) -> dict[str, Tensor]:
 
 
 def naive_loss(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """Heads as one would add them first: the model's own output with every hidden state, and logits of all in one tensor."""
+    """Compute the loss without optimisations: all hidden states are kept, all logits are in one tensor."""
     labels, objective = inputs["labels"], model.objective
-    model.objective = None  # the base class's forward
+    model.objective = None  # selects the base class's forward
     output = model(**inputs, output_hidden_states=True, use_cache=False)
     model.objective = objective
     heads = model.leap_heads.logits(output.hidden_states[-1], model.get_output_embeddings(), softcap_of(model))

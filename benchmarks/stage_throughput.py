@@ -1,12 +1,12 @@
 """Tokens per second and peak memory of training steps of both stages.
 
-Baselines, in the same run: the naive arrangement of each stage, and plain LoRA SFT of the same model. Tokens are those of
-the documents, never padding. Memory is the peak of what a process takes beyond the base model's weights: heads or LoRA,
-their gradients, AdamW's states, activations and logits; the column `with model` adds those weights.
+Baselines in the same run: a naive implementation of each stage, and LoRA SFT of the same model. Padding tokens do not
+count. Memory is the peak beyond the base model's weights: heads or LoRA, their gradients, AdamW's states, activations
+and logits. The column `with model` includes the weights.
 
     python benchmarks/stage_throughput.py demo_run/model --batch 4 8 16 --json stages.json --plot stages.png
 
-On a CPU every arm and round has a fresh process; rounds of all arms take turns.
+Each arm and round runs in a new process. Rounds of all arms are interleaved.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from lmtp_factory.evaluation.machine import describe
 from lmtp_factory.modeling.losses.targets import IGNORE_INDEX
 
 
-# Against what each arm is compared.
+# The baseline of each group of arms.
 BASELINES = {"stage 1": "stage 1, naive", "stage 2": "stage 2, naive", "LoRA SFT": "LoRA SFT"}
 
 
@@ -63,16 +63,14 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default_rows = str(resources.folder("datasets") / "self_distilled_smollm2_train.jsonl")
     parser.add_argument("model", help="directory of the base model")
-    parser.add_argument(
-        "--rows", default=default_rows, help="what the model wrote itself, as lmtp-cli distill leaves it"
-    )
-    parser.add_argument("--batch", type=int, nargs="+", default=[8], help="documents of a step")
-    parser.add_argument("--cutoff", type=int, default=1024, help="tokens of a document at most")
+    parser.add_argument("--rows", default=default_rows, help="rows that lmtp-cli distill wrote with this model")
+    parser.add_argument("--batch", type=int, nargs="+", default=[8], help="documents per step")
+    parser.add_argument("--cutoff", type=int, default=1024, help="largest number of tokens per document")
     parser.add_argument("--heads", type=int, default=3)
     parser.add_argument("--kind", choices=HEAD_KINDS, default="own")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="in stage 2 and SFT")
-    parser.add_argument("--steps", type=int, default=3, help="measured, after one that is not")
+    parser.add_argument("--steps", type=int, default=3, help="measured steps, after one warm-up step")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--json", metavar="FILE", help="also write the numbers there")
@@ -83,7 +81,7 @@ def parse() -> argparse.Namespace:
 
 
 def compare(setting: Setting, args: argparse.Namespace) -> dict[str, dict]:
-    """Medians of every arm, and ratios within each round."""
+    """Return medians of each arm and of its ratios within a round."""
     results = {arm: [] for arm in args.arms}
     for _ in range(args.rounds):
         for arm, done in results.items():
@@ -119,7 +117,7 @@ def in_fresh_process(setting: Setting, arm: str, args: argparse.Namespace, **env
 
 
 def in_worker(setting: Setting, args: argparse.Namespace) -> dict:
-    """Steps of one arm; the first, which also makes AdamW's states, counts for memory alone."""
+    """Run the steps of one arm. The first also creates AdamW's states, so it counts for memory but not for time."""
     documents = read_documents(args.rows, args.cutoff, setting.batch * (args.steps + 1))
     batches = [documents[i : i + setting.batch] for i in range(0, len(documents), setting.batch)]
     with tempfile.TemporaryDirectory() as folder:
@@ -134,7 +132,7 @@ def in_worker(setting: Setting, args: argparse.Namespace) -> dict:
 
 
 def run(step: Callable, batches: list[list[dict]], device: str) -> tuple[int | None, float]:
-    """Peak bytes of all steps, and seconds of all but the first."""
+    """Return the peak bytes of all steps and the seconds of all but the first."""
 
     def wait() -> None:
         if torch.device(device).type == "cuda":
@@ -152,7 +150,7 @@ def run(step: Callable, batches: list[list[dict]], device: str) -> tuple[int | N
 
 
 def read_documents(path: str, cutoff: int, count: int) -> list[dict]:
-    """The first `count` rows, again from the start where there are fewer, prompts masked."""
+    """Read `count` rows with masked prompts, starting over at the end of the file."""
     lines = Path(path).read_text(encoding="utf-8").splitlines()
     documents = []
     for i in range(count):
@@ -181,7 +179,7 @@ def print_table(setting: Setting, rows: dict[str, dict]) -> None:
 
 
 def draw(report: dict, path: str) -> None:
-    """Tokens per second and peak memory by documents a step."""
+    """Draw tokens per second and peak memory by documents per step."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,9 +1,9 @@
-"""What the autoload hook costs every torch program: the hook's time over that of `import torch`, in the same processes.
+"""Cost of the autoload hook in every torch program: duration of the hook relative to `import torch`.
 
     python benchmarks/startup.py [--repeats 15]
 
-torch is imported with the plugin off (the baseline), then the hook runs as torch would have run it; medians over fresh
-processes are compared.
+torch is imported with the plugin disabled (the baseline). Then the hook runs as torch would run it. The result is the
+ratio of medians over new processes.
 """
 
 import argparse
@@ -26,7 +26,7 @@ print(imported - started, time.perf_counter() - imported)
 
 
 def seconds() -> tuple[float, float]:
-    """Times of `import torch` and of the hook in a fresh process."""
+    """Return the seconds of `import torch` and of the hook in a new process."""
     environment = os.environ | {"LMTP_FACTORY_DISABLE": "1"}
     output = subprocess.run(
         [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True

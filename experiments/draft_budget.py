@@ -1,8 +1,9 @@
-"""What the draft budget costs and keeps, simulated: tokens per plain step's time, relative to steps without drafts.
+"""Simulation of the draft budget: tokens per duration of a plain step.
 
-Baseline: 1.0, plain steps throughout; beside it drafting in every step. Rows are kinds of text (how often the candidate of
-each level is accepted) and what a step with a draft takes beyond a plain one; columns are constants of
-lmtp_factory/decoding/draft_budget.py. Step times carry 5 % of noise.
+Baseline: 1.0, plain steps only. The column `always` drafts in every step. Rows are kinds of text (acceptance rate at
+    each
+level) combined with the extra duration of a step with a draft. Other columns are values of the constants in
+lmtp_factory/decoding/draft_budget.py. Step durations have 5 % noise.
 
     python experiments/draft_budget.py
 """
@@ -35,7 +36,7 @@ SETTINGS = (
 
 
 def rate(accuracies: Sequence[float], extra: float, tokens: int, seed: int, setting: Sequence[float]) -> float:
-    """Tokens per plain step's time in one answer."""
+    """Simulate one answer and return its tokens per duration of a plain step."""
     generator, budget = random.Random(seed), DraftBudget(*setting)
     seconds, done = 0.0, 0
     while done < tokens:
@@ -56,8 +57,8 @@ def rate(accuracies: Sequence[float], extra: float, tokens: int, seed: int, sett
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=100, help="of an answer (default: 100)")
-    parser.add_argument("--answers", type=int, default=400, help="simulated for each number (default: 400)")
+    parser.add_argument("--tokens", type=int, default=100, help="length of an answer (default: 100)")
+    parser.add_argument("--answers", type=int, default=400, help="simulated answers per number (default: 400)")
     args = parser.parse_args()
     settings = " ".join(f"{'/'.join(f'{value:g}' for value in setting):>12}" for setting in SETTINGS)
     print(f"{'':<20} {'extra':>5} {'always':>7} {settings}   stake/allowance/most, in use first")

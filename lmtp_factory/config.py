@@ -23,7 +23,8 @@ class LMTPConfig(PretrainedConfig):
     Args:
         num_heads: Number of extra heads, not counting the LM head (the paper's n - 1). Default 3.
         stride: Number of tokens between the targets of neighbouring heads (the paper's k). Default 2.
-        offsets: Offsets of the extra heads, increasing and above 1, e.g. `(2, 3, 6)`. Replaces `num_heads` and `stride`.
+        offsets: Offsets of the extra heads, increasing and above 1, e.g. `(2, 3, 6)`. Replaces `num_heads` and
+            `stride`.
         head_layers: Number of residual blocks in each head. Blocks do not share weights.
         head_kind: `own` gives each head its own unembedding matrix; `shared` uses the backbone's LM head.
         hidden_size: Hidden size of the base model, set by `attach_heads`.
@@ -32,8 +33,8 @@ class LMTPConfig(PretrainedConfig):
         tokenizer_fingerprint: Hash of the base model's tokenizer, see `modeling.checkpoint.tokenizer_fingerprint`.
 
     Raises:
-        LMTPError: The geometry is impossible or contradictory, the head kind is unknown, there is no head layer, a value
-            has the wrong type, or an argument is unknown here and to transformers.
+        LMTPError: The geometry is impossible or contradictory, the head kind is unknown, there is no head layer, a
+            value has the wrong type, or an argument is unknown here and to transformers.
     """
 
     model_type = "lmtp"

@@ -3,8 +3,8 @@
 Head `i` (0 is the LM head) reads the hidden state at position `s` and predicts token `s + offsets[i]`, where
 `1 = offsets[0] < offsets[1] < ...`. A constant stride `k` is the special case `offsets[i] = k * i + 1`.
 
-Look-back decoding drafts token `t + d` at depth `d`, where `t` is the last position with a hidden state. The draft comes
-from the first head whose offset is at least `d`, applied to the state `back = offset - d` positions before `t`:
+Look-back decoding drafts token `t + d` at depth `d`, where `t` is the last position with a hidden state. The draft
+comes from the first head whose offset is at least `d`, applied to the state `back = offset - d` positions before `t`:
 
 ====== =========================== ===========================
 depth  stride 2: head @ state      stride 3: head @ state

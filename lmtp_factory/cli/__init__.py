@@ -1,4 +1,4 @@
-"""`lmtp-cli`: what `llamafactory-cli` has no verb for."""
+"""`lmtp-cli`: commands that `llamafactory-cli` does not have."""
 
 import argparse
 import sys
@@ -9,21 +9,21 @@ from .. import __version__
 from ..errors import LMTPError
 
 
-# Command -> module of this folder, summary. Each module has add_arguments(parser) and run(args) -> exit status, and imports
-# what is heavy in run only.
+# Command -> (module in this package, summary). Each module has add_arguments(parser) and run(args) -> exit status. Slow
+# imports are inside run.
 COMMANDS = {
-    "doctor": ("doctor", "check the installation and say what is wrong with it"),
+    "doctor": ("doctor", "check the installation and report how to fix it"),
     "distill": ("distill", "let a model write its own training data for stage 1"),
     "report": ("report", "loss, accuracy and perplexity on held-out text"),
-    "import": ("import_heads", "heads of other checkpoints: the L-MTP release's and Medusa's"),
-    "tree": ("tree", "measure which draft tree is fastest, write lmtp/tree.json"),
+    "import": ("import_heads", "import heads from checkpoints of the L-MTP release and of Medusa"),
+    "tree": ("tree", "measure which draft tree is fastest and write lmtp/tree.json"),
     "bench": ("bench", "tokens per second with and without heads, side by side"),
-    "demo": ("demo", "the whole job on the real SmolLM2-135M-Instruct"),
+    "demo": ("demo", "train, export and decode with SmolLM2-135M-Instruct, from start to end"),
 }
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
+    """Build the parser of all commands."""
     parser = argparse.ArgumentParser(prog="lmtp-cli", description="Leap multi-token prediction beside LLaMA-Factory.")
     parser.add_argument("--version", action="version", version=f"lmtp_factory {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -34,7 +34,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. A mistake of the user's ends in one sentence on stderr and status 1."""
+    """Run one command and return its exit status.
+
+    An `LMTPError` is printed to stderr and returns 1.
+    """
     args = build_parser().parse_args(argv)
     try:
         return import_module(f".{COMMANDS[args.command][0]}", __package__).run(args)

@@ -1,13 +1,13 @@
-"""Types of command-line arguments that several commands share."""
+"""Argument types that several commands share."""
 
 import argparse
 
 
 def count(text: str) -> int:
-    """A whole number of 1 or more, for `argparse`.
+    """Parse an integer of 1 or more, as an `argparse` type.
 
     Raises:
-        argparse.ArgumentTypeError: anything else.
+        argparse.ArgumentTypeError: The text is not such an integer.
     """
     if not (text.isascii() and text.isdecimal() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"{text} is no whole number of 1 or more")

@@ -1,4 +1,4 @@
-"""`lmtp-cli bench`: stock decoding, ours without heads, prompt lookup and the heads, side by side."""
+"""`lmtp-cli bench`: compare stock decoding, our loop without heads, prompt lookup and decoding with heads."""
 
 import argparse
 import json
@@ -8,18 +8,20 @@ from .arguments import count
 
 
 RESULT_FILE, PLOT_FILE = "bench.json", "bench.png"
-# Where no tree was measured: falls with the level and with the rank.
+# Accuracies assumed if no tree was measured. They decrease with the level and with the rank.
 _ASSUMED = [[0.3 * 0.6**level * 0.4**rank for rank in range(8)] for level in range(16)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The model, prompts to answer, and how much of both."""
+    """Add the command's options."""
     parser.add_argument("model", metavar="MODEL", help="export, adapter or stage-1 directory with heads")
     parser.add_argument("--prompts", required=True, metavar="FILE", help="JSON or JSONL, as lmtp-cli distill reads")
     parser.add_argument("--limit", type=count, default=16, metavar="N", help="use the first N prompts (default: 16)")
-    parser.add_argument("--max-new-tokens", type=count, default=128, metavar="N", help="an answer (default: 128)")
-    parser.add_argument("--nodes", type=count, default=16, metavar="N", help="static and dynamic trees (default: 16)")
-    parser.add_argument("--repeats", type=count, default=1, metavar="N", help="times each answer, the best one counts")
+    parser.add_argument(
+        "--max-new-tokens", type=count, default=128, metavar="N", help="length of an answer (default: 128)"
+    )
+    parser.add_argument("--nodes", type=count, default=16, metavar="N", help="nodes of a tree (default: 16)")
+    parser.add_argument("--repeats", type=count, default=1, metavar="N", help="runs of each answer; the fastest counts")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="default: fp32 on a CPU, else as saved"
     )
@@ -27,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Decode in turns, print the table, write the files; 1 where fp32 answers differ from stock's."""
+    """Run the benchmark, print the table and write the files; return 1 if fp32 answers differ from stock decoding."""
     import torch
 
     from ..evaluation.bench import default_arms, margins, results, run_arms, table
@@ -64,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
             json.dump(facts | {"arms": [vars(row) for row in rows], "margins": parted}, file, indent=1)
         draw_bench(rows, folder / PLOT_FILE)
         print(f"Written: {folder / RESULT_FILE} and {folder / PLOT_FILE}")
-    # Prompt lookup is transformers' own: not for us to answer for.
+    # Differences of prompt lookup do not count, because it is transformers' own method.
     ours_differ = any(row.differing and row.verify_share is not None for row in rows)
     return 1 if ours_differ and model.dtype == torch.float32 else 0
 
@@ -79,10 +81,10 @@ def _measured_accuracies(model) -> list[list[float]] | None:
 
 
 def _equality(rows, parted: dict[str, list[float]], answers: int) -> str:
-    lines = [f"Of {answers} answers, those that are not stock's:"]
+    lines = [f"Answers that differ from stock decoding, of {answers}:"]
     for row in rows:
         if row.differing:
             gaps = ", ".join(f"{gap:.4f}" for gap in parted.get(row.name, []))
-            why = f"where they part the two logits are {gaps} apart" if gaps else "they end elsewhere"
+            why = f"the logits of the first different tokens differ by {gaps}" if gaps else "their lengths differ"
             lines.append(f"  {row.name}: {row.differing}; {why}")
     return "\n".join(lines) if len(lines) > 1 else f"All {answers} answers are the same in every row."

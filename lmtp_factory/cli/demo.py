@@ -1,4 +1,4 @@
-"""`lmtp-cli demo`: distil, stage 1, stage 2, both exports, a report and faster decoding, on SmolLM2-135M-Instruct."""
+"""`lmtp-cli demo`: distil, train both stages, export, report and decode with SmolLM2-135M-Instruct."""
 
 import argparse
 import os
@@ -19,9 +19,9 @@ class Step:
     """One step of the demo.
 
     Attributes:
-        title: what it does, for the reader.
-        finished: file, below the working directory, that exists only once the step is done.
-        run: does it, in the working directory.
+        title: Description for the user.
+        finished: File, relative to the working directory, that exists if and only if the step is finished.
+        run: Runs the step in the working directory.
     """
 
     title: str
@@ -30,13 +30,13 @@ class Step:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where the demo works, and how much of it."""
+    """Add the command's options."""
     parser.add_argument("--dir", default="demo_run", metavar="DIR", help="working directory (default: demo_run)")
-    parser.add_argument("--quick", action="store_true", help="a smoke run: every step, a few training steps each")
+    parser.add_argument("--quick", action="store_true", help="smoke test: a few training steps per stage")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the steps that are not finished yet."""
+    """Run all steps that are not finished."""
     directory = Path(args.dir)
     directory.mkdir(parents=True, exist_ok=True)
     steps = _steps(args.quick)
@@ -48,10 +48,10 @@ def run(args: argparse.Namespace) -> int:
             step_started = time.monotonic()
             step.run(directory)
             print(f"--- took {time.monotonic() - step_started:.0f} s", flush=True)
-    print(f"\nFinished in {(time.monotonic() - started) / 60:.1f} minutes. Everything lies in {directory.resolve()}:")
+    print(f"\nFinished in {(time.monotonic() - started) / 60:.1f} minutes. All files are in {directory.resolve()}:")
     for step in steps:
         print(f"  {step.finished:<40} {step.title}")
-    print(f"A second run skips what is done; delete {directory} to start again.")
+    print(f"A second run skips finished steps. Delete {directory} to start again.")
     return 0
 
 
@@ -118,10 +118,14 @@ def _config(name: str) -> str:
 
 
 def _run(directory: Path, command: str, *arguments: str) -> None:
-    """Run a command of this environment in `directory`, its output straight to the terminal."""
+    """Run a command of this Python environment in `directory`; its output goes to the terminal.
+
+    Raises:
+        LMTPError: The command is not installed or fails.
+    """
     program = shutil.which(command, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     if program is None:
-        raise LMTPError(f"{command} is not installed beside {sys.executable}: pip install . in the checkout.")
+        raise LMTPError(f"{command} is not installed beside {sys.executable}: run pip install . in the checkout.")
     print("$", command, *arguments, flush=True)
     _check(subprocess.run([program, *arguments], cwd=directory), command, arguments)
 
@@ -129,6 +133,6 @@ def _run(directory: Path, command: str, *arguments: str) -> None:
 def _check(process: subprocess.CompletedProcess, command: str, arguments: Sequence[str]) -> None:
     if process.returncode:
         raise LMTPError(
-            f"`{command} {' '.join(arguments)}` failed with status {process.returncode}; its last lines say why. Finished "
-            "steps are kept: run lmtp-cli demo again."
+            f"`{command} {' '.join(arguments)}` failed with status {process.returncode}, and its output above says "
+            "why: fix the cause and run lmtp-cli demo again; finished steps are kept."
         )

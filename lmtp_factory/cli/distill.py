@@ -1,4 +1,4 @@
-"""`lmtp-cli distill`: the command line of self-distillation."""
+"""`lmtp-cli distill`: self-distillation."""
 
 from __future__ import annotations
 
@@ -11,26 +11,28 @@ from .arguments import count
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `distill` to a parser."""
+    """Add the command's options."""
     parser.add_argument("model", help="Hugging Face model directory or hub id; with --engine server, its tokenizer")
 
-    group = parser.add_argument_group("prompts", "Without --prompts and --dataset an instruct model writes its own.")
+    group = parser.add_argument_group(
+        "prompts", "Without --prompts and --dataset, an instruct model writes its own prompts."
+    )
     source = group.add_mutually_exclusive_group()
     source.add_argument("--prompts", metavar="FILE", help="JSON or JSONL: prompt, instruction (+ input) or messages")
     source.add_argument("--dataset", metavar="NAME", help="datasets in dataset_info.json, comma-separated")
     group.add_argument("--dataset-dir", default="data", metavar="DIR", help="directory for --dataset (default: data)")
     group.add_argument(
-        "--num-prompts", type=count, metavar="N", help="prompts to write (default: 1000); of given ones, the first N"
+        "--num-prompts", type=count, metavar="N", help="prompts to write (default: 1000), or the first N given prompts"
     )
     group.add_argument(
-        "--max-prompt-tokens", type=count, default=1024, metavar="N", help="leave out longer ones (default: 1024)"
+        "--max-prompt-tokens", type=count, default=1024, metavar="N", help="skip longer prompts (default: 1024)"
     )
 
     group = parser.add_argument_group("answers", "Short, truncated and repetitive answers are dropped.")
     group.add_argument("--max-new-tokens", type=count, default=512, metavar="N", help="longest answer (default: 512)")
     group.add_argument("--keep-truncated", action="store_true", help="keep answers cut at --max-new-tokens")
     group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy, the default")
-    group.add_argument("--seed", type=int, default=0, help="of all sampling (default: 0)")
+    group.add_argument("--seed", type=int, default=0, help="seed of all sampling (default: 0)")
 
     group = parser.add_argument_group("output")
     group.add_argument("--name", help="name of the dataset (default: self_distilled_ and the model's name)")
@@ -45,17 +47,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--engine", choices=("hf", "server"), default="hf", help="transformers in this process, or vLLM, SGLang, ..."
     )
-    group.add_argument("--batch-size", type=count, metavar="N", help="of engine hf (default: by a token budget)")
+    group.add_argument("--batch-size", type=count, metavar="N", help="for engine hf (default: by a token budget)")
     group.add_argument(
         "--base-url", action="append", metavar="URL", help="http://host:port/v1 of a server; several share the work"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Distil as the options say; 0 once the dataset is written.
+    """Run a distillation and return 0 when the dataset is written.
 
     Raises:
-        LMTPError: a mistake that the user can correct.
+        LMTPError: The options are invalid, or the run fails for a reason that the user can fix.
     """
     _check(args)
     from ..distill.chat import load_tokenizer
@@ -82,11 +84,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuse options that cannot work before anything is loaded."""
+    """Check the options before anything is loaded."""
     if not 0 <= args.temperature < float("inf"):
-        raise LMTPError(f"--temperature is {args.temperature}, but it is 0 or more: write, say, --temperature 0.7.")
+        raise LMTPError(
+            f"--temperature is {args.temperature}, but it has to be 0 or more: write for instance --temperature 0.7."
+        )
     if not 0 <= args.heldout < 1:
-        raise LMTPError(f"--heldout is {args.heldout}, but it is a share of the rows: write, say, --heldout 0.05.")
+        raise LMTPError(
+            f"--heldout is {args.heldout}, but it has to be a share of the rows: write for instance --heldout 0.05."
+        )
     if args.engine == "server" and not args.base_url:
         raise LMTPError("--engine server needs an address: add --base-url http://HOST:PORT/v1.")
     if args.engine == "hf" and args.base_url:
@@ -105,7 +111,7 @@ def _given_prompts(args: argparse.Namespace) -> list | None:
 
         prompts, skipped = prompts_from_dataset([name.strip() for name in args.dataset.split(",")], args.dataset_dir)
         if skipped:
-            print(f"prompts: {skipped} rows left out because they have tools, media or no user text")
+            print(f"prompts: {skipped} rows skipped because they have tools, media or no user text")
         return prompts
     return None
 

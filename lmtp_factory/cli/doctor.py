@@ -1,4 +1,4 @@
-"""`lmtp-cli doctor`: versions, seams and device, and how to mend what is wrong."""
+"""`lmtp-cli doctor`: check versions, hooks and device, and report how to fix problems."""
 
 import argparse
 import os
@@ -15,11 +15,11 @@ ENTRY_POINT_GROUP = "torch.backends"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """No arguments: it looks at the environment it runs in."""
+    """Add no options: the command checks the environment in which it runs."""
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what there is; status 1 where something has to be mended."""
+    """Print the report; return 1 if there are problems."""
     versions = {name: _version(name) for name in PACKAGES}
     print("Versions")
     print(f"  python        {sys.version.split()[0]}")
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     if not problems:
         print("Everything is in place.")
         return 0
-    print("To mend")
+    print("To fix")
     for problem in problems:
         print(f"  - {problem}")
     return 1
@@ -62,7 +62,7 @@ def _version_problems(versions: dict[str, str | None]) -> Iterator[str]:
             yield f"{name} is not installed: pip install . in a checkout of lmtp_factory brings a working set."
     if versions[hooks.PACKAGE] not in (None, hooks.SUPPORTED_VERSION):
         yield (
-            f"{hooks.PACKAGE} {versions[hooks.PACKAGE]} is another version than the one this was written for: pip install "
+            f"{hooks.PACKAGE} {versions[hooks.PACKAGE]} is not the version that this plugin supports: pip install "
             f"{hooks.PACKAGE}=={hooks.SUPPORTED_VERSION}."
         )
     torch, torchaudio = versions["torch"], versions["torchaudio"]

@@ -1,4 +1,4 @@
-"""`lmtp-cli import`: heads that other programs trained, as an `lmtp/` folder."""
+"""`lmtp-cli import`: convert heads that other programs trained into an `lmtp/` folder."""
 
 import argparse
 import os
@@ -13,23 +13,23 @@ FORMAT_NAMES = ("auto", "release", "medusa")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to import, for which model, and how far the heads leap."""
+    """Add the command's options."""
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="directory or hub id with safetensors")
-    parser.add_argument("--base", metavar="MODEL", help="their base model (default: the one the checkpoint names)")
+    parser.add_argument("--base", metavar="MODEL", help="base model of the heads (default: as the checkpoint says)")
     parser.add_argument(
-        "--output", required=True, metavar="DIR", help=f"receives {HEADS_FOLDER}/; may be the base model"
+        "--output", required=True, metavar="DIR", help=f"directory for {HEADS_FOLDER}/; may be the base model"
     )
-    parser.add_argument("--format", choices=FORMAT_NAMES, default="auto", help="default: by the names of the tensors")
+    parser.add_argument("--format", choices=FORMAT_NAMES, default="auto", help="default: by tensor names")
     leaps = parser.add_mutually_exclusive_group()
-    leaps.add_argument("--stride", type=int, metavar="K", help="tokens that each head leaps; of Medusa's, keep these")
+    leaps.add_argument("--stride", type=int, metavar="K", help="constant stride; selects from Medusa's heads")
     leaps.add_argument(
-        "--offsets", type=parse_offsets, metavar="N,N,...", help="tokens ahead, one a head; of Medusa's, keep these"
+        "--offsets", type=parse_offsets, metavar="N,N,...", help="offset of each head; selects from Medusa's heads"
     )
     leaps.add_argument("--text", metavar="FILE", help="measure the offsets on text or on rows of lmtp-cli distill")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Find, check, read, if need be measure, and write."""
+    """Convert the heads: find, check, read, measure their offsets if requested, and save."""
     check_asked(args.stride, args.offsets)
     if args.text and not Path(args.text).is_file():
         raise LMTPError(f"--text {args.text} is no file: name a text file or the JSONL that lmtp-cli distill wrote.")
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     checkpoint = open_checkpoint(args.checkpoint)
     found = find_heads(checkpoint, None if args.format == "auto" else args.format)
     if args.text:
-        chosen = {head + 2: head for head in range(found.num_heads)}  # all; what they predict is found out below
+        chosen = {head + 2: head for head in range(found.num_heads)}  # all heads; their offsets are measured below
     else:
         chosen = asked_heads(checkpoint.name, found.num_heads, found.format.ADJACENT, args.stride, args.offsets)
     base = args.base or found.format.base_model(checkpoint.config)
@@ -62,7 +62,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_output(output: Path, base: str) -> None:
-    """Neither replace heads nor put these into another model, which `load_model` would take for their base."""
+    """Check that the output has no heads and is not another model, which `load_model` would take for the base model.
+
+    Raises:
+        LMTPError: The output cannot be used.
+    """
     if output.exists() and not output.is_dir():
         raise LMTPError(f"--output {output} is a file: name a directory.")
     if (output / HEADS_FOLDER).exists():
@@ -73,6 +77,7 @@ def _check_output(output: Path, base: str) -> None:
 
 
 def _measured(base: str, heads, text: str) -> tuple[int, ...]:
+    """Measure the offsets of the heads on a text file and print the table."""
     from ..convert.measure import decide, measure, read_text, table
     from ..evaluation.report import load_for_scoring
 
@@ -87,9 +92,11 @@ def _measured(base: str, heads, text: str) -> tuple[int, ...]:
     hits, found = measure(model, heads, rows), ()
     try:
         found = decide(hits)
-    finally:  # the numbers are what explains a refusal
+    finally:  # print the table on failure too, because it explains the error
         if hits.shape[-1]:
-            print(f"Share of {hits.shape[-1]} positions of {text} where a head is right about the token so far ahead")
-            print("with a guess that is not the LM head's:")
+            print(
+                f"Share of {hits.shape[-1]} positions of {text} where a head predicts the token at an offset correctly"
+            )
+            print("and the LM head's prediction is another token:")
             print(table(hits, found))
     return found

@@ -1,4 +1,4 @@
-"""`lmtp-cli report`: per-head loss, accuracy and perplexity of several models on the same held-out rows."""
+"""`lmtp-cli report`: compare loss, accuracy and perplexity of several models on held-out rows."""
 
 import argparse
 from pathlib import Path
@@ -8,7 +8,7 @@ from .arguments import count
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Models to compare and the rows to compare them on."""
+    """Add the command's options."""
     parser.add_argument(
         "models",
         nargs="+",
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Score each model, print the table, write the files."""
+    """Score each model, print the table and write the files."""
     from ..evaluation.report import load_for_scoring, print_table, write_report
     from ..evaluation.scoring import read_rows, score_heads
     from ..modeling.checkpoint import find_heads, read_config
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
         if label in models:
             raise LMTPError(f"Two models are labelled {label}: write LABEL={path} with another label for one of them.")
         models[label] = path
-    # Models without heads are compared at the offsets of those that have some.
+    # Models without heads are scored at the offsets of the first model with heads.
     folders = [folder for path in models.values() if (folder := find_heads(path))]
     offsets = read_config(folders[0]).offsets if folders else None
     scores = {}
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         scores[label] = score_heads(load_for_scoring(path, offsets), rows, args.batch_size, label)
         if scores[label].offsets != next(iter(scores.values())).offsets:
             raise LMTPError(
-                f"{path} has heads at other offsets than the models before: compare them in separate reports."
+                f"{path} has heads at other offsets than the models before it: compare them in separate reports."
             )
     print_table(scores)
     if args.output_dir:

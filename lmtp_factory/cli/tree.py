@@ -1,4 +1,4 @@
-"""`lmtp-cli tree`: the tree that gives most tokens a second for this model on this device."""
+"""`lmtp-cli tree`: find the draft tree with the most tokens per second for a model on this device."""
 
 import argparse
 from pathlib import Path
@@ -8,49 +8,54 @@ from .arguments import count
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The model, prompts to let it answer, and how much of both."""
+    """Add the command's options."""
     parser.add_argument("model", metavar="MODEL", help="export, adapter or stage-1 directory with heads")
     parser.add_argument("--prompts", required=True, metavar="FILE", help="JSON or JSONL, as lmtp-cli distill reads")
     parser.add_argument("--limit", type=count, default=24, metavar="N", help="use the first N prompts (default: 24)")
-    parser.add_argument("--max-new-tokens", type=count, default=128, metavar="N", help="an answer (default: 128)")
     parser.add_argument(
-        "--context", type=count, default=256, metavar="N", help="cached tokens when timing (default: 256)"
+        "--max-new-tokens", type=count, default=128, metavar="N", help="length of an answer (default: 128)"
+    )
+    parser.add_argument(
+        "--context", type=count, default=256, metavar="N", help="cached tokens while timing (default: 256)"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Let the model write, time the device, weigh the trees, write `lmtp/tree.json` and `lmtp/tree.png`."""
+    """Generate answers, time the device, rank the trees, and write `lmtp/tree.json` and `lmtp/tree.png`."""
     from ..decoding.tree_config import DEFAULT_WIDTH, Conditions, write_tree
     from ..evaluation.report import load_for_scoring
-    from ..evaluation.self_generated import read_prompts, write_own_text
+    from ..evaluation.self_generated import read_prompts, self_generated_rows
     from ..modeling.checkpoint import find_heads
     from ..modeling.model import base_of
     from ..tuning.costs import measure_costs
     from ..tuning.plots import draw_tree
     from ..tuning.replay import accuracies, observe
-    from ..tuning.tree_search import measured, plan_of, table, weigh
+    from ..tuning.tree_search import measured, rank_trees, table, tree_config_of
 
     folder = find_heads(args.model) if Path(args.model).is_dir() else None
     if folder is None:
-        raise LMTPError(f"{args.model} is no directory with an lmtp/ folder: tree.json is written into it.")
+        raise LMTPError(
+            f"{args.model} is no directory with an lmtp/ folder: name one, since tree.json is written into it."
+        )
     _, prompts = read_prompts(args.model, args.prompts, args.limit)
     model = base_of(load_for_scoring(args.model))
-    observed = [observe(model, row, DEFAULT_WIDTH) for row in write_own_text(model, prompts, args.max_new_tokens)]
+    rows = self_generated_rows(model, prompts, args.max_new_tokens)
+    observed = [observe(model, row, DEFAULT_WIDTH) for row in rows]
     if not any(map(len, observed)):
         raise LMTPError(
-            f"{args.model} answers these prompts with a token or none, so no draft can be measured: give other prompts or a "
-            "larger --max-new-tokens."
+            f"{args.model} answers these prompts with one token or none, so no draft can be measured: give other "
+            "prompts or a larger --max-new-tokens."
         )
     costs = measure_costs(model, context=args.context)
-    options = weigh(observed, costs)
+    options = rank_trees(observed, costs)
     best = max(options, key=lambda option: option.tokens_per_second)
-    plan = plan_of(best, observed, costs)
+    tree_config = tree_config_of(best, observed, costs)
     facts = measured(options, observed, costs)
-    path = write_tree(plan, folder, Conditions.of(model), facts)
-    draw_tree(plan, accuracies(observed), costs.verify.seconds, options, folder / "tree.png")
+    path = write_tree(tree_config, folder, Conditions.of(model), facts)
+    draw_tree(tree_config, accuracies(observed), costs.verify.seconds, options, folder / "tree.png")
 
-    print(f"\nVerifying costs, in ms by tokens: {_milliseconds(costs.verify.seconds)}; a draft {1e3 * costs.draft:.1f}")
-    print("How often the first candidates of each level are right, %:")
+    print(f"\nms of a forward by tokens: {_milliseconds(costs.verify.seconds)}; ms of a draft: {1e3 * costs.draft:.1f}")
+    print("Accuracy of the first candidates of each level, %:")
     for level, rates in enumerate(accuracies(observed), 1):
         print(f"  level {level}: {' '.join(f'{100 * rate:5.1f}' for rate in rates[:5])}")
     print(f"\n{table(options)}\n\nWritten: {path} and {folder / 'tree.png'}")

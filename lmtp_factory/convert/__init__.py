@@ -1,1 +1,1 @@
-"""Heads that other programs trained, turned into an `lmtp/` folder."""
+"""Conversion of heads that other programs trained into an `lmtp/` folder."""

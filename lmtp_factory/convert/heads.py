@@ -1,4 +1,4 @@
-"""From a foreign checkpoint's tensors to `LeapHeads`: found by name, checked by shape, and only then read."""
+"""Loading `LeapHeads` from third-party checkpoints: tensors are found by name, checked by shape and then read."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,14 +20,16 @@ FORMATS = {"release": release, "medusa": medusa}
 
 
 @dataclass(frozen=True)
-class ForeignHeads:
-    """Heads in a checkpoint, their weights not read yet.
+class ThirdPartyHeads:
+    """Heads found in a checkpoint. Their weights have not been read.
 
     Attributes:
-        checkpoint: where they are.
-        format: whose; a module of `FORMATS`.
-        tensors: names in the checkpoint by those in `LeapHeads`, heads counted from 0. Biases may be missing.
-        num_heads, layers, kind: how many heads, residual blocks in each, and `own` or `shared` unembeddings.
+        checkpoint: The checkpoint.
+        format: Module of the checkpoint's format, a value of `FORMATS`.
+        tensors: Maps tensor names in `LeapHeads` to names in the checkpoint. Biases may be missing.
+        num_heads: Number of heads.
+        layers: Number of residual blocks in each head.
+        kind: `own` or `shared` unembeddings.
     """
 
     checkpoint: Checkpoint
@@ -38,14 +40,15 @@ class ForeignHeads:
     kind: str
 
 
-def find_heads(checkpoint: Checkpoint, format_name: str | None = None) -> ForeignHeads:
-    """The heads in a checkpoint.
+def find_heads(checkpoint: Checkpoint, format_name: str | None = None) -> ThirdPartyHeads:
+    """Find the heads in a checkpoint by the names of its tensors.
 
     Args:
-        format_name: a key of `FORMATS`; None takes the first whose names are there.
+        checkpoint: The checkpoint.
+        format_name: A key of `FORMATS`; None uses the first format that matches.
 
     Raises:
-        LMTPError: no heads, or a tensor missing or there twice.
+        LMTPError: There are no heads, or a tensor is missing or duplicated.
     """
     formats = [FORMATS[format_name]] if format_name else list(FORMATS.values())
     for format_ in formats:
@@ -63,10 +66,10 @@ def find_heads(checkpoint: Checkpoint, format_name: str | None = None) -> Foreig
 
 
 def load_base_config(base: str) -> PretrainedConfig:
-    """Configuration of the base model.
+    """Load the configuration of the base model.
 
     Raises:
-        LMTPError: there is none.
+        LMTPError: It cannot be loaded.
     """
     try:
         return AutoConfig.from_pretrained(base)
@@ -76,11 +79,15 @@ def load_base_config(base: str) -> PretrainedConfig:
         ) from None
 
 
-def check_shapes(found: ForeignHeads, base: PretrainedConfig) -> LMTPConfig:
-    """The heads' configuration, with their shapes compared with the base model's. Offsets are 2, 3, 4, ... for now.
+def check_shapes(found: ThirdPartyHeads, base: PretrainedConfig) -> LMTPConfig:
+    """Check the heads' shapes against the base model and return their configuration, with offsets 2, 3, 4, ... for now.
+
+    Args:
+        found: The heads.
+        base: Configuration of the base model.
 
     Raises:
-        LMTPError: heads of another model, or tensors that do not fit each other.
+        LMTPError: The heads belong to another model, or their tensors have inconsistent shapes.
     """
     checkpoint, text_config = found.checkpoint, base.get_text_config()
     shapes = {ours: checkpoint.shape(theirs) for ours, theirs in found.tensors.items()}
@@ -107,19 +114,21 @@ def check_shapes(found: ForeignHeads, base: PretrainedConfig) -> LMTPConfig:
     for name, shape in shapes.items():
         if shape != expected[name]:
             raise LMTPError(
-                f"{found.tensors[name]} of {checkpoint.name} has shape {list(shape)} where {list(expected[name])} is due: "
-                "copy the checkpoint again."
+                f"{found.tensors[name]} of {checkpoint.name} has shape {list(shape)} instead of {list(expected[name])}"
+                ": copy the checkpoint again."
             )
     config.base_model = base.name_or_path
     config.tokenizer_fingerprint = base_fingerprint(base.name_or_path)
     return config
 
 
-def read_heads(found: ForeignHeads, config: LMTPConfig, chosen: Sequence[int]) -> LeapHeads:
-    """The chosen heads (counted from 0, as in the checkpoint), in their own dtype.
+def read_heads(found: ThirdPartyHeads, config: LMTPConfig, chosen: Sequence[int]) -> LeapHeads:
+    """Read the chosen heads in the dtype of the checkpoint.
 
     Args:
-        config: as `check_shapes` gave it, with as many offsets as heads are chosen.
+        found: The heads.
+        config: Result of `check_shapes`, with one offset per chosen head.
+        chosen: Indices of the heads in the checkpoint, from 0.
     """
     with torch.device("meta"):
         heads = LeapHeads(config)
@@ -135,14 +144,14 @@ def read_heads(found: ForeignHeads, config: LMTPConfig, chosen: Sequence[int]) -
     return heads
 
 
-def _complete(checkpoint: Checkpoint, format_: ModuleType, tensors: dict[str, str]) -> ForeignHeads:
-    """Count heads and blocks, and see that nothing is missing."""
+def _complete(checkpoint: Checkpoint, format_: ModuleType, tensors: dict[str, str]) -> ThirdPartyHeads:
+    """Count heads and blocks, and check that no tensor is missing."""
     num_heads = 1 + max(int(name.split(".")[1]) for name in tensors)
     held = sorted({int(name.split(".")[3]) for name in tensors if ".blocks." in name})
     layers = max(len(held), format_.layers(checkpoint.config) or 1)
     if len(held) == 1 and layers > 1:
-        # Both programs build a head's blocks as [block] * layers, one block applied several times, and safetensors keeps
-        # one of several names of the same tensor.
+        # Both programs build a head's blocks as [block] * layers, which is one block applied several times. safetensors
+        # stores such a shared tensor under one of its names only.
         tensors |= {
             name.replace(f".blocks.{held[0]}.", f".blocks.{block}."): theirs
             for name, theirs in list(tensors.items())
@@ -160,4 +169,4 @@ def _complete(checkpoint: Checkpoint, format_: ModuleType, tensors: dict[str, st
             f"{checkpoint.name} ({format_.TITLE}) lacks a part of its heads, in our names {missing[0]}: copy the whole "
             "checkpoint again."
         )
-    return ForeignHeads(checkpoint, format_, tensors, num_heads, layers, kind)
+    return ThirdPartyHeads(checkpoint, format_, tensors, num_heads, layers, kind)

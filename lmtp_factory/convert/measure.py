@@ -1,16 +1,17 @@
-"""Which token each head predicts, found out on text.
+"""Measuring the offset of each head on text.
 
-A head's guesses are compared with the tokens 1, 2, 3, ... ahead of the same positions. The offset with the most hits is
-often not the one that a head was trained for, for two reasons that have nothing to do with leaping:
+A head's predictions are compared with the tokens 1, 2, 3, ... ahead of the same positions. The offset with the most
+hits is often not the offset that a head was trained for, for two reasons:
 
-- Heads start as copies of the LM head, and little training leaves them predicting the next token. So a guess counts only
-  where it is not the LM head's own.
-- Tokens near by are easier to hit, whatever a head was trained for. So what counts is how much more often than the other
-  heads one hits the token so far ahead.
+- Heads start as copies of the LM head, and after little training they still predict the next token. So a prediction
+  counts only if it differs from the LM head's.
+- Nearby tokens are easier to predict for every head. So the score of an offset is how much more often a head hits it
+  than the other heads do.
 
-Tried on SmolLM2-135M with heads of stride 2 and 3, trained on some 25,000 tokens only (head 1 hits 14 in 100 at best, and
-all hit +1 most): on text of the model's own, 2,048 positions were enough for stride 2 and 4,096 for stride 3, fewer were
-often refused, and none of 98 answers (on overlapping parts) was wrong. On text of another kind all were refused.
+Tested with SmolLM2-135M and heads of stride 2 and 3 trained on about 25,000 tokens (head 1 hits at most 14 %, and all
+heads hit +1 most often). On the model's own text, 2,048 positions were enough for stride 2 and 4,096 for stride 3;
+measurements on fewer positions were often refused. None of 98 results (on overlapping parts) was wrong. On other text
+all were refused.
 """
 
 import copy
@@ -32,18 +33,23 @@ from ..modeling.model import base_of
 
 
 MOST_POSITIONS, FEWEST_POSITIONS = 4096, 256
-WINDOW = 512  # tokens of plain text that the backbone reads at once
-LONGEST_LEAP = 4  # offsets are looked for as far as this stride reaches
-_CHARACTERS = 16 * MOST_POSITIONS  # of plain text: a token has some 4
-# Standard errors by which the best has to lead each other one. Of equals, one leads by 3 once in 740 times.
+WINDOW = 512  # tokens of plain text per forward
+LONGEST_LEAP = 4  # largest stride that is considered
+_CHARACTERS = 16 * MOST_POSITIONS  # characters read from plain text; a token has about 4
+# The best candidate must lead every other by this many standard errors. Between equals this happens once in 740 times.
 MARGIN = 3.0
 
 
 def read_text(path: str | Path, base: str, vocab_size: int) -> list[Row]:
-    """Rows of token ids: those of `lmtp-cli distill`, or plain text in windows.
+    """Read rows of `lmtp-cli distill`, or plain text split into windows.
+
+    Args:
+        path: JSONL or text file.
+        base: Directory or hub id of the base model, for its tokenizer.
+        vocab_size: Vocabulary size of the base model.
 
     Raises:
-        LMTPError: the file cannot be read, or its rows were written with another vocabulary.
+        LMTPError: The file cannot be read, or its token ids exceed the vocabulary.
     """
     path = Path(path)
     try:
@@ -57,23 +63,24 @@ def read_text(path: str | Path, base: str, vocab_size: int) -> list[Row]:
     rows = _windows(text, base) if text else read_rows(path, MOST_POSITIONS)
     if any(token >= vocab_size for prompt, output in rows for token in (*prompt, *output)):
         raise LMTPError(
-            f"{path} holds token ids beyond the vocabulary of {base} ({vocab_size}): give rows that this model wrote."
+            f"{path} holds token ids beyond the vocabulary of {base} ({vocab_size}): name a file of rows that this "
+            "model wrote."
         )
     return rows
 
 
 @torch.no_grad()
 def measure(model: nn.Module, heads: LeapHeads, rows: Sequence[Row]) -> Tensor:
-    """Which tokens each head hits with a guess that is not the LM head's.
+    """Find which tokens each head predicts correctly where it differs from the LM head.
 
     Args:
-        model: the base model, in evaluation mode.
-        heads: on any device and in any dtype; their offsets are not read.
-        rows: token ids; prompts are read but not predicted.
+        model: The base model, in eval mode.
+        heads: Heads on any device and in any dtype. Their offsets are ignored.
+        rows: Token ids. Positions in prompts are not evaluated.
 
     Returns:
-        (heads, offsets, positions) bool on the CPU; index o stands for the token o + 1 ahead. Positions near a row's end,
-        where not all of these tokens exist, are left out.
+        (heads, offsets, positions) bool on the CPU. Offset index o is the token o + 1 ahead. Positions near the end of
+        a row, where some of these tokens do not exist, are omitted.
     """
     base, lm_head = base_of(model), model.get_output_embeddings()
     farthest = LONGEST_LEAP * heads.config.num_heads + 1
@@ -84,7 +91,7 @@ def measure(model: nn.Module, heads: LeapHeads, rows: Sequence[Row]) -> Tensor:
     next_token = _guesses(states, lm_head, lm_head.weight.shape[0])
     hits = []
     for head in heads.heads:
-        # A copy of this one head: all of them may be too much to lie beside the model in its dtype and on its device.
+        # Copy one head at a time: all heads in the model's dtype may not fit beside it on its device.
         head = copy.deepcopy(head).to(states.device, states.dtype)
         guesses = _guesses(states, lambda part, head=head: head.logits(part, lm_head), heads.config.vocab_size)
         hits.append(((guesses == targets.T) & (guesses != next_token)).cpu())
@@ -92,13 +99,16 @@ def measure(model: nn.Module, heads: LeapHeads, rows: Sequence[Row]) -> Tensor:
 
 
 def decide(hits: Tensor) -> tuple[int, ...]:
-    """The offset of each head, rising: each head's own best where all are clear, else the constant stride that is.
+    """Choose the offset of each head: its own best offset if all heads are clear, else the best constant stride.
 
     Args:
-        hits: see `measure`.
+        hits: Result of `measure`.
+
+    Returns:
+        Increasing offsets.
 
     Raises:
-        LMTPError: too few positions, nothing that is clearly the best, or offsets that do not rise above 1.
+        LMTPError: There are too few positions, no choice is clearly the best, or the offsets do not increase from 2 on.
     """
     num_heads, farthest, positions = hits.shape
     if positions < FEWEST_POSITIONS:
@@ -108,13 +118,14 @@ def decide(hits: Tensor) -> tuple[int, ...]:
         )
     if not hits.any():
         raise LMTPError(
-            "The heads are right only where the LM head makes the same guess: they are untrained or of another base model."
+            "The heads are right only where the LM head makes the same guess: they are untrained or of another base "
+            "model, so name the model that they were trained on with --base."
         )
     scores = hits.float()
     if num_heads > 1:
         scores = (scores - scores.mean(0)) * num_heads / (num_heads - 1)  # minus the mean of the other heads
     leads = [_leads(of_head) for of_head in scores]
-    own = [int(of_head.argmax()) + 1 for of_head in leads]  # the best leads itself by infinity
+    own = [int(of_head.argmax()) + 1 for of_head in leads]  # the best candidate's lead over itself is inf
     if all(of_head.min() >= MARGIN for of_head in leads):
         if any(near >= far for near, far in zip([1, *own], own)):
             written = ", ".join(f"+{offset}" for offset in own)
@@ -140,7 +151,7 @@ def decide(hits: Tensor) -> tuple[int, ...]:
 
 
 def table(hits: Tensor, offsets: Sequence[int] = ()) -> str:
-    """Share of positions that each head hits at each offset; `offsets`, one a head, are marked."""
+    """Format the share of positions that each head hits at each offset, with the chosen `offsets` marked."""
     rates = hits.float().mean(-1)
     lines = [f"{'':<8}" + "".join(f"{f'+{offset}':>7} " for offset in range(1, rates.shape[1] + 1))]
     for head, of_head in enumerate(rates.tolist()):
@@ -151,7 +162,14 @@ def table(hits: Tensor, offsets: Sequence[int] = ()) -> str:
 
 
 def _leads(scores: Tensor) -> Tensor:
-    """(candidates, positions) -> (candidates,) standard errors by which the best leads each; itself by infinity."""
+    """Return by how many standard errors the best candidate leads each candidate; inf for itself.
+
+    Args:
+        scores: (candidates, positions).
+
+    Returns:
+        (candidates,) leads.
+    """
     best = int(scores.mean(-1).argmax())
     ahead = scores[best] - scores
     error = ahead.std(-1) / ahead.shape[-1] ** 0.5
@@ -161,7 +179,7 @@ def _leads(scores: Tensor) -> Tensor:
 
 
 def _positions(base: nn.Module, rows: Sequence[Row], farthest: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs of a final hidden state, (hidden,), and the tokens after its position, (farthest,)."""
+    """Yield pairs of a (hidden,) final hidden state and the (farthest,) tokens after its position."""
     for prompt, output in rows:
         ids = torch.tensor(prompt + output, device=base.device)
         first, end = max(len(prompt) - 1, 0), len(ids) - farthest
@@ -171,7 +189,7 @@ def _positions(base: nn.Module, rows: Sequence[Row], farthest: int) -> Iterator[
 
 
 def _guesses(states: Tensor, project: Callable[[Tensor], Tensor], vocab_size: int) -> Tensor:
-    """The most probable token at each state, without all logits at once."""
+    """Return the (states,) argmax tokens, with the logits of one chunk of states at a time."""
     return torch.cat([project(part).argmax(-1) for part in states.split(chunk_rows(vocab_size, states.device))])
 
 
@@ -188,7 +206,7 @@ def _windows(text: str, base: str) -> list[Row]:
     except (OSError, ValueError) as error:
         raise LMTPError(f"No tokenizer can be loaded from {base} ({first_line(error)}): name another --base.") from None
     ids = tokenizer(text, verbose=False).input_ids
-    # Every window starts as the model is used to: with the token that begins a text, where the tokenizer writes one.
+    # Every window starts with the beginning-of-sequence token if the tokenizer adds one, as in training.
     start = ids[:1] if tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id] else []
     ids = ids[len(start) :]
     return [(start, ids[i : i + WINDOW]) for i in range(0, len(ids), WINDOW)]

@@ -1,16 +1,16 @@
-"""Medusa's heads (github.com/FasterDecoding/Medusa), by the names of three programs.
+"""Medusa's heads (github.com/FasterDecoding/Medusa), under the tensor names of three programs.
 
-============================== ====================================================== ===========================
-program                        block j of head i                                      unembedding of head i
-============================== ====================================================== ===========================
-Medusa, text-generation-inf.   `{i}.{j}.linear.weight`, `.bias`                   `{i}.{blocks}.weight`
-a model with its heads         the same behind `medusa_head.`                       the same
-vLLM                           `blocks.{i}.layers.{j}.weight`, perhaps `.bias`    `lm_heads.{i}.weight`
-============================== ====================================================== ===========================
+============================== ================================================= =========================
+program                        block j of head i                                 unembedding of head i
+============================== ================================================= =========================
+Medusa, text-generation-inf.   `{i}.{j}.linear.weight`, `.bias`                  `{i}.{blocks}.weight`
+model with heads               same, with prefix `medusa_head.`                  same, with the prefix
+vLLM                           `blocks.{i}.layers.{j}.weight`, optional `.bias`  `lm_heads.{i}.weight`
+============================== ================================================= =========================
 
-Heads without an unembedding (Medusa's training script since version 2 writes such) read the base model's LM head. Head i,
-counted from 0, predicts token i + 2: 0 is not the LM head. `config.json` of the published checkpoints says two heads
-where the weights hold five, so they are counted in the weights.
+Heads without an unembedding, as Medusa's training script writes since version 2, use the base model's LM head. Head i,
+counted from 0, has offset i + 2; head 0 is not the LM head. The number of heads is taken from the weights, because
+`config.json` of the published checkpoints says two while the weights hold five.
 """
 
 import re
@@ -27,7 +27,7 @@ _VLLM_TENSOR = re.compile(r"(?:medusa_heads\.)?(?:blocks\.(\d+)\.layers\.(\d+)\.
 
 
 def locate(tensors: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Pairs of a tensor's name in `LeapHeads` and in the checkpoint; what belongs to no head is left out."""
+    """Yield pairs of a tensor's name in `LeapHeads` and in the checkpoint; other tensors are skipped."""
     for theirs in tensors:
         if match := _TENSOR.fullmatch(theirs):
             head, block, leaf = match.groups()
@@ -42,10 +42,10 @@ def locate(tensors: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 
 def layers(config: dict[str, Any]) -> int | None:
-    """Residual blocks in each head, as the configuration has it."""
+    """Return the number of residual blocks in each head from the configuration."""
     return config.get("medusa_num_layers")
 
 
 def base_model(config: dict[str, Any]) -> str | None:
-    """The base model, as the configuration has it."""
+    """Return the base model from the configuration."""
     return config.get("base_model_name_or_path")

@@ -1,4 +1,4 @@
-"""Which token each imported head predicts, where the user or the checkpoint's format says so."""
+"""Offsets of imported heads, from the user's options or the checkpoint's format."""
 
 from collections.abc import Sequence
 
@@ -7,19 +7,19 @@ from ..errors import LMTPError
 
 
 def parse_offsets(text: str) -> tuple[int, ...]:
-    """Offsets as they stand on the command line, e.g. `3,5,7`.
+    """Parse comma-separated offsets from the command line, e.g. `3,5,7`.
 
     Raises:
-        ValueError: anything but whole numbers with commas between.
+        ValueError: The text is not a comma-separated list of integers.
     """
     return tuple(int(word) for word in text.split(","))
 
 
 def check_asked(stride: int | None, offsets: Sequence[int] | None) -> None:
-    """Refuse a geometry that no heads can have.
+    """Check the options `--stride` and `--offsets`.
 
     Raises:
-        LMTPError: naming the option and what to write instead.
+        LMTPError: The stride is below 1, or the offsets do not increase from 2 on.
     """
     if stride is not None and stride < 1:
         raise LMTPError(f"--stride is {stride}, but heads leap by 1 token or more: write for instance --stride 2.")
@@ -33,17 +33,18 @@ def check_asked(stride: int | None, offsets: Sequence[int] | None) -> None:
 def asked_heads(
     name: str, num_heads: int, adjacent: bool, stride: int | None, offsets: Sequence[int] | None
 ) -> dict[int, int]:
-    """Rising offsets, each with the checkpoint's head (counted from 0) that predicts it.
+    """Map increasing offsets to the indices of the checkpoint's heads.
 
     Args:
-        name: of the checkpoint.
-        num_heads: how many heads it has.
-        adjacent: they are known to predict 2, 3, 4, ... tokens ahead, so the geometry asked for selects some of them;
-            otherwise it says what all of them predict.
-        stride, offsets: what the user asked for; at most one is given.
+        name: Name of the checkpoint.
+        num_heads: Number of heads in it.
+        adjacent: Whether the heads are known to have offsets 2, 3, 4, ... If so, the user's geometry selects some of
+            them. If not, it defines the offsets of all of them.
+        stride: The user's stride, or None.
+        offsets: The user's offsets, or None. At most one of `stride` and `offsets` is given.
 
     Raises:
-        LMTPError: heads are asked for that the checkpoint does not have, or nothing is known of their leaps.
+        LMTPError: The checkpoint does not have the requested heads, or their offsets are unknown.
     """
     if adjacent:
         held = {head + 2: head for head in range(num_heads)}

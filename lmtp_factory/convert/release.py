@@ -1,8 +1,8 @@
-"""What the L-MTP authors' code writes in stage 1 (github.com/Xiaohao-Liu/L-MTP): the heads beside the whole backbone.
+"""Stage-1 checkpoints of the L-MTP authors' code (github.com/Xiaohao-Liu/L-MTP), which hold heads and backbone.
 
-Its own code sets `skip_token` anew whenever it builds a model, whatever the configuration says and whatever the heads
-were trained with, and takes the number of heads from an argument. So neither is read from `config.json`: the heads are
-counted, and the leaps have to be asked for or measured.
+The authors' code overwrites `skip_token` whenever it builds a model and takes the number of heads from an argument. So
+neither is read from `config.json`: heads are counted in the weights, and the user gives the offsets or has them
+measured.
 """
 
 import re
@@ -18,7 +18,7 @@ _TENSOR = re.compile(r"(?:.*\.)?heads\.heads\.(\d+)\.(?:resblock\.(\d+)\.l_proj\
 
 
 def locate(tensors: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Pairs of a tensor's name in `LeapHeads` and in the checkpoint; what belongs to no head is left out."""
+    """Yield pairs of a tensor's name in `LeapHeads` and in the checkpoint; other tensors are skipped."""
     for theirs in tensors:
         if match := _TENSOR.fullmatch(theirs):
             head, block, leaf = match.groups()
@@ -26,10 +26,10 @@ def locate(tensors: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 
 def layers(config: dict[str, Any]) -> int | None:
-    """Residual blocks in each head, as the configuration has it."""
+    """Return the number of residual blocks in each head from the configuration."""
     return config.get("head_num_layers")
 
 
 def base_model(config: dict[str, Any]) -> str | None:
-    """The base model, as the configuration has it."""
+    """Return the base model from the configuration."""
     return config.get("model_name")

@@ -1,4 +1,4 @@
-"""A checkpoint that another program wrote: its configuration and, tensor by tensor, its safetensors. Pickles stay shut."""
+"""Third-party checkpoints: their configuration and safetensors, read tensor by tensor. Pickles are never loaded."""
 
 import contextlib
 import json
@@ -18,18 +18,18 @@ from ..files import CONFIG_FILE, WEIGHTS_FILE
 
 MEDUSA_WEIGHTS_FILE = "medusa_lm_head.safetensors"
 INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
-# What is asked of the hub: no pickles, and nothing of sub-folders, which may hold other checkpoints.
+# Files downloaded from the hub: no pickles, and none from sub-folders, which may hold other checkpoints.
 _HUB_PATTERNS = (CONFIG_FILE, MEDUSA_WEIGHTS_FILE, WEIGHTS_FILE, INDEX_FILE, "model-*.safetensors")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What is in a checkpoint.
+    """The contents of a checkpoint.
 
     Attributes:
-        name: the directory or hub id, as the user wrote it.
-        config: of its `config.json`; empty where it has none.
-        files: the safetensors file of each tensor.
+        name: The directory or hub id, as the user wrote it.
+        config: Contents of `config.json`; empty if there is none.
+        files: Maps tensor names to safetensors files.
     """
 
     name: str
@@ -37,21 +37,21 @@ class Checkpoint:
     files: dict[str, Path]
 
     def shape(self, tensor: str) -> tuple[int, ...]:
-        """Shape of a tensor, from its file's header."""
+        """Return the shape of a tensor from the header of its file."""
         with _weights(self.files[tensor]) as weights:
             return tuple(weights.get_slice(tensor).get_shape())
 
     def read(self, tensor: str) -> Tensor:
-        """A tensor, on the CPU and in its own dtype."""
+        """Read a tensor to the CPU in its own dtype."""
         with _weights(self.files[tensor]) as weights:
             return weights.get_tensor(tensor)
 
 
 def open_checkpoint(name: str) -> Checkpoint:
-    """The checkpoint in a directory or hub repository; of its weights, the tensors' names are read and nothing else.
+    """Open the checkpoint in a directory or hub repository. Of the weights only the tensor names are read.
 
     Raises:
-        LMTPError: no such directory or repository, no safetensors in it, or a damaged file.
+        LMTPError: The directory or repository does not exist, has no safetensors, or a file is damaged.
     """
     folder = _folder(name)
     config = _json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
@@ -93,7 +93,7 @@ def _json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise LMTPError(f"{path} is damaged ({error}): copy the checkpoint again.") from None
     if not isinstance(values, dict):
-        raise LMTPError(f"{path} holds no JSON object: copy the checkpoint again.")
+        raise LMTPError(f"{path} is not a JSON object: copy the checkpoint again.")
     return values
 
 

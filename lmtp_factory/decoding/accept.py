@@ -1,8 +1,8 @@
-"""Accepting: the model's own next token at each node decides how far down the tree a step gets (lossless).
+"""Acceptance: a walk down the tree along the tokens that the model itself chooses (lossless).
 
-Greedy takes the argmax, sampling draws from the processed distribution; if a child carries that token the walk goes on
-there, else the token is the step's last. Either way tokens come from the model's own distribution, in order, each seen
-by the logits processors and stopping criteria exactly once, as in stock `generate`.
+At each node the next token is chosen from the model's logits, by argmax or by sampling from the processed distribution.
+If a child of the node has this token, the walk continues there; else the token is the last of the step. So every token
+comes from the model's distribution, and logits processors and stopping criteria see the same calls as in `generate`.
 """
 
 from collections.abc import Sequence
@@ -22,11 +22,12 @@ class Row:
     """One sequence of the batch.
 
     Attributes:
-        length: tokens so far, padding and prompt counted.
-        columns: of the key-value cache that it owns.
-        last: its newest token, the root of the next step; -1 before the first.
-        done: whether a stopping criterion ended it.
-        scores, logits: (1, vocabulary) of every generated token, where asked for.
+        length: Number of tokens, including padding and prompt.
+        columns: Number of key-value cache columns that the row owns.
+        last: The newest token, root of the next step; -1 before the first token.
+        done: Whether a stopping criterion has ended the row.
+        scores: (1, vocabulary) processed logits of each generated token, if the caller requests them.
+        logits: (1, vocabulary) raw logits of each generated token, if the caller requests them.
     """
 
     length: int
@@ -38,15 +39,22 @@ class Row:
 
 
 class Acceptor:
-    """Chooses tokens, writes them to the sequences and says when a row ends.
+    """Chooses tokens, appends them to the sequences and applies stopping criteria.
 
-    The rows walk down their trees side by side. A GPU is waited for once a walk where tokens are the logits' argmax, and
-    once for each token of the longest branch where they are drawn or processed.
+    All rows walk down their trees in parallel. The host waits for the device once per walk if tokens are the argmax of
+    the logits, and once per token of the longest branch if tokens are sampled or logits are processed.
+
+    Args:
+        input_ids: (batch, prompt length) token ids on the model's device.
+        processors: Logits processors.
+        criteria: Stopping criteria.
+        config: Generation config.
 
     Attributes:
-        rows: state of each sequence.
-        sequences: (batch, capacity) int64 token ids on the host; row b is real below `rows[b].length`.
-        on_device: the same on the model's device, where logits processors or custom criteria read them; else None.
+        rows: State of each sequence.
+        sequences: (batch, capacity) int64 token ids on the host. Row b is valid below `rows[b].length`.
+        on_device: A copy of `sequences` on the model's device for processors and custom criteria; None if there are
+            none.
     """
 
     def __init__(
@@ -62,13 +70,13 @@ class Acceptor:
         self.keep_scores = config.return_dict_in_generate and config.output_scores
         self.keep_logits = config.return_dict_in_generate and config.output_logits
         self.rows = [Row(length, length) for _ in range(batch)]
-        # The two criteria that every call has need nothing but the token and the length.
+        # The length and end-of-sequence criteria need only the token and the length, so they are applied on the host.
         self.max_length = min((c.max_length for c in criteria if type(c) is MaxLengthCriteria), default=None)
         eos = [c.eos_token_id for c in criteria if type(c) is EosTokenCriteria]
         self.eos = {token for ids in eos for token in ids.flatten().tolist()}
         others = [c for c in criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria)]
-        # Known ones answer on the device of what they are shown: on the host nobody waits for the answer. Custom ones may
-        # hold tensors on the model's device.
+        # Criteria of transformers run on the device of their inputs, so host tensors avoid a synchronisation. Custom
+        # criteria may hold tensors on the model's device.
         self.host_criteria = StoppingCriteriaList(c for c in others if is_known(c))
         self.custom_criteria = StoppingCriteriaList(c for c in others if not is_known(c))
         self.sequences = torch.cat([input_ids.cpu(), torch.zeros(batch, 64, dtype=torch.long)], dim=1)
@@ -78,65 +86,74 @@ class Acceptor:
 
     @property
     def only_argmax(self) -> bool:
-        """Whether a token is the logits' argmax and nothing else is wanted of them."""
+        """Whether tokens are the argmax of unprocessed logits, and scores and logits are not returned."""
         return not (self.do_sample or self.processors or self.keep_scores or self.keep_logits)
 
     def walk(self, logits: Tensor, tokens: Tensor, parents: Tensor) -> list[list[int]]:
-        """Extend every unfinished row by what the model says along the tree.
+        """Append the accepted tokens, and one more chosen token, to every row that has not ended.
 
         Args:
-            logits: (batch, nodes, vocabulary).
-            tokens, parents: (batch, nodes) of the tree.
+            logits: (batch, nodes, vocabulary) logits of the tree's nodes.
+            tokens: (batch, nodes) token ids of the nodes.
+            parents: (batch, nodes) indices of the nodes' parents.
 
         Returns:
-            For each row the numbers of the nodes whose tokens now have a place in the sequence, the root first; as many
-            as tokens were added, because the last one added is not in the tree or ended the row. Empty for rows that
-            were finished before.
+            For each row the indices of the root and of the accepted nodes below it, as many as tokens were appended:
+            the root's token was in the sequence before, and the last appended token is not yet in the cache. Empty for
+            rows that had ended before.
         """
         branches = [[] if row.done else [0] for row in self.rows]
-        facts = [tokens, parents.expand_as(tokens)]
+        tree_tensors = [tokens, parents.expand_as(tokens)]  # (batch, nodes) each
         if self.only_argmax:
-            facts.append(logits.argmax(-1))
-        # What is read from the device is read together: the tree with the first tokens.
-        read = torch.stack(facts).tolist() if self.only_argmax and not self.custom_criteria else None
-        at_once, children = read is not None, None
-        walking = [(b, 0) for b, row in enumerate(self.rows) if not row.done]  # rows, and the nodes where they are
+            tree_tensors.append(logits.argmax(-1))  # (batch, nodes)
+        # Each read from the device waits for it, so the tree is read together with the first tokens.
+        tree_lists = torch.stack(tree_tensors).tolist() if self.only_argmax and not self.custom_criteria else None
+        is_read_once, children = tree_lists is not None, None
+        walking = [(b, 0) for b, row in enumerate(self.rows) if not row.done]  # (row, node that it has reached)
         while walking:
             self._make_room()
             ends = [False] * len(walking)
-            if at_once:
-                chosen = [read[2][b][node] for b, node in walking]
+            if is_read_once:
+                chosen = [tree_lists[2][b][node] for b, node in walking]
             else:
-                answers = [self._choose(logits, facts[2] if self.only_argmax else None, walking)]
+                results = [self._choose(logits, tree_tensors[2] if self.only_argmax else None, walking)]
                 if self.custom_criteria:
-                    answers.append(self._ask_custom(walking))
-                chosen, *answers = _lists(*answers, *(facts if read is None else ()))
+                    results.append(self._apply_custom_criteria(walking))
+                chosen, *results = _lists(*results, *(tree_tensors if tree_lists is None else ()))
                 if self.custom_criteria:
-                    ends, *answers = answers
-                read = read or answers
+                    ends, *results = results
+                tree_lists = tree_lists or results
             if children is None:
-                children = [_children(*row) for row in zip(*read[:2])]
-            still = []
+                children = [_children(*row) for row in zip(*tree_lists[:2])]
+            still_walking = []
             for (b, node), token, end in zip(walking, chosen, ends):
                 self._append(b, token, bool(end))
+                # The walk continues if the tree has drafted the chosen token as a child of this node.
                 child = children[b].get((node, token))
                 if child is not None and not self.rows[b].done:
                     branches[b].append(child)
-                    still.append((b, child))
-            walking = still
+                    still_walking.append((b, child))
+            walking = still_walking
         return branches
 
     def _choose(self, logits: Tensor, best: Tensor | None, walking: Sequence[tuple[int, int]]) -> Tensor:
-        """(rows,) the next token of each row that walks, written behind it for those who read it there.
+        """Choose the next token of each walking row and write it to `on_device`, where custom criteria read it.
 
         Args:
-            best: (batch, nodes) the logits' argmax, where that is all.
+            logits: (batch, nodes, vocabulary) logits of the nodes.
+            best: (batch, nodes) argmax of the logits if `only_argmax`, else None.
+            walking: Pairs of a row and the node that it has reached.
+
+        Returns:
+            (walking rows,) token ids.
         """
         if best is not None:
             chosen = torch.stack([best[b, node] for b, node in walking])
         else:
-            rows = _joined([logits[b : b + 1, node] for b, node in walking])
+            rows = _joined([logits[b : b + 1, node] for b, node in walking])  # (walking rows, vocabulary)
+            # A copy in fp32, as in generate: processors may write in place.
             rows = rows.to(copy=True, dtype=torch.float32, device=self.device)
+            # Each row is processed alone, because rows have different lengths.
             scores = _joined([self._processed(b, rows[i : i + 1]) for i, (b, _) in enumerate(walking)])
             drawn = torch.multinomial(scores.softmax(-1), num_samples=1) if self.do_sample else scores.argmax(-1)
             chosen = drawn.flatten()
@@ -146,6 +163,7 @@ class Acceptor:
         return chosen
 
     def _processed(self, b: int, logits: Tensor) -> Tensor:
+        """Apply the logits processors to the (1, vocabulary) logits of row b, and store what the caller requests."""
         row, scores = self.rows[b], logits
         if self.processors:
             scores = self.processors(self.on_device[b : b + 1, : row.length], logits)
@@ -155,8 +173,8 @@ class Acceptor:
             row.logits.append(logits)
         return scores
 
-    def _ask_custom(self, walking: Sequence[tuple[int, int]]) -> Tensor:
-        """(rows,) 1 where a custom criterion ends a row behind the token that has just been chosen, else 0."""
+    def _apply_custom_criteria(self, walking: Sequence[tuple[int, int]]) -> Tensor:
+        """Return a (walking rows,) tensor: 1 if a custom criterion ends the row after the token just chosen, else 0."""
         ids = {b: self.on_device[b : b + 1, : self.rows[b].length + 1] for b, _ in walking}
         return torch.stack([self.custom_criteria(ids[b], self._scores(b)).any().long() for b in ids])
 
@@ -164,6 +182,7 @@ class Acceptor:
         return tuple(self.rows[b].scores) if self.keep_scores else None
 
     def _append(self, b: int, token: int, ends: bool) -> None:
+        """Append a token to row b and apply the host's criteria; `ends` is the result of the custom criteria."""
         row = self.rows[b]
         self.sequences[b, row.length] = row.last = token
         row.length += 1
@@ -172,11 +191,11 @@ class Acceptor:
             row.done |= bool(self.host_criteria(self.sequences[b : b + 1, : row.length], self._scores(b)).any())
 
     def _make_room(self) -> None:
-        """A place for one more token in every row."""
+        """Double the capacity of the sequences if a row is full."""
         batch, capacity = self.sequences.shape
         if max(row.length for row in self.rows) < capacity:
             return
-        same = self.on_device is self.sequences
+        same = self.on_device is self.sequences  # one tensor on a CPU
         self.sequences = torch.cat([self.sequences, self.sequences.new_zeros(batch, capacity)], dim=1)
         if same:
             self.on_device = self.sequences
@@ -184,17 +203,17 @@ class Acceptor:
             self.on_device = torch.cat([self.on_device, self.on_device.new_zeros(batch, capacity)], dim=1)
 
     def remaining_tokens(self) -> int:
-        """The most tokens that a row may still get."""
+        """Return the largest number of tokens that a row can still generate."""
         if self.max_length is None:
-            return 1 << 20
+            return 1 << 20  # no maximum length
         return self.max_length - min((row.length for row in self.rows if not row.done), default=self.max_length)
 
     def finished(self) -> bool:
-        """Whether every row has ended."""
+        """Return whether every row has ended."""
         return all(row.done for row in self.rows)
 
     def padded(self, pad_token: int | None) -> Tensor:
-        """(batch, length of the longest row) sequences, padded on the right, where the prompt is."""
+        """Return the (batch, longest row) sequences, padded on the right, on the device of the prompt."""
         longest = max(row.length for row in self.rows)
         sequences = self.sequences[:, :longest].clone()
         for b, row in enumerate(self.rows):
@@ -203,22 +222,25 @@ class Acceptor:
         return sequences.to(self.device)
 
     def stacked(self, name: str) -> tuple[Tensor, ...]:
-        """`scores` or `logits` as stock returns them: (batch, vocabulary) a token; all rows have as many."""
+        """Return `scores` or `logits` as `generate` does: one (batch, vocabulary) tensor per token.
+
+        All rows must have equally many tokens.
+        """
         return tuple(map(torch.cat, zip(*(getattr(row, name) for row in self.rows), strict=True)))
 
 
 def _children(tokens: Sequence[int], parents: Sequence[int]) -> dict[tuple[int, int], int]:
-    """(node, token) -> the child of the node that carries the token, the first where siblings are equal."""
+    """Map (node, token) to the child of the node with this token. Of siblings with equal tokens the first counts."""
     return {(parents[node], tokens[node]): node for node in range(len(tokens) - 1, 0, -1)}
 
 
 def _joined(rows: list[Tensor]) -> Tensor:
-    """One tensor of the (1, n) rows; a single one is not copied."""
+    """Concatenate (1, n) rows to (rows, n). A single row is returned without a copy."""
     return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def _lists(*tensors: Tensor) -> list[list]:
-    """The numbers in tensors of one or two dimensions, read from the device at once."""
+    """Convert 1-D and 2-D tensors to lists with a single transfer from the device."""
     numbers = iter(torch.cat([tensor.flatten().to(tensors[0].device) for tensor in tensors]).tolist())
     return [
         list(islice(numbers, len(tensor)))

@@ -1,4 +1,4 @@
-"""Leap heads on a model, with the decoder that uses them: what `from lmtp_factory import attach_heads` gives."""
+"""`attach_heads` and `load_model` of the public API: leap heads together with look-back decoding."""
 
 import functools
 
@@ -14,7 +14,7 @@ def attach_heads(model: nn.Module, *args, **kwargs) -> nn.Module:
     check_transformers()
     base = modeling.base_of(model)
     if isinstance(vars(base).get("generate"), functools.partial):
-        del base.generate  # what an export's custom_generate/ put on the instance, with trust_remote_code
+        del base.generate  # set by an export's custom_generate/ under trust_remote_code
     return modeling.attach_heads(model, *args, mixins=(LookBackDecoding,), **kwargs)
 
 

@@ -1,7 +1,14 @@
-"""Key-value caches that a tree can be written to and a branch of it kept in.
+"""Key-value caches that store a draft tree and then keep one branch of it.
 
-A column is one place in the cache. Row `b` of the batch owns the columns below its own length; a step writes its
-nodes at a common cursor, the greatest length, and afterwards moves the accepted branch down to the row's end, in place.
+A column is an index along the sequence axis. Row `b` of the batch owns the columns below its length. A step writes its
+nodes from the cursor on, which is the length of the longest row. Then the columns of each row's accepted branch are
+copied to the end of the row, in place:
+
+    row of length 3, cursor 5, branch of nodes 0 and 2
+
+    column    0   1   2   3   4   5   6   7   8
+    before    k   k   k   -   -   n0  n1  n2  n3
+    after     k   k   k   n0  n2  .   .   .   .
 """
 
 from collections.abc import Sequence
@@ -20,14 +27,15 @@ from transformers.cache_utils import (
 
 
 class _Movable:
-    """What both kinds of layer share: keys and values of shape (batch, heads, columns, head size)."""
+    """Copying of columns, for layers with keys and values of shape (batch, heads, columns, head size)."""
 
-    first = 0  # column that the buffers start with
+    first = 0  # column of index 0 in the buffers
 
     def move(self, moves: "_Moves") -> None:
-        """Copy columns to other ones; they may overlap."""
-        for buffer in (self.keys, self.values):
+        """Copy columns. Sources and targets may overlap, because the sources are read before anything is written."""
+        for buffer in (self.keys, self.values):  # (batch, heads, columns, head size)
             source, target = moves.of(buffer, self.first)
+            # For one row, indexing whole columns is faster than gathering elements.
             if len(buffer) == 1:
                 buffer.index_copy_(2, target, buffer.index_select(2, source))
             else:
@@ -35,20 +43,28 @@ class _Movable:
 
 
 class _Moves:
-    """The columns that a step copies, as indices into buffers; made once for all layers that can share them."""
+    """Source and target columns of a step as index tensors, computed once for all layers of the same layout.
+
+    Args:
+        columns: (batch, 2 n) source columns, then target columns.
+    """
 
     def __init__(self, columns: Tensor):
         self.on, self.made = {columns.device: columns}, {}
 
     def of(self, buffer: Tensor, first: int) -> tuple[Tensor, Tensor]:
-        """Indices of what to copy from `buffer` (batch, heads, columns, head size) and where to."""
+        """Return the source and target indices for a (batch, heads, columns, head size) buffer.
+
+        Returns:
+            Two (n,) tensors for one row, else two (batch, heads, n, head size) tensors.
+        """
         device, heads, size = buffer.device, buffer.shape[1], buffer.shape[3]
         key = device, first, heads, size
         if key not in self.made:
             if device not in self.on:
                 self.on[device] = next(iter(self.on.values())).to(device)
             columns = self.on[device] - first if first else self.on[device]
-            both = columns.chunk(2, dim=1)
+            both = columns.chunk(2, dim=1)  # two of (batch, n)
             if len(buffer) == 1:
                 self.made[key] = tuple(part[0] for part in both)
             else:
@@ -57,10 +73,10 @@ class _Moves:
 
 
 class GrowingLayer(_Movable, CacheLayerMixin):
-    """Buffers that grow geometrically; a sliding-window layer also forgets columns that no row can see any more.
+    """A layer with buffers that grow geometrically. With a sliding window it drops columns that no row attends to.
 
     Args:
-        window: how many last tokens the layer attends to, the query counted; None for all.
+        window: Number of tokens that a query attends to, itself included; None for all.
     """
 
     is_compileable = False
@@ -72,17 +88,26 @@ class GrowingLayer(_Movable, CacheLayerMixin):
         self.cursor = self.shortest = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Empty buffers like the states'."""
+        """Create empty buffers with the dtype, device and shape of the states."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
         self.is_initialized = True
 
     def visible_from(self) -> int:
-        """The first column that some row's next query may attend to."""
+        """Return the first column that the next query of some row may attend to."""
         return 0 if self.window is None else max(self.first, self.shortest - self.window + 1)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Write at the cursor; keys and values from `visible_from` to the end of what was written."""
+        """Write states at the cursor and return all visible keys and values.
+
+        Args:
+            key_states: (batch, heads, nodes, head size).
+            value_states: (batch, heads, nodes, head size).
+            args: Ignored, as are `kwargs`.
+
+        Returns:
+            Keys and values of shape (batch, heads, visible columns, head size), views from `visible_from()` on.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         end = self.cursor + key_states.shape[2]
@@ -96,60 +121,63 @@ class GrowingLayer(_Movable, CacheLayerMixin):
         return self.keys[:, :, visible], self.values[:, :, visible]
 
     def _make_room(self, end: int) -> None:
-        """New buffers for columns up to `end` and half as many again, without what is out of sight."""
+        """Allocate buffers for 1.5 times the columns up to `end`, and drop columns before `visible_from()`."""
         first = self.visible_from()
         old = slice(first - self.first, self.cursor - self.first)
         columns = max((end - first) * 3 // 2, 64)
         for name in ("keys", "values"):
-            buffer = getattr(self, name)
+            buffer = getattr(self, name)  # (batch, heads, columns, head size)
             roomy = buffer.new_empty(*buffer.shape[:2], columns, buffer.shape[3])
             roomy[:, :, : old.stop - old.start] = buffer[:, :, old]
             setattr(self, name, roomy)
         self.first = first
 
     def set_cursor(self, cursor: int, shortest: int) -> None:
-        """Where the next step writes, and the length of the row that has come least far."""
+        """Set the column where the next step writes, and the length of the shortest row that still generates."""
         self.cursor, self.shortest = cursor, shortest
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Number of columns that `update` will return, and the first of them."""
+        """Return the number of columns that `update` will return, and the first of them."""
         return self.cursor + query_length - self.visible_from(), self.visible_from()
 
     def get_seq_length(self) -> int:
-        """Columns written."""
+        """Return the number of columns written."""
         return self.cursor
 
     def get_max_cache_shape(self) -> int:
-        """No maximum."""
+        """Return -1: the layer has no maximum size."""
         return -1
 
-    get_max_length = get_max_cache_shape  # its name since transformers 5.17
+    get_max_length = get_max_cache_shape  # renamed in transformers 5.17
 
 
 class FixedLayer(_Movable, StaticLayer):
-    """Buffers of one size and address for `torch.compile` and CUDA graphs; sliding windows are left to the mask."""
+    """A layer with buffers of fixed size and address, for `torch.compile` and CUDA graphs.
+
+    It keeps all columns; the attention mask applies sliding windows.
+    """
 
     def set_cursor(self, cursor: int, shortest: int) -> None:
-        """Where the next step writes."""
+        """Set the column where the next step writes."""
         self.cumulative_length.fill_(cursor)
 
 
 class TreeCache(Cache):
-    """A cache for look-back decoding; see the module's docstring."""
+    """A key-value cache for look-back decoding; see the module's docstring."""
 
     @classmethod
     def replacing(cls, cache: Cache, config: PretrainedConfig, columns: int) -> "TreeCache | None":
-        """A cache with the layers and contents of `cache`; None where its kind cannot hold trees.
+        """Return a tree cache with the layers and contents of `cache`, or None if its type is not supported.
 
         Args:
-            cache: as `generate` prepared it or a user gave it.
-            config: the text model's.
-            columns: size of a static cache.
+            cache: Cache that `generate` prepared or the user passed.
+            config: Configuration of the text model.
+            columns: Number of columns of a static cache.
         """
         if type(cache) is StaticCache:
             if cache.offloading or int(cache.get_seq_length()):
                 return None
-            # generate() resets a cache and uses it again: so are its buffers, whose addresses compiled code knows.
+            # generate() reuses a static cache. Reuse its buffers too: compiled code depends on their addresses.
             roomy = all(layer.is_initialized and layer.max_cache_len >= columns for layer in cache.layers)
             fixed = cls(layers=[FixedLayer(columns) for _ in cache.layers])
             if roomy:
@@ -158,7 +186,7 @@ class TreeCache(Cache):
             return fixed
         if type(cache) is not DynamicCache or cache.offloading:
             return None
-        if not cache.layers:  # made without a config: layers come as they are first used
+        if not cache.layers:  # created without a config, such a cache adds layers when they are first used
             cache.layers = [DynamicLayer() for _ in range(config.num_hidden_layers)]
         layers = cache.layers
         if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
@@ -167,6 +195,7 @@ class TreeCache(Cache):
         length = layers[0].get_seq_length()
         for ours, theirs in zip(growing.layers, layers):
             if length:
+                # A sliding-window layer holds only the last columns, so its buffers start at column `first`.
                 ours.lazy_initialization(theirs.keys, theirs.values)
                 ours.first = ours.cursor = ours.shortest = length - theirs.keys.shape[2]
                 ours.update(theirs.keys, theirs.values)
@@ -175,33 +204,38 @@ class TreeCache(Cache):
 
     @property
     def is_fixed(self) -> bool:
-        """Whether the buffers have one size."""
+        """Whether the buffers have a fixed size."""
         return isinstance(self.layers[0], FixedLayer)
 
     def moves(self, branches: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[list[int]]:
-        """(batch, 2 n) the columns of each row that `keep` copies, and then where to; n is 0 where none has to move.
+        """Return the source and target columns of the copies that `keep` makes.
 
         Args:
-            branches: columns of each row's branch, from the root down; empty for a finished row, which keeps what it
-                has.
-            lengths: of the rows before this; the step's nodes were written from the greatest of them on.
+            branches: Columns of each row's accepted branch, root first. Empty for rows that had ended.
+            lengths: Columns that each row owned before the step. The step's nodes begin at the largest.
+
+        Returns:
+            (batch, 2 n) source columns, then target columns; n is 0 if every branch is already in place.
         """
+        # A branch is in place if its last node stands at the row's new end, since columns of a branch increase.
         if not any(branch and branch[-1] != length + len(branch) - 1 for branch, length in zip(branches, lengths)):
             return [[] for _ in branches]
         longest, somewhere = max(map(len, branches)), max(lengths)
         moves = []
         for branch, length in zip(branches, lengths):
             source, target = list(branch) or [somewhere], list(range(length, length + len(branch))) or [somewhere]
-            # Short branches repeat their last move, and finished rows move a column to itself.
+            # Rows need equally many moves: short branches repeat their last one, ended rows copy a column to itself.
             more = longest - len(source)
             moves.append([*source, *source[-1:] * more, *target, *target[-1:] * more])
         return moves
 
     def keep(self, branches: Sequence[Sequence[int]], lengths: Sequence[int], moves: Tensor) -> None:
-        """Keep one branch of the step's tree in each row, behind what the row had, and forget the others.
+        """Append one branch of the step's tree to each row and discard the other nodes.
 
         Args:
-            moves: what `moves` says of `branches` and `lengths`, on a device.
+            branches: Columns of each row's accepted branch, as in `moves`.
+            lengths: Columns that each row owned before the step.
+            moves: (batch, 2 n) result of `moves`, on a device.
         """
         if moves.shape[1]:
             shared = _Moves(moves)
@@ -211,14 +245,18 @@ class TreeCache(Cache):
         self.set_cursor(max(grown), min(length for length, branch in zip(grown, branches) if branch))
 
     def set_cursor(self, cursor: int, shortest: int) -> None:
-        """Where the next step writes in every layer, and the length of the shortest row that still generates."""
+        """Set, in every layer, the next step's first column and the length of the shortest row that still generates."""
         for layer in self.layers:
             layer.set_cursor(cursor, shortest)
 
     def hand_back(self, cache: Cache, length: int) -> None:
-        """Give the first `length` columns to the cache that this one replaced, as if it had been in use all along.
+        """Copy the first `length` columns to the cache that this one replaced, as if it had been used all along.
 
-        Only what rows hold behind their own end, where `generate` pads, is not what it would have been.
+        Columns beyond a row's own end, where `generate` pads, hold other values than they would have.
+
+        Args:
+            cache: The cache that was given to `replacing`.
+            length: Length of the longest row.
         """
         for ours, theirs in zip(self.layers, cache.layers):
             if isinstance(ours, FixedLayer):
@@ -229,7 +267,7 @@ class TreeCache(Cache):
             if not theirs.is_initialized:
                 theirs.lazy_initialization(ours.keys, ours.values)
             kept = slice(0, length - ours.first)
-            if ours.window is not None:
+            if ours.window is not None:  # transformers' sliding layers keep window - 1 columns
                 kept = slice(max(length - ours.first - ours.window + 1, 0), kept.stop)
                 theirs.cumulative_length = length
             theirs.keys, theirs.values = ours.keys[:, :, kept], ours.values[:, :, kept]

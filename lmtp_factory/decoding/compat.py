@@ -1,7 +1,7 @@
-"""Every private name of transformers that decoding leans on, in one place and checked.
+"""Private names of transformers that decoding uses, and a check that they exist.
 
-The public interface of transformers is kept between minor versions; these names are not promised. A version that lacks one
-is refused with the name, before it decodes something else.
+Private names may change in any version of transformers. A version that lacks one is refused before it can decode
+wrongly.
 """
 
 import inspect
@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, St
 from ..errors import LMTPError
 
 
-# Of each class the attributes that are used, and of each method the arguments that it is called with.
+# Attributes used of each class, and arguments passed to each method.
 ATTRIBUTES = {
     GenerationMixin: ("_sample", "_valid_auto_compile_criteria", "prepare_inputs_for_generation"),
     DynamicLayer: ("lazy_initialization", "get_seq_length"),
@@ -37,10 +37,10 @@ PARAMETERS = {
 
 @cache
 def check_transformers() -> None:
-    """Refuse a version of transformers that lacks what decoding leans on; asked once in this process.
+    """Check once per process that the installed transformers has every private name that decoding uses.
 
     Raises:
-        LMTPError: naming the version and what it lacks.
+        LMTPError: A name is missing.
     """
     missing = [
         f"{owner.__name__}.{name}" for owner, names in ATTRIBUTES.items() for name in names if not hasattr(owner, name)
@@ -50,22 +50,22 @@ def check_transformers() -> None:
         missing += [f"{method.__qualname__}({name})" for name in names if name not in known]
     if missing:
         raise LMTPError(
-            f"Decoding with leap heads does not know transformers {transformers.__version__}, which has no "
+            f"Decoding with leap heads does not support transformers {transformers.__version__}, which has no "
             f'{", ".join(missing)}: pip install "transformers<5.18".'
         )
 
 
 def pad_token(config: GenerationConfig) -> int | None:
-    """The padding token of a prepared generation config."""
+    """Return the padding token of a prepared generation config."""
     prepared = config._pad_token_tensor
     return None if prepared is None else int(prepared)
 
 
 def compiles(model: nn.Module, model_kwargs: dict, config: GenerationConfig) -> bool:
-    """Whether `generate` would compile the model's forward for this call."""
+    """Return whether `generate` would compile the model's forward for this call."""
     return model._valid_auto_compile_criteria(model_kwargs, config)
 
 
 def attention_implementation(config: PretrainedConfig) -> str:
-    """`sdpa`, `eager`, `flash_attention_2`, ..."""
+    """Return the name of the attention implementation, e.g. `sdpa`, `eager` or `flash_attention_2`."""
     return config._attn_implementation

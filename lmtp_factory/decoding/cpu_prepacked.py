@@ -1,16 +1,16 @@
-"""Linear layers with prepacked weights, which make decoding on a CPU fast.
+"""Linear layers with prepacked weights for fast decoding on a CPU.
 
-A forward of a few tokens spends its time reading weights. oneDNN's packed layout, the one that torch.compile's freezing
-uses, reads them faster than torch's ordinary fp32 matmul does and lets several tokens share one reading, which makes
-verifying a tree cheap (benchmarks/README.md). The packed weights are a second copy, so a model that would not leave memory
-to spare keeps its ordinary layers.
+A forward of a few tokens is bound by reading weights. oneDNN's packed layout, which torch.compile's freezing also uses,
+is read faster than torch's ordinary fp32 layout, and several tokens share one read. This makes verifying a tree cheap
+(benchmarks/README.md). Packed weights are a second copy of the model. If memory is short, the ordinary layers are used.
 
-Drafts need not be exact: their unembedding, most of a draft's time, is also kept in int8, a quarter of the bytes.
+Drafts need not be exact. The unembedding takes most of a draft's time, so it is also stored in int8, a quarter of the
+bytes.
 
-A copy belongs to the memory of the weight that it was made of. It dies with that memory (`model.to(dtype)`, a replaced
-`.data`), and every call of `generate` compares the weight's bits with those that were packed, because an optimizer
-step, a merged adapter or a write through `.data` changes them in place and tells nobody. The comparison reads the weights
-once: it costs about as much as one forward.
+Copies are keyed by the storage of their weight and freed with it (`model.to(dtype)`, a replaced `.data`). An optimizer
+step, a merged adapter or a write through `.data` changes a weight in place without notice. Every `generate` call
+therefore compares a checksum of each weight with that of its copy. Reading all weights for this takes about as long as
+one forward.
 """
 
 import threading
@@ -26,20 +26,20 @@ from torch import Tensor, nn
 from .free_memory import free_memory
 
 
-# Tokens for which the layout is tuned; others work as well.
+# Number of tokens for which oneDNN chooses the layout. Other numbers work too.
 _TUNED_FOR = 8
-# Packed copies may take this share of the memory that is free.
+# Largest share of the free memory that packed copies may use.
 _SHARE = 0.5
 
 
 @dataclass
 class _Copy:
-    """What was made of one weight.
+    """Packed copies of one weight.
 
     Attributes:
-        bits: sums over the weight's bits that tell whether it is still the weight that was packed.
-        packed: in oneDNN's layout.
-        int8: quantised and packed; made when a draft first asks for it.
+        bits: Checksum of the weight when it was packed, see `_bits`.
+        packed: The weight in oneDNN's layout.
+        int8: The weight quantised and packed, created by the first draft.
     """
 
     bits: tuple[Tensor, Tensor]
@@ -47,15 +47,16 @@ class _Copy:
     int8: object | None = None
 
 
-# Of each storage, by (offset, shape) of the weight: flattened parameters share one storage.
+# Storage -> (offset, shape, stride) of a weight -> its copy. Several weights may share one storage (flattened
+# parameters).
 _copies: WeakKeyDictionary[torch.UntypedStorage, dict[tuple, _Copy]] = WeakKeyDictionary()
-_users: WeakKeyDictionary[nn.Linear, int] = WeakKeyDictionary()  # how many contexts use a layer's copy now
+_users: WeakKeyDictionary[nn.Linear, int] = WeakKeyDictionary()  # number of contexts that use a layer's copy
 _lock = threading.Lock()
 
 
 @cache
 def available() -> bool:
-    """Whether this torch has the operators and they agree with the ordinary matmul."""
+    """Return whether torch has the packed operators and they agree with an ordinary matmul."""
     try:
         weight, inputs = _sample_matrices()
         return torch.allclose(_linear(inputs, _pack(weight), None), inputs @ weight.T, atol=1e-4)
@@ -64,7 +65,7 @@ def available() -> bool:
 
 
 def can_prepack(model: nn.Module) -> bool:
-    """Whether `model` is an fp32 model on a CPU with memory for a second copy of its matrices."""
+    """Return whether `model` has fp32 linear layers on a CPU and memory allows a second copy of them."""
     linears = _linears(model)
     if not linears or not available():
         return False
@@ -76,13 +77,13 @@ def can_prepack(model: nn.Module) -> bool:
 
 @contextmanager
 def prepacked(model: nn.Module) -> Iterator[None]:
-    """`model`'s linear layers compute with packed weights inside the context, in whichever thread.
+    """Let `model`'s linear layers compute with packed weights inside the context, in all threads.
 
-    Copies are kept for the next time, and checked against the weights each time a context is entered.
+    Copies are kept for the next context. Entering a context checks them against the weights.
     """
     with _lock:
         layers = _linears(model)
-        copies = [_current(layer) for layer in layers]  # all of them before any layer changes: packing may fail
+        copies = [_current(layer) for layer in layers]  # before any layer is changed, because packing may fail
         for layer, copy in zip(layers, copies):
             layer.forward = _PrepackedForward(layer, copy.packed)
             _users[layer] = _users.get(layer, 0) + 1
@@ -99,10 +100,10 @@ def prepacked(model: nn.Module) -> Iterator[None]:
 
 
 def int8_linear(layer: nn.Module) -> Callable[[Tensor], Tensor]:
-    """`layer` with int8 weights where it computes with packed weights now; else the layer itself.
+    """Return an int8 version of `layer` if the layer is prepacked at the moment, else the layer itself.
 
     Args:
-        layer: maps (..., in) fp32 to (..., out).
+        layer: Maps (..., in) fp32 to (..., out).
     """
     if not _is_prepacked(layer) or not _can_quantise():
         return layer
@@ -116,13 +117,13 @@ def int8_linear(layer: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 class _PrepackedForward:
-    """A linear layer's forward on packed weights; gradients, autocast and other dtypes go to the layer's own."""
+    """Forward of a linear layer with packed weights. Gradients, autocast and other dtypes use the ordinary forward."""
 
     def __init__(self, layer: nn.Linear, packed: Tensor):
         self.layer, self.packed = layer, packed
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
+        """Map (..., in) inputs to (..., out) outputs."""
         plain = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or inputs.dtype != torch.float32
         if plain or inputs.device.type != "cpu":
             return nn.Linear.forward(self.layer, inputs)
@@ -130,7 +131,7 @@ class _PrepackedForward:
 
 
 def _linears(model: nn.Module) -> list[nn.Linear]:
-    """Plain fp32 layers on the CPU; not those whose forward somebody else has replaced (accelerate's offloading)."""
+    """Return the fp32 linear layers on the CPU, except layers whose forward other code has replaced (accelerate)."""
     return [
         layer
         for layer in model.modules()
@@ -150,12 +151,12 @@ def _place(weight: Tensor) -> tuple:
 
 
 def _kept(layer: nn.Linear) -> _Copy | None:
-    """The copy of this layer's memory, whatever has been written there since."""
+    """Return the copy of this layer's weight, possibly outdated, or None."""
     return _copies.get(layer.weight.untyped_storage(), {}).get(_place(layer.weight))
 
 
 def _current(layer: nn.Linear) -> _Copy:
-    """A copy of the weight as it is now: the one that is kept if the bits are the same, else a new one."""
+    """Return an up-to-date copy of the layer's weight: the existing one if its checksum matches, else a new one."""
     weight, copy = layer.weight.detach(), _kept(layer)
     bits = _bits(weight)
     if copy is None or not all(map(torch.equal, copy.bits, bits)):
@@ -165,17 +166,17 @@ def _current(layer: nn.Linear) -> _Copy:
 
 
 def _bits(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of a weight's bits over its rows and over its columns, modulo 2^64.
+    """Return a checksum: sums of a weight's bits over its rows and over its columns, modulo 2^64.
 
-    One changed number changes both. Rows or columns that trade places change one of them. Pairs of numbers are read as one
-    int64, and not numbers as int32, because that is faster and because a change by the same bits everywhere (twice the
-    weight, minus the weight) would cancel modulo 2^32 where the dimensions are powers of two.
+    A change of one number changes both sums. Swapped rows or columns change one of them. Pairs of fp32 numbers are read
+    as one int64. This is faster than int32, and a change of the same bits everywhere (doubling or negating the weight)
+    cannot cancel as it would modulo 2^32 if the dimensions are powers of two.
 
     Args:
         weight: (out, in) fp32.
 
     Returns:
-        (in / 2,) and (out,) int64, or (in,) and (out,) where the numbers cannot be read in pairs.
+        (in / 2,) and (out,) int64, or (in,) and (out,) if the numbers cannot be read in pairs.
     """
     even = weight.stride(1) == 1 and not any(
         n % 2 for n in (weight.shape[1], weight.stride(0), weight.storage_offset())
@@ -193,7 +194,7 @@ def _linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _quantise(weight: Tensor):
-    """Symmetric int8, a scale a row (a vocabulary entry)."""
+    """Quantise to symmetric int8 with one scale per row (one vocabulary entry)."""
     scales = weight.abs().amax(1).clamp(min=1e-8) / 127
     zeros = torch.zeros(len(weight), dtype=torch.long)
     return torch.ops.quantized.linear_prepack(torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8), None)
@@ -211,5 +212,5 @@ def _can_quantise() -> bool:
 
 
 def _sample_matrices() -> tuple[Tensor, Tensor]:
-    """Without touching the random numbers that sampling draws."""
+    """Return a weight and inputs for a test, without drawing random numbers."""
     return torch.arange(24 * 16).sin().view(24, 16), torch.arange(3 * 16).cos().view(3, 16)

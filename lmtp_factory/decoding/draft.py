@@ -1,4 +1,4 @@
-"""Drafting: what the leap heads propose for the places after the root (L-MTP, section 3.3, "looking backward")."""
+"""Drafting: the leap heads' candidates for the tokens after the root (L-MTP, section 3.3, "looking backward")."""
 
 from dataclasses import dataclass
 
@@ -14,11 +14,11 @@ from .cpu_prepacked import int8_linear
 
 @dataclass(frozen=True)
 class Candidates:
-    """The most probable tokens of every level, each level on its own.
+    """The most probable tokens of each level. Levels are independent of each other.
 
     Attributes:
-        tokens: (batch, levels, width) int64; no more than the vocabulary has.
-        probabilities: (batch, levels, width) float32, falling along the last dimension.
+        tokens: (batch, levels, width) int64 token ids. `width` is at most the vocabulary size.
+        probabilities: (batch, levels, width) fp32, decreasing along the last dimension.
     """
 
     tokens: Tensor
@@ -27,12 +27,12 @@ class Candidates:
 
 @dataclass
 class Window:
-    """The last hidden states of each row, oldest first; it belongs to one generation.
+    """The last hidden states of each row, oldest first.
 
     Attributes:
-        states: (batch, size, hidden).
-        filled: how many of each row's states are real; a prompt may be shorter than the window.
-        real: (batch, size) bool, which ones are; None where all are.
+        states: (batch, size, hidden) final hidden states.
+        filled: Number of valid states of each row. A prompt may be shorter than the window.
+        real: (batch, size) bool, True for valid states; None if all are valid.
     """
 
     states: Tensor
@@ -41,43 +41,53 @@ class Window:
 
     @classmethod
     def of_prompt(cls, hidden: Tensor, lengths: list[int], size: int) -> "Window":
-        """From the prompt's (batch, length, hidden) states, padded on the left to the rows' `lengths`."""
+        """Build the window from the states of a prompt.
+
+        Args:
+            hidden: (batch, length, hidden) final hidden states, padded on the left.
+            lengths: Length of each row without padding.
+            size: Number of states in the window.
+        """
         missing = size - hidden.shape[1]
-        states = hidden[:, -size:]
+        states = hidden[:, -size:]  # (batch, min(size, length), hidden)
         if missing > 0:
             states = torch.cat([states.new_zeros(len(states), missing, states.shape[2]), states], dim=1)
         filled = [min(length, size) for length in lengths]
         real = None
         if min(filled) < size:
-            missing = size - torch.tensor(filled, device=hidden.device)
-            real = torch.arange(size, device=hidden.device) >= missing[:, None]
+            missing = size - torch.tensor(filled, device=hidden.device)  # (batch,)
+            real = torch.arange(size, device=hidden.device) >= missing[:, None]  # (batch, size)
         return cls(states.clone(), filled, real)
 
     @classmethod
     def of_states(cls, states: Tensor, is_real: Tensor) -> "Window":
-        """From given (batch, size, hidden) states, of which those at the (batch, size) `is_real` exist."""
+        """Build the window from (batch, size, hidden) states; `is_real` is a (batch, size) mask of the valid ones."""
         filled = is_real.sum(1).tolist()
         return cls(states, filled, None if bool(is_real.all()) else is_real.to(states.device))
 
     def places(self, branches: list[list[int]]) -> list[list[int]]:
-        """(batch, size) where each state of the next window stands in (window ++ tree).
+        """Return the indices of the next window's states in the concatenation of window and tree.
 
         Args:
-            branches: numbers of each row's accepted nodes, root first; empty for a finished row.
+            branches: Indices of each row's accepted nodes, root first. Empty for rows that had ended.
+
+        Returns:
+            (batch, size) indices.
         """
         size = self.states.shape[1]
         return [[*range(size), *(size + node for node in branch)][-size:] for branch in branches]
 
     def push(self, hidden: Tensor, branches: list[list[int]], places: Tensor) -> None:
-        """Append the states of each row's accepted nodes.
+        """Append the states of each row's accepted nodes and drop the oldest states.
 
         Args:
-            hidden: (batch, nodes, hidden) of the step's tree.
-            places: what `places` says of `branches`, on a device.
+            hidden: (batch, nodes, hidden) final hidden states of the step's tree.
+            branches: Indices of each row's accepted nodes, root first.
+            places: (batch, size) result of `places`, on a device.
         """
         batch, size = self.states.shape[:2]
         places = places.to(hidden.device)
-        states = torch.cat([self.states, hidden], dim=1)
+        states = torch.cat([self.states, hidden], dim=1)  # (batch, size + nodes, hidden)
         if batch == 1:
             self.states = states.index_select(1, places[0])
         else:
@@ -89,35 +99,44 @@ class Window:
 
 
 def propose_candidates(model: nn.Module, window: Window, levels: int, width: int) -> Candidates:
-    """Candidates for levels 1 to `levels`, from the states that the last step left behind.
+    """Compute the candidates of levels 1 to `levels` from the window.
 
-    Level `l` is depth `d = l + 1`: head `i`, the first with `offsets[i] >= d`, reads the state
-    `offsets[i] - d` places before the last one. A level whose state is missing gets probability 0.
+    Level `l` has depth `d = l + 1`. Its head is the first head `i` with `offsets[i] >= d`, applied to the state
+    `offsets[i] - d` positions before the last one. If this state is missing, the level's probabilities are 0.
+
+    Args:
+        model: A model with leap heads.
+        window: The last hidden states.
+        levels: Number of levels.
+        width: Number of candidates per level.
     """
     offsets, heads = model.leap_heads.config.offsets, model.leap_heads.heads
     size = window.states.shape[1]
     by_head: dict[int, slice] = {}
     for head, back in (geometry.lookback(level + 1, offsets) for level in range(1, levels + 1)):
-        # A head's levels read neighbouring states, the farthest back first; a slice needs no index on the device.
+        # The levels of one head read consecutive states, so a slice selects them without an index tensor on the device.
         first = by_head[head].start if head in by_head else size - 1 - back
         by_head[head] = slice(first, size - back)
+    # (batch, levels of the head, hidden) each; levels are in order when concatenated.
     features = [heads[head - 1].features(window.states[:, places]) for head, places in by_head.items()]
-    if model.leap_heads.config.head_kind == "shared":  # the matrix is read once for all heads
+    if model.leap_heads.config.head_kind == "shared":  # one matmul, so the matrix is read only once
         logits = _unembed(model, torch.cat(features, dim=1), model.get_output_embeddings())
     else:
         own = [_unembed(model, part, heads[head - 1].unembed) for head, part in zip(by_head, features)]
-        logits = torch.cat(own, dim=1)
-    best, tokens = logits.topk(min(width, logits.shape[-1]), dim=-1)
+        logits = torch.cat(own, dim=1)  # (batch, levels, vocabulary)
+    best, tokens = logits.topk(min(width, logits.shape[-1]), dim=-1)  # (batch, levels, width)
+    # Softmax of the top candidates only.
     probabilities = (best - logits.logsumexp(-1, keepdim=True)).exp()
     if window.real is not None:
-        real = torch.cat([window.real[:, places] for places in by_head.values()], dim=1)
+        real = torch.cat([window.real[:, places] for places in by_head.values()], dim=1)  # (batch, levels)
         probabilities = probabilities * real[:, :, None].to(probabilities.device)
     return Candidates(tokens, probabilities)
 
 
 def _unembed(model: nn.Module, features: Tensor, unembedding: nn.Module) -> Tensor:
+    """Map (batch, levels, hidden) features to (batch, levels, vocabulary) fp32 logits, if possible in int8."""
     features = cast_like(features, unembedding)
-    # A model that was packed once may have moved or been cast since.
+    # A prepacked model may have been moved or cast since.
     packable = features.dtype == torch.float32 and features.device.type == "cpu"
     layer = int8_linear(unembedding) if packable else unembedding
     return softcapped(layer(features), softcap_of(model)).float()

@@ -1,32 +1,37 @@
-"""When to draft: drafts may cost a generation a small share of its time and no more, whatever the text is.
+"""Draft budget: limits the time that unsuccessful drafts can cost a generation.
 
-A plain step brings one token; its time is the unit here. A step with a draft brings `accepted` tokens more and takes
-longer, by the draft and the wider forward. It gains `accepted - extra time` tokens over plain steps. The balance adds up
-these gains. While it is used up, steps are plain. Each plain step adds a little to it, which pays for a draft now and then,
-and one that is accepted pays for the next.
+The unit is the duration of a plain step, which yields one token. A step with a draft yields `accepted` more tokens and
+takes `extra` longer, for the draft and the wider forward. Compared with plain steps it gains `accepted - extra`. The
+balance is the sum of these gains. Steps draft while it is positive and are plain otherwise. Each plain step adds a
+small allowance to the balance, which pays for an occasional draft; an accepted draft pays for the next one.
 """
 
 from collections import defaultdict, deque
 from statistics import median_low
 
 
-# In plain steps: what drafting may lose before anything is known of the text, what a plain step adds to that, and the most
-# that good text lays up for bad text behind it. Chosen by experiments/draft_budget.py.
+# In plain steps. STAKE: initial balance. ALLOWANCE: added by each plain step. MOST: largest balance, which limits the
+# loss on text that is harder than what came before. Chosen with experiments/draft_budget.py.
 STAKE, ALLOWANCE, MOST = 1.0, 0.005, 3.0
-# A size of tree that was timed once may have spent that time on choosing kernels or making int8 weights: until it is timed
-# again its extra time counts as no more than this.
+# Cap of `extra` for the first step with a tree size: its time may include kernel selection or int8 quantisation.
 _FIRST_EXTRA = 0.5
-# The last times of each size, of which the median counts.
+# Number of latest times per tree size, of which the median is used.
 _TIMES = 7
-# Plain steps are timed first, then again after so many drafts; at last rarely, only because a longer context is slower.
+# A plain step is timed first and then after so many drafts. The last interval repeats, because a longer context is
+# slower.
 _DRAFTS_BETWEEN_PLAIN = (4, 16, 64)
 
 
 class DraftBudget:
-    """Whether the steps of one generation draft.
+    """Decides for each step of one generation whether it drafts.
+
+    Args:
+        stake: Initial balance, in plain steps.
+        allowance: Gain per plain step.
+        most: Largest balance.
 
     Attributes:
-        balance: what drafting may still lose, in plain steps.
+        balance: Time that drafting may still lose, in plain steps.
     """
 
     def __init__(self, stake: float = STAKE, allowance: float = ALLOWANCE, most: float = MOST):
@@ -35,14 +40,14 @@ class DraftBudget:
         self._plain: deque[float] = deque(maxlen=_TIMES)
         self._drafted: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=_TIMES))
         self._intervals = list(_DRAFTS_BETWEEN_PLAIN)
-        self._drafts = 0  # since a plain step was timed
+        self._drafts = 0  # number of drafts since the last plain step
 
     def allows_draft(self) -> bool:
-        """Whether the next step may draft."""
+        """Return whether the next step may draft."""
         return bool(self._plain) and self._drafts < self._intervals[0] and self.balance > 0
 
     def record_plain(self, seconds: float) -> None:
-        """Account for a step without a draft."""
+        """Record the duration of a step without a draft."""
         self._plain.append(seconds)
         self.balance = min(self.balance + self.allowance, self.most)
         if self._drafts >= self._intervals[0] and len(self._intervals) > 1:
@@ -50,12 +55,12 @@ class DraftBudget:
         self._drafts = 0
 
     def record_draft(self, seconds: float, nodes: int, accepted: float) -> None:
-        """Account for a step with a draft.
+        """Record a step with a draft.
 
         Args:
-            seconds: of the whole step, from the draft to the commit.
-            nodes: verified in it, the root counted.
-            accepted: drafted tokens that were accepted, the mean over the rows.
+            seconds: Duration of the step, from the draft to the commit.
+            nodes: Number of verified nodes, including the root.
+            accepted: Number of accepted drafted tokens, averaged over the rows.
         """
         times = self._drafted[nodes.bit_length()]  # sizes within a factor of two share their times
         times.append(seconds)

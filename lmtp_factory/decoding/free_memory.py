@@ -1,15 +1,15 @@
-"""How much memory this process may still take: the host's, and what a container's limit (cgroup) leaves of it."""
+"""Memory that this process can still allocate, limited by the host and by a container's cgroups."""
 
 from pathlib import Path
 
 
 try:
     import psutil
-except ImportError:  # transformers alone, without accelerate
+except ImportError:  # installed with accelerate, which transformers does not require
     psutil = None
 
 _CGROUPS = Path("/sys/fs/cgroup")
-# By version: a group's limit, what it uses, and the line of memory.stat with the pages that the kernel gives up in need.
+# By cgroup version: the files of the limit and the usage, and the key in memory.stat for reclaimable page cache.
 _FILES = {
     2: ("memory.max", "memory.current", "inactive_file"),
     1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -17,7 +17,7 @@ _FILES = {
 
 
 def free_memory() -> int | None:
-    """Bytes; None where nothing is known of them."""
+    """Return the available memory in bytes, or None if it is unknown."""
     if psutil is None:
         return None
     left = free_in_cgroup()
@@ -26,11 +26,11 @@ def free_memory() -> int | None:
 
 
 def free_in_cgroup(root: Path = _CGROUPS, membership: Path = Path("/proc/self/cgroup")) -> int | None:
-    """Bytes that the process's control group and those above it still allow; None where none sets a limit.
+    """Return the bytes that the process's cgroup and its ancestors still allow, or None without a limit.
 
     Args:
-        root: where the groups are mounted.
-        membership: lines `hierarchy:controllers:path`, the process's group in each hierarchy.
+        root: Mount point of the cgroups.
+        membership: File of lines `hierarchy:controllers:path` with the process's cgroup in each hierarchy.
     """
     try:
         lines = [line.split(":", 2) for line in membership.read_text(encoding="utf-8").splitlines()]
@@ -45,7 +45,7 @@ def free_in_cgroup(root: Path = _CGROUPS, membership: Path = Path("/proc/self/cg
         else:
             continue
         group = mount / path.lstrip("/")
-        # A container sees its own group as the mount itself, whatever path the host calls it by.
+        # In a container the mount point is the container's own group, whatever path the host uses.
         for folder in (group, *group.parents):
             if folder.is_relative_to(mount) and (free := _left_in(folder, *_FILES[version])) is not None:
                 left.append(free)
@@ -56,7 +56,7 @@ def _left_in(folder: Path, limit_file: str, usage_file: str, reclaimable: str) -
     try:
         limit, used = ((folder / name).read_text(encoding="utf-8").strip() for name in (limit_file, usage_file))
         statistics = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="utf-8").splitlines())
-    except OSError:  # the root group has no limit, and a path of the host's is not mounted here
+    except OSError:  # the root group has no limit file, and paths of the host do not exist in a container
         return None
     if limit == "max":
         return None

@@ -1,8 +1,7 @@
-"""Look-back decoding on a page: draft, verify, accept, advance, until every row has ended.
+"""The decoding loop: draft, verify, accept, advance, until every row has ended.
 
-`generate` prepares processors, criteria, masks and caches as always and then calls `_sample` for greedy search and
-sampling; `decode` stands in for that one method. All that `generate` promises therefore holds, and beams, assisted
-and contrastive generation never come here.
+`generate` prepares processors, criteria, masks and caches, and calls `_sample` for greedy search and sampling. `decode`
+replaces `_sample` only. Beam search, assisted and contrastive generation do not call it.
 """
 
 import time
@@ -23,7 +22,7 @@ from .request import current_request
 from .state import DecodeState, prompt_length
 from .stats import DecodeStats
 from .stream import Stream
-from .support import leave_to_stock, unsupported_reason
+from .support import fall_back, unsupported_reason
 from .tree_builder import TreeBuilder
 from .tree_config import TreeConfig
 from .verify import Verifier
@@ -39,17 +38,23 @@ def decode(
     streamer: BaseStreamer | None,
     model_kwargs: dict,
 ) -> GenerateDecoderOnlyOutput | Tensor | None:
-    """Generate with the heads.
+    """Decode one prepared batch with the heads.
 
     Args:
+        model: A model with leap heads.
         input_ids: (batch, prompt length), padded on the left.
-        model_kwargs: the model's inputs as `generate` prepared them, with `past_key_values`.
+        processors: Logits processors.
+        criteria: Stopping criteria.
+        config: Generation config.
+        synced_gpus: Whether all ranks must run equally many forwards, see `generate`.
+        streamer: Receives tokens as soon as they are accepted.
+        model_kwargs: The model's inputs as `generate` prepared them, with `past_key_values`.
 
     Returns:
-        What `_sample` would return; None where this call cannot be sped up, after saying why once.
+        The same as `_sample`, or None if the call is not supported; the reason is logged once.
 
     Raises:
-        LMTPError: a static tree names candidates beyond the vocabulary.
+        LMTPError: A static tree uses candidate ranks beyond the vocabulary.
     """
     request = current_request()
     request.arrived, stats = True, request.stats
@@ -65,7 +70,7 @@ def decode(
         cache = TreeCache.replacing(given, model.config.get_text_config(), columns)
         reason = None if cache is not None else f"a cache of type {type(given).__name__} cannot hold trees"
     if reason is not None:
-        leave_to_stock(stats, reason)
+        fall_back(stats, reason)
         return None
     tree.check_ranks(model.config.get_text_config().vocab_size)
     stats.strategy, stats.stock_reason = "backward" if request.strategy == "auto" else request.strategy, None
@@ -75,7 +80,7 @@ def decode(
     pad_token = compat.pad_token(config)
     state = DecodeState(Acceptor(input_ids, processors, criteria, config), cache)
     stream = Stream(streamer, state.acceptor, pad_token)
-    # torch.compile lays weights out by itself and does not take layers that have been laid out; nor does autocast.
+    # Prepacked layers do not work under torch.compile, which chooses its own layouts, or under autocast.
     prepack = not compiled and not torch.is_autocast_enabled("cpu") and cpu_prepacked.can_prepack(model)
     with cpu_prepacked.prepacked(model) if prepack else nullcontext(), stats.timed("total", input_ids.device):
         with stats.timed("prefill", input_ids.device):
@@ -91,10 +96,10 @@ def decode(
 def run(
     model: nn.Module, state: DecodeState, tree_config: TreeConfig, stats: DecodeStats, stream: Stream, verify: Verifier
 ) -> None:
-    """The loop, from the prefill to the end of the last row."""
+    """Run the loop from the first token after the prefill to the end of the last row."""
     offsets = model.leap_heads.config.offsets
     builder = TreeBuilder(model, tree_config, constant=state.cache.is_fixed)
-    # Looking forward fills the window with plain steps instead of past states (F-MTP in the paper's appendix).
+    # F-MTP (the paper's appendix) takes plain steps to fill the window instead of reusing past states.
     plain_before_draft = geometry.window(offsets) - 1 if stats.strategy == "forward" else 0
     plain_steps = 0
     while not state.acceptor.finished():
@@ -109,7 +114,7 @@ def run(
             hidden = verify(tokens, tree, state)  # (batch, nodes, hidden)
             logits = lm_logits(model, hidden)  # (batch, nodes, vocabulary)
         with stats.timed("accept", state.device):
-            branches = state.acceptor.walk(logits, tokens, tree.parents)  # of each row, root first
+            branches = state.acceptor.walk(logits, tokens, tree.parents)  # accepted nodes of each row, root first
         stats.count(tree.nodes, branches)
         with stats.timed("commit", state.device):
             state.advance(hidden, branches)

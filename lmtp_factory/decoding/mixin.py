@@ -1,4 +1,4 @@
-"""`generate` of a model with leap heads."""
+"""`generate` for models with leap heads."""
 
 from collections.abc import Callable
 
@@ -12,10 +12,10 @@ from .tree_config import TreeConfig, tree_config_for
 
 
 class LookBackDecoding:
-    """Mixin in front of a `*ForCausalLM` class with leap heads; see `attach_heads`.
+    """Mixin that `attach_heads` places before a `*ForCausalLM` class.
 
     Attributes:
-        decode_strategy: what `generate` does where its caller does not say, one of `options.STRATEGIES`.
+        decode_strategy: Default strategy of `generate`, one of `options.STRATEGIES`.
     """
 
     decode_strategy: str = "auto"
@@ -29,16 +29,18 @@ class LookBackDecoding:
         lmtp_stats: DecodeStats | None = None,
         **kwargs,
     ):
-        """Same output as `GenerationMixin.generate`, in fewer forwards where the heads can help.
+        """Generate the same output as `GenerationMixin.generate`, in fewer forwards if the call is supported.
 
         Args:
-            lmtp_decode: `auto` or `backward` (look-back), `forward` (the paper's F-MTP), `off` (stock); default the
-                model's `decode_strategy`.
-            lmtp_tree: the tree to draft with; default `tree_config`.
-            lmtp_stats: filled in with what was done.
+            args: Passed to `GenerationMixin.generate`.
+            lmtp_decode: `auto` or `backward` (look-back decoding), `forward` (the paper's F-MTP), or `off`
+                (transformers' own decoding). Default `self.decode_strategy`.
+            lmtp_tree: Draft tree. Default `self.tree_config()`.
+            lmtp_stats: Statistics to update in place.
+            kwargs: Passed to `GenerationMixin.generate`.
 
         Raises:
-            LMTPError: an unknown `lmtp_decode`; a tree that this vocabulary does not allow.
+            LMTPError: `lmtp_decode` is unknown, or the tree uses candidate ranks beyond the vocabulary.
         """
         strategy = self.decode_strategy if lmtp_decode is None else lmtp_decode
         request = DecodeRequest(strategy, lmtp_tree, DecodeStats() if lmtp_stats is None else lmtp_stats)
@@ -55,22 +57,22 @@ class LookBackDecoding:
         streamer=None,
         **model_kwargs,
     ):
-        """The one method of `generate` that look-back decoding replaces."""
+        """Decode with the heads, or with transformers' own method if the call is not supported."""
         prepared = (input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer)
         output = decode(self, *prepared, model_kwargs)
         return super()._sample(*prepared, **model_kwargs) if output is None else output
 
     def tree_config(self) -> TreeConfig:
-        """The tree that `generate` drafts with: `lmtp/tree.json`'s or the device's default."""
+        """Return the default draft tree: `lmtp/tree.json` or the device's default."""
         return tree_config_for(self)
 
     def compiled_backbone(self, options: CompileConfig | None) -> Callable:
-        """The backbone's forward under `torch.compile`, kept for the next call with the same options."""
+        """Return the compiled forward of the backbone, cached for later calls with the same options."""
         options = options or CompileConfig()
         if self._compiled_backbone is None or self._compiled_backbone[0] != options:
             self._compiled_backbone = options, torch.compile(self.base_model.__call__, **options.to_dict())
         return self._compiled_backbone[1]
 
     def __getstate__(self) -> dict:
-        """For pickle and copy: a compiled backbone cannot be pickled, and a copy's would be the original's."""
+        """Omit the compiled backbone: it cannot be pickled, and a copy would share the original's weights."""
         return {name: value for name, value in super().__getstate__().items() if name != "_compiled_backbone"}

@@ -1,4 +1,4 @@
-"""What one call of `generate` asks of the heads, carried to `_sample`, which takes no such argument."""
+"""Decoding options of one `generate` call, passed to `_sample` in a context variable."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,20 +10,20 @@ from transformers.generation.streamers import BaseStreamer
 from ..errors import LMTPError
 from ..options import STRATEGIES
 from .stats import DecodeStats
-from .support import leave_to_stock
+from .support import fall_back
 from .tree_config import TreeConfig
 
 
 @dataclass
 class DecodeRequest:
-    """How to decode.
+    """Options and statistics of one call.
 
     Attributes:
-        strategy: `backward` looks back, `forward` fills the window with plain steps first (the paper's F-MTP), `off`
-            is stock; `auto` is `backward`.
-        tree: to draft with; None takes the model's own, `lmtp/tree.json` or the device's default.
-        stats: to add to.
-        arrived: whether the call came to `_sample`.
+        strategy: `backward` looks back. `forward` fills the window with plain steps before each draft (the paper's
+            F-MTP). `off` is transformers' own `generate`. `auto` means `backward`.
+        tree: Draft tree. None uses `model.tree_config()`.
+        stats: Statistics, updated in place.
+        arrived: Whether the call has reached `_sample`.
     """
 
     strategy: str = "auto"
@@ -36,16 +36,16 @@ _current: ContextVar[DecodeRequest | None] = ContextVar("lmtp_request", default=
 
 
 def current_request() -> DecodeRequest:
-    """The request of the innermost `generate` of this thread."""
+    """Return the request of the innermost `generate` call of this thread."""
     return _current.get() or DecodeRequest()
 
 
 @contextmanager
 def requested(request: DecodeRequest, streamer: BaseStreamer | None) -> Iterator[None]:
-    """`_sample` inside this context (and thread) sees `request`; an error still ends the stream.
+    """Make `request` the current request inside the context; end `streamer` if an exception is raised.
 
     Raises:
-        LMTPError: an unknown strategy.
+        LMTPError: The strategy is unknown.
     """
     token = _current.set(request)
     try:
@@ -53,10 +53,10 @@ def requested(request: DecodeRequest, streamer: BaseStreamer | None) -> Iterator
             raise LMTPError(f"lmtp_decode is {request.strategy!r}, but it has to be one of {', '.join(STRATEGIES)}.")
         yield
         if not request.arrived and request.strategy != "off":
-            leave_to_stock(request.stats, "beam search, assisted and other special generation has no look-back")
+            fall_back(request.stats, "beam search, assisted and other special generation has no look-back")
     except BaseException:
         if streamer is not None:
-            streamer.end()  # whoever reads it would wait for ever
+            streamer.end()  # otherwise its reader waits forever
         raise
     finally:
         _current.reset(token)

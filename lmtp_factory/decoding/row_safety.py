@@ -1,9 +1,9 @@
-"""Which logits processors and stopping criteria treat every row of a batch by itself: rows are walked one by one here."""
+"""Which logits processors and stopping criteria can be called with one row of a batch at a time."""
 
 from collections.abc import Callable
 
 
-# Classes of transformers that know a row by its place in the batch, or mix rows. Each row is shown on its own here.
+# Classes of transformers that use a row's index in the batch or combine rows, so they need the whole batch.
 WHOLE_BATCH_PROCESSORS = {
     "ClassifierFreeGuidanceLogitsProcessor",
     "DiaClassifierFreeGuidanceLogitsProcessor",
@@ -17,10 +17,10 @@ WHOLE_BATCH_PROCESSORS = {
     "WhisperNoSpeechDetection",
 }
 WHOLE_BATCH_CRITERIA = {"ConfidenceCriteria"}
-# Packages whose other processors and criteria are known to treat every row by itself.
+# Packages whose other processors and criteria treat rows independently.
 _ROW_SAFE_PACKAGES = ("transformers.", "lmtp_factory.")
 
 
 def is_known(part: Callable) -> bool:
-    """Whether a logits processor or stopping criterion is defined by transformers or here, not by a subclass elsewhere."""
+    """Return whether a logits processor or stopping criterion is defined in transformers or in this package."""
     return type(part).__module__.startswith(_ROW_SAFE_PACKAGES)

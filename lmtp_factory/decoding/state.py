@@ -1,4 +1,4 @@
-"""The state of one generation: sequences, key-value cache, window of hidden states and positions, advanced in one place."""
+"""State of one generation: sequences, key-value cache, window of hidden states and positions."""
 
 import torch
 from torch import Tensor, nn
@@ -12,30 +12,30 @@ from .cache import TreeCache
 from .draft import Window
 
 
-# What generate() prepares for the language-model wrapper, and its backbone does not take.
+# Inputs that generate() prepares for `*ForCausalLM.forward` and that the backbone does not accept.
 _WRAPPER_ONLY = ("logits_to_keep", "labels", "output_attentions", "output_hidden_states", "return_dict")
 
 
 def prompt_length(input_ids: Tensor, model_kwargs: dict) -> int:
-    """Number of the prompt's tokens, some of which may be in the cache already."""
+    """Return the number of prompt tokens, including those that are already in the cache."""
     embedded = model_kwargs.get("inputs_embeds")
     return (input_ids if embedded is None else embedded).shape[1]
 
 
 class DecodeState:
-    """What a generation knows between two steps. After the prefill, and after each `advance`, all of it agrees.
+    """State between two steps. Its parts are consistent after `prefill` and after each `advance`.
 
     Attributes:
-        acceptor: the sequences, and which of them have ended.
-        cache: keys and values of every accepted token but the roots.
-        window: the last hidden states, from which the next draft is made.
-        roots: (batch,) the newest token of each row, on `device`.
-        columns: (batch, 1) how many columns of the cache each row owns, on `device`.
-        shift: (..., batch, 1) what a row's columns lack to the position of its root; padding and a user's own positions
-            make it differ from 0.
-        prompt_mask: (batch, prompt) bool, False where a row is padded; None where none is.
-        last_position: that generation may reach.
-        device: the logits', where trees are made and walked.
+        acceptor: The sequences, and which of them have ended.
+        cache: Keys and values of all accepted tokens except the roots.
+        window: The last hidden states of each row, input of the next draft.
+        roots: (batch,) newest token of each row, on `device`.
+        columns: (batch, 1) number of cache columns that each row owns, on `device`.
+        shift: (..., batch, 1) position of a row's root minus its number of columns. It is not 0 if the row is padded or
+            the user passes positions. Leading axes are those of models with several position axes.
+        prompt_mask: (batch, prompt) bool, False for padding; None without padding.
+        last_position: The largest position that generation can reach.
+        device: Device of the logits, on which trees are built and walked.
     """
 
     window: Window
@@ -50,17 +50,18 @@ class DecodeState:
         self.acceptor, self.cache = acceptor, cache
 
     def prefill(self, model: nn.Module, input_ids: Tensor, model_kwargs: dict) -> None:
-        """The prompt's forward: fills cache and window and decides the first token.
+        """Run the forward of the prompt: fill the cache and the window, and choose the first token.
 
         Args:
+            model: A model with leap heads.
             input_ids: (batch, prompt length), padded on the left.
-            model_kwargs: as `generate` prepared them.
+            model_kwargs: The model's inputs as `generate` prepared them.
         """
         kwargs = {**model_kwargs, "past_key_values": self.cache}
         known = int(self.cache.get_seq_length())
         mask = kwargs.get("attention_mask")
         length = prompt_length(input_ids, kwargs)
-        # A mask longer than the input_ids says that these are new ones only.
+        # If the mask is longer than input_ids, the user has passed only the tokens that are not in the cache.
         whole = kwargs.get("inputs_embeds") is not None or mask is None or mask.shape[1] == length
         inputs = model.prepare_inputs_for_generation(
             input_ids,
@@ -82,26 +83,27 @@ class DecodeState:
         logits = lm_logits(model, hidden[:, -1:])  # (batch, 1, vocabulary)
         self.device = logits.device
         positions = kwargs["position_ids"][..., -1:]
-        self.shift = (positions + 1 - start).to(self.device)
+        self.shift = (positions + 1 - start).to(self.device)  # (..., batch, 1)
         self.prompt_mask = mask.bool().to(self.device) if padded else None
         self.last_position = int(positions.max()) + self.acceptor.remaining_tokens()
-        nothing = torch.zeros(len(input_ids), 1, dtype=torch.long, device=self.device)
-        self.acceptor.walk(logits, nothing, nothing)
+        # A tree of one node, whose token is not read, makes the acceptor choose the first token.
+        root = torch.zeros(len(input_ids), 1, dtype=torch.long, device=self.device)
+        self.acceptor.walk(logits, root, root)
         self._upload()
 
     def lengths(self) -> list[int]:
-        """Number of cache columns that each row owns, on the host."""
+        """Return the number of cache columns that each row owns, on the host."""
         return [row.columns for row in self.acceptor.rows]
 
     def advance(self, hidden: Tensor, branches: list[list[int]]) -> None:
-        """Keep one branch of the step's tree in each row: in the cache, the window and the positions.
+        """Commit the accepted branch of each row to the cache, the window and the positions.
 
         Args:
             hidden: (batch, nodes, hidden) final hidden states of the tree.
-            branches: numbers of each row's accepted nodes, root first; empty for a row that was finished before.
+            branches: Indices of each row's accepted nodes, root first. Empty for rows that had ended before.
         """
         lengths = self.lengths()
-        cursor = max(lengths)  # where the step wrote its nodes
+        cursor = max(lengths)  # first column of the step's nodes
         kept = [[cursor + node for node in branch] for branch in branches]
         for row, branch in zip(self.acceptor.rows, branches):
             row.columns += len(branch)
@@ -110,7 +112,7 @@ class DecodeState:
         self.window.push(hidden, branches, places)
 
     def _upload(self, *numbers: list[list[int]]) -> list[Tensor]:
-        """Roots, columns and lists of (batch, n) `numbers`, sent to the device in one piece."""
+        """Copy the roots, the columns and (batch, n) lists of `numbers` to the device in one transfer."""
         rows = self.acceptor.rows
         parts = [[[row.last] for row in rows], [[row.columns] for row in rows], *numbers]
         widths = [len(part[0]) for part in parts]
@@ -121,7 +123,7 @@ class DecodeState:
         return sent
 
     def output(self, given, config: GenerationConfig, pad_token: int | None) -> GenerateDecoderOnlyOutput | Tensor:
-        """What `_sample` returns; `given`, the cache that the caller knows, gets the contents of ours."""
+        """Build the return value of `_sample`; copy the cache's contents to `given`, the cache of the caller."""
         sequences = self.acceptor.padded(pad_token)
         self.cache.hand_back(given, max(self.lengths()))
         if not config.return_dict_in_generate:
@@ -135,7 +137,7 @@ class DecodeState:
 
 
 def one_row_state(cache: TreeCache, length: int, last_position: int, device: torch.device) -> DecodeState:
-    """A state for trying or timing forwards over trees: one row whose `length` tokens are in the cache, no sequence."""
+    """Return a state of one row with `length` cached tokens and no sequence, for testing or timing tree forwards."""
     ids = torch.zeros(1, length, dtype=torch.long, device=device)
     state = DecodeState(Acceptor(ids, LogitsProcessorList(), StoppingCriteriaList(), GenerationConfig()), cache)
     cache.set_cursor(length, length)

@@ -1,4 +1,4 @@
-"""What one call of `generate` did: tokens, forwards, acceptance, and where the time went."""
+"""Statistics of `generate` calls: tokens, forwards, acceptance, time per phase."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -13,19 +13,20 @@ PHASES = ("draft", "verify", "accept", "commit")
 
 @dataclass
 class DecodeStats:
-    """Counts of one or several calls; give one to `model.generate(..., lmtp_stats=stats)`.
+    """Counts over one or more calls of `model.generate(..., lmtp_stats=stats)`.
 
     Attributes:
-        strategy: `backward`, `forward` or `off`.
-        stock_reason: why stock `generate` decoded although heads were there and not switched off; else None.
-        tokens: generated, over all rows.
-        rows: sequences generated.
-        steps: forwards after the prefill, each counted once for every row that it served.
-        accepted: for each level of the trees, how many steps accepted it.
-        nodes: verified, roots counted.
-        advances: for each of the steps, how many tokens it brought; all but the last of them were drafted.
-        seconds: time of the whole generation, and of each of its phases; the device is waited for only with `profile`.
-        profile: wait for the device at every phase's end, so that phases on a GPU are timed and not just launched.
+        strategy: `backward`, `forward` or `off`, of the latest call.
+        stock_reason: Why the latest call fell back to transformers' own decoding; None if it did not.
+        tokens: Number of generated tokens, over all rows.
+        rows: Number of generated sequences.
+        steps: Number of forwards after the prefill, counted once per unfinished row.
+        nodes: Number of verified nodes, including roots.
+        accepted: For each level, the number of steps that accepted a node of the level.
+        advances: For each step, the number of tokens that it added. All but the last of them were drafted.
+        seconds: Seconds of the whole generation and of each phase.
+        profile: Synchronise the device at the end of each phase. Without it, the times of phases on a GPU are launch
+            times.
     """
 
     strategy: str = "off"
@@ -41,20 +42,25 @@ class DecodeStats:
 
     @property
     def tau(self) -> float:
-        """Tokens a forward, the prefill and its token not counted."""
+        """Tokens per forward, not counting the prefill and its token."""
         return (self.tokens - self.rows) / self.steps if self.steps else 1.0
 
     @property
     def tokens_per_second(self) -> float:
-        """Over the whole generation, prefill included."""
+        """Tokens per second, including the prefill."""
         return self.tokens / self.seconds["total"] if self.seconds["total"] else 0.0
 
     def acceptance(self) -> list[float]:
-        """For each level, the share of the steps that accepted it; with 1 they add up to tau."""
+        """Return, for each level, the share of steps that accepted it. Their sum plus 1 is tau."""
         return [accepted / self.steps for accepted in self.accepted]
 
     def count(self, nodes: int, branches: Sequence[Sequence[int]]) -> None:
-        """One step: trees of `nodes` nodes and the accepted branch of each row, empty where it was finished."""
+        """Count one step.
+
+        Args:
+            nodes: Number of nodes of the tree.
+            branches: Indices of each row's accepted nodes, root first. Empty for rows that had ended.
+        """
         for branch in filter(None, branches):
             self.steps += 1
             self.nodes += nodes
@@ -65,7 +71,7 @@ class DecodeStats:
 
     @contextmanager
     def timed(self, phase: str, device: torch.device) -> Iterator[None]:
-        """Add the time inside to a phase."""
+        """Add the duration of the context to a phase."""
         started = time.perf_counter()
         yield
         if self.profile and device.type == "cuda":
@@ -73,7 +79,7 @@ class DecodeStats:
         self.seconds[phase] += time.perf_counter() - started
 
     def line(self) -> str:
-        """One line for a log."""
+        """Return a summary for the log."""
         how = self.strategy if self.stock_reason is None else f"{self.strategy}: {self.stock_reason}"
         return (
             f"{self.tokens} tokens, {self.tokens_per_second:.1f} tokens/s, tau {self.tau:.2f} (tokens a forward, {how})"

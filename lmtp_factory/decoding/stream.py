@@ -1,4 +1,4 @@
-"""Handing tokens to a streamer in order, also where the rows of a batch advance by different numbers of tokens."""
+"""Streaming of tokens when the rows of a batch advance by different numbers of tokens."""
 
 from transformers.generation.streamers import BaseStreamer
 
@@ -6,14 +6,20 @@ from .accept import Acceptor
 
 
 class Stream:
-    """Puts one (batch,) tensor a place to the streamer, as stock `generate` does, once every row has got there."""
+    """Passes a (batch,) tensor per position to the streamer, as `generate` does, once every row has reached it.
+
+    Args:
+        streamer: The streamer, or None.
+        acceptor: The acceptor that holds the sequences.
+        pad_token: Token of positions beyond the end of a row.
+    """
 
     def __init__(self, streamer: BaseStreamer | None, acceptor: Acceptor, pad_token: int | None):
         self.streamer, self.acceptor, self.pad_token = streamer, acceptor, pad_token
         self.place = acceptor.rows[0].length
 
     def flush(self) -> None:
-        """Put what has become complete; finished rows wait with padding."""
+        """Put all positions that every unfinished row has reached; ended rows are padded."""
         if self.streamer is None:
             return
         rows = self.acceptor.rows
@@ -28,6 +34,6 @@ class Stream:
         self.place = max(ready, self.place)
 
     def end(self) -> None:
-        """Say that nothing follows."""
+        """End the stream."""
         if self.streamer is not None:
             self.streamer.end()

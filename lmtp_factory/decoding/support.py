@@ -1,4 +1,4 @@
-"""What look-back decoding leaves to stock `generate`, and how the log says so."""
+"""Which calls look-back decoding supports. Other calls use transformers' own decoding, and the log says why."""
 
 import functools
 import logging
@@ -30,10 +30,10 @@ from .verify import MASKED_ATTENTION, Verifier
 logger = logging.getLogger(__name__)
 
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
-# Their frequencies depend on the greatest position of a forward, and a tree looks a few positions ahead.
+# RoPE types whose frequencies depend on the largest position of a forward, which a tree's draft would raise.
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
-# How far logits over a tree may be from those over a branch, as a part of their spread: bf16 noise stays far below,
-# wrong masks and heads go far beyond.
+# Largest distance between the logits of a tree forward and of a sequential forward, relative to the logits' spread.
+# bf16 noise is far below it, wrong masks are far above it.
 _TOLERANCE = 0.1
 
 
@@ -46,17 +46,22 @@ def unsupported_reason(
     synced_gpus: bool,
     model_kwargs: dict,
 ) -> str | None:
-    """Why this call cannot be decoded with heads, as the end of a sentence; None where it can.
+    """Return why this call cannot be decoded with heads, as a clause for the log, or None if it can.
 
     Args:
+        model: A model with leap heads.
         input_ids: (batch, prompt length).
-        model_kwargs: the model's inputs as `generate` prepared them.
+        processors: Logits processors.
+        criteria: Stopping criteria.
+        config: Generation config.
+        synced_gpus: The argument of `generate`.
+        model_kwargs: The model's inputs as `generate` prepared them.
     """
     return next(_reasons(model, input_ids, processors, criteria, config, synced_gpus, model_kwargs), None)
 
 
 def _reasons(model, input_ids, processors, criteria, config, synced_gpus, model_kwargs) -> Iterator[str]:
-    """One after the other, so that the last, a trial of the model, is made only where nothing else speaks against it."""
+    """Yield reasons lazily: the last check runs the model, so it is made only if all others pass."""
     text_config, batch = model.config.get_text_config(), len(input_ids)
     if synced_gpus:
         yield "synced_gpus is on"
@@ -85,69 +90,70 @@ def _reasons(model, input_ids, processors, criteria, config, synced_gpus, model_
         yield "generation may pass the length at which this model's rotary embedding changes"
     if batch > 1:
         yield from _batch_reasons(processors, criteria, config)
-    if not takes_trees(model):
+    if not supports_trees(model):
         yield "a tree-masked forward does not match sequential forwards"
 
 
 def _batch_reasons(
     processors: LogitsProcessorList, criteria: StoppingCriteriaList, config: GenerationConfig
 ) -> Iterator[str]:
-    """Rows are walked one by one, and each is shown to processors and criteria on its own."""
+    """Yield reasons that concern batches: processors and criteria are called with one row at a time."""
     if any(type(p).__name__ in WHOLE_BATCH_PROCESSORS and is_known(p) for p in processors):
         yield "a logits processor wants the whole batch"
     if any(type(c).__name__ in WHOLE_BATCH_CRITERIA and is_known(c) for c in criteria):
         yield "a stopping criterion wants the whole batch"
-    if any(type(c) is not MaxLengthCriteria for c in criteria):  # rows may end before others
+    if any(type(c) is not MaxLengthCriteria for c in criteria):  # rows may end at different lengths
         if not any(isinstance(c, EosTokenCriteria) for c in criteria):
             yield "rows of a batch end by a criterion of their own and there is no end-of-sequence token to pad with"
         if config.return_dict_in_generate and (config.output_scores or config.output_logits):
             yield "scores are wanted of rows that may end before others"
-    foreign = next((part for part in (*processors, *criteria) if not is_known(part)), None)
-    if foreign is not None:
-        name = getattr(foreign, "__name__", type(foreign).__name__)
+    third_party = next((part for part in (*processors, *criteria) if not is_known(part)), None)
+    if third_party is not None:
+        name = getattr(third_party, "__name__", type(third_party).__name__)
         yield f"{name} is no class of transformers and may want the whole batch"
 
 
-def leave_to_stock(stats: DecodeStats, reason: str) -> None:
-    """Note that stock `generate` decodes, and why; the log says it once."""
+def fall_back(stats: DecodeStats, reason: str) -> None:
+    """Record that transformers' own decoding is used, and why. Each reason is logged once."""
     stats.strategy, stats.stock_reason = "off", reason
-    say_once(f"Decoding without leap heads: {reason}.")
+    warn_once(f"Decoding without leap heads: {reason}.")
 
 
 @functools.cache
-def say_once(message: str) -> None:
-    """A warning, once in this process."""
+def warn_once(message: str) -> None:
+    """Log a warning once per process."""
     logger.warning(message)
 
 
-def takes_trees(model: nn.Module) -> bool:
-    """Whether a forward over a tree gives what forwards over its branches give.
+def supports_trees(model: nn.Module) -> bool:
+    """Return whether a tree-masked forward matches sequential forwards over the tree's branches.
 
-    Some models build their masks by themselves, or have more between the last hidden state and the logits than a matrix.
-    The answer is kept for each attention implementation; not in train mode, where dropout may be what differs, and not
-    where the trial failed with an error, which may be the device's.
+    Some models ignore a given mask, or compute more than a matmul between the last hidden state and the logits. The
+    result is cached per attention implementation. It is not cached in train mode, where dropout may cause the
+    difference, or after an exception, which may be temporary (out of memory).
     """
     attention = attention_implementation(model.config.get_text_config())
-    answers = vars(model).get("_takes_trees", {})
-    if attention in answers and not model.training:
-        return answers[attention]
+    results = vars(model).get("_takes_trees", {})
+    if attention in results and not model.training:
+        return results[attention]
     try:
-        with _own_random_numbers(model) if model.training else nullcontext():
+        with _preserve_rng(model) if model.training else nullcontext():
             agrees = _agrees_on_a_tree(model)
-    except Exception:  # a model may dislike a mask in any way
+    except Exception:  # models reject masks with exceptions of any type
         return False
     if not model.training:
-        model._takes_trees = {**answers, attention: agrees}
+        model._takes_trees = {**results, attention: agrees}
     return agrees
 
 
-def _own_random_numbers(model: nn.Module) -> AbstractContextManager:
-    """What dropout draws inside is not missing outside."""
+def _preserve_rng(model: nn.Module) -> AbstractContextManager:
+    """Restore the random number generators on exit, because dropout draws from them."""
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     return torch.random.fork_rng(devices=devices)
 
 
 def _agrees_on_a_tree(model: nn.Module) -> bool:
+    """Compare the logits of a tree of four nodes behind a prompt of three tokens with those of sequential forwards."""
     config = model.config.get_text_config()
     ids = (config.vocab_size // 3 + torch.arange(7, device=model.device)) % config.vocab_size
     prompt, tokens = ids[None, :3], ids[None, 3:]  # (1, 3), (1, 4)
@@ -157,20 +163,21 @@ def _agrees_on_a_tree(model: nn.Module) -> bool:
     state = one_row_state(cache, length=3, last_position=9, device=model.device)
     hidden = Verifier(model)(tokens, fixed([(), (0,), (1,), (1, 0)], model.device), state)  # (1, 4, hidden)
     for leaf, branch in ((1, [0, 1]), (3, [0, 2, 3])):
-        path = torch.cat([prompt, tokens[:, branch]], dim=1)
-        theirs = model(input_ids=path, use_cache=False).logits[0, -1].float()
-        ours = lm_logits(model, hidden[0, leaf]).float()
-        if not (ours - theirs).norm() <= _TOLERANCE * (theirs - theirs.mean()).norm():
+        sequence = torch.cat([prompt, tokens[:, branch]], dim=1)  # (1, 3 + branch)
+        expected = model(input_ids=sequence, use_cache=False).logits[0, -1].float()  # (vocabulary,)
+        actual = lm_logits(model, hidden[0, leaf]).float()  # (vocabulary,)
+        if not (actual - expected).norm() <= _TOLERANCE * (expected - expected.mean()).norm():
             return False
     return True
 
 
 def _checkpoints(model: nn.Module) -> bool:
-    """Whether some layer recomputes in the backward pass; such a layer drops `past_key_values` without an error."""
+    """Return whether a layer uses gradient checkpointing, which silently drops `past_key_values`."""
     return any(module.training and getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def _passes_rope_limit(text_config: PretrainedConfig, new_tokens: int, positions: Tensor) -> bool:
+    """Return whether generation may pass the length at which a length-dependent RoPE changes its frequencies."""
     rope = getattr(text_config, "rope_parameters", None) or getattr(text_config, "rope_scaling", None) or {}
     settings = rope.values() if all(isinstance(value, dict) for value in rope.values()) else [rope]
     for setting in settings:

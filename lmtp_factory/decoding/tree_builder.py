@@ -1,4 +1,4 @@
-"""The tree of each step: shape by the plan, tokens by the heads, and no draft where it does not pay."""
+"""Building each step's draft tree, or no tree if a draft is not expected to pay."""
 
 from collections.abc import Sequence
 
@@ -13,30 +13,31 @@ from .tree_config import AcceptanceCalibration, TreeConfig
 
 
 class TreeBuilder:
-    """Trees for one generation.
+    """Builds the trees of one generation.
 
     Args:
-        config: kind and size of the trees.
-        constant: every tree has the same number of nodes, as compiled forwards need.
+        model: A model with leap heads.
+        config: Kind and size of the trees.
+        constant: Give every draft tree the same number of nodes, for compiled forwards.
     """
 
     def __init__(self, model: nn.Module, config: TreeConfig, constant: bool):
         self.model, self.config, self.constant = model, config, constant
-        self.reach = geometry.reach(model.leap_heads.config.offsets) - 1  # levels that the heads draft
+        self.reach = geometry.reach(model.leap_heads.config.offsets) - 1  # number of levels that the heads can draft
         device = model.get_output_embeddings().weight.device
         self.root = fixed([()], device)
         paths = config.fixed_paths()
         self.shape = None if paths is None else fixed([path for path in paths if len(path) <= self.reach], device)
         self.calibration, self.budget = AcceptanceCalibration(), DraftBudget()
-        self.drafted = False  # whether the step at hand made a draft, though its tree may have been cut to the root
+        self.drafted = False  # whether the current step made a draft, even if its tree was cut to the root
 
     def plain(self, roots: Tensor) -> tuple[Tree, Tensor]:
-        """The tree of the roots alone, and its (batch, 1) tokens."""
+        """Return the tree that has only the root, and its (batch, 1) tokens."""
         self.drafted = False
         return self.root, roots[:, None]
 
     def build(self, state: DecodeState) -> tuple[Tree, Tensor]:
-        """The next step's tree and its (batch, nodes) tokens."""
+        """Return the next step's tree and its (batch, nodes) tokens."""
         window, roots = state.window, state.roots
         if self.config.nodes == 1 or not (self.config.always or self.budget.allows_draft()):
             return self.plain(roots)
@@ -46,7 +47,7 @@ class TreeBuilder:
                 self.model, window, self.shape.height, width=int(max(self.config.ranks())) + 1
             )
             return self.shape, self.shape.tokens(roots, candidates.tokens)
-        # Levels beyond the last token that a row may still get would be thrown away.
+        # Do not draft levels beyond the maximum length.
         height = self.reach if self.constant else min(self.reach, state.acceptor.remaining_tokens() - 1)
         if not height:
             return self.plain(roots)
@@ -58,12 +59,12 @@ class TreeBuilder:
         return tree, tree.tokens(roots, candidates.tokens)
 
     def learn(self, tree: Tree, branches: Sequence[Sequence[int]], seconds: float) -> None:
-        """What the step brought, and in what time.
+        """Update the draft budget and the calibration with the result of a step.
 
         Args:
-            tree: that was verified.
-            branches: accepted nodes of each row, the root first; empty for a row that was finished before.
-            seconds: from the draft to the commit.
+            tree: The verified tree.
+            branches: Indices of each row's accepted nodes, root first. Empty for rows that had ended before.
+            seconds: Duration of the step, from the draft to the commit.
         """
         accepted = [len(branch) - 1 for branch in branches if branch]
         if not self.config.always:

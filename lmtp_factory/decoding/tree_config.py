@@ -1,4 +1,4 @@
-"""Which tree a model drafts with, and how large: `lmtp/tree.json`, or a default by device."""
+"""Kind and size of the draft tree: `lmtp/tree.json` or a default for the device."""
 
 import json
 import os
@@ -21,16 +21,16 @@ DEFAULT_WIDTH = 8
 
 @dataclass(frozen=True)
 class CostCurve:
-    """How the time of a forward grows with its tokens.
+    """Duration of a forward as a function of its number of tokens.
 
     Attributes:
-        seconds: number of tokens -> seconds (or any other unit: only ratios matter).
+        seconds: Maps numbers of tokens to seconds. Any other unit works too, because only ratios matter.
     """
 
     seconds: Mapping[int, float]
 
     def at(self, tokens: int) -> float:
-        """Cost of `tokens` tokens, interpolated; beyond the last point the last slope goes on."""
+        """Return the cost of `tokens` tokens by linear interpolation; the last slope extrapolates."""
         sizes = sorted(self.seconds)
         if tokens <= sizes[0] or len(sizes) == 1:
             return self.seconds[sizes[0]]
@@ -40,8 +40,8 @@ class CostCurve:
         return self.seconds[low] + slope * (tokens - low)
 
 
-# Weight, in accepted tokens, of the assumption that the heads' probabilities are right; and how fast old steps fade.
-_PRIOR, _FADING = 2.0, 0.97
+# Weight, in tokens, of the prior that the heads' probabilities are calibrated; decay of older steps' counts per step.
+_PRIOR, _DECAY = 2.0, 0.97
 
 
 @dataclass
@@ -53,27 +53,36 @@ class AcceptanceCalibration:
 
     @property
     def ratio(self) -> float:
-        """Accepted tokens for each one that the probabilities predict."""
+        """Accepted tokens per predicted token."""
         return (self.accepted + _PRIOR) / (self.predicted + _PRIOR)
 
     def learn(self, predicted: float, accepted: int) -> None:
-        """One step: the sum of its drafted nodes' values, and how many of them were accepted."""
-        self.predicted = _FADING * self.predicted + predicted
-        self.accepted = _FADING * self.accepted + accepted
+        """Add one step.
+
+        Args:
+            predicted: Sum of the drafted nodes' values, which is the expected number of accepted tokens.
+            accepted: Number of accepted tokens.
+        """
+        self.predicted = _DECAY * self.predicted + predicted
+        self.accepted = _DECAY * self.accepted + accepted
 
 
 @dataclass(frozen=True)
 class TreeConfig:
-    """How to draft.
+    """Kind and size of the draft tree.
 
     Attributes:
-        kind: `chain`; `static`, a fixed tree; `dynamic`, the best tree by each step's own probabilities.
-        nodes: of a tree, the root counted; for `dynamic` the most it may have. 1 drafts nothing.
-        paths: of a static tree, see `lmtp_factory.decoding.tree.fixed`.
-        width: candidates a level, for `dynamic`.
-        cost: with it, a dynamic tree is cut in each step where the expected tokens per second are greatest.
-        always: draft in every step, also where that does not pay; for measurements and tests.
-        source: where the plan comes from, for the log.
+        kind: `chain`; `static`, the same tree in every step; `dynamic`, the best tree for each step's probabilities.
+        nodes: Number of nodes, including the root; the maximum for `dynamic`. 1 disables drafting.
+        paths: Paths of a static tree's nodes, see `decoding.tree.fixed`.
+        width: Number of candidates per level of a dynamic tree.
+        cost: Duration of a forward. If given, each dynamic tree is cut to the size with the most expected tokens per
+            second.
+        always: Draft in every step, even if it is unprofitable. For measurements and tests.
+        source: Origin of the configuration, for the log.
+
+    Raises:
+        LMTPError: The kind is unknown, there are no nodes, or a static tree has too few paths.
     """
 
     kind: str
@@ -93,20 +102,20 @@ class TreeConfig:
             raise LMTPError(f"A static tree of {self.nodes} nodes needs as many paths: measure it with lmtp-cli tree.")
 
     def fixed_paths(self) -> Sequence[Sequence[int]] | None:
-        """Paths of the nodes where the shape is known before the step."""
+        """Return the paths of the nodes, or None for a dynamic tree."""
         if self.kind == "dynamic" and self.nodes > 1:
             return None
         return self.paths[: self.nodes] if self.kind == "static" else chain_paths(self.nodes)
 
     def ranks(self) -> list[int]:
-        """Candidate ranks that a fixed tree takes."""
+        """Return the candidate ranks that a chain or static tree uses."""
         return [path[-1] for path in self.fixed_paths() if path]
 
     def check_ranks(self, vocab_size: int) -> None:
-        """Refuse a static tree of candidates that do not exist; a dynamic one takes what there is.
+        """Check that a static tree's candidates exist. Dynamic trees adapt to the vocabulary.
 
         Raises:
-            LMTPError: naming the rank and the vocabulary.
+            LMTPError: A candidate rank is beyond the vocabulary.
         """
         deepest = max(self.ranks(), default=0) if self.kind == "static" else 0
         if deepest >= vocab_size:
@@ -116,11 +125,11 @@ class TreeConfig:
             )
 
     def best_size(self, values: Sequence[Sequence[float]], calibration: float) -> int:
-        """The number of nodes that gives most expected tokens for its cost.
+        """Return the number of nodes with the most expected tokens per unit of cost.
 
         Args:
-            values: each row's node values, root first.
-            calibration: the ratio of `AcceptanceCalibration`.
+            values: (rows, nodes) node values, root first.
+            calibration: `AcceptanceCalibration.ratio`, which multiplies the values of drafted nodes.
         """
         if self.cost is None:
             return len(values[0])
@@ -135,12 +144,12 @@ class TreeConfig:
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a tree's size depends on beside the model: with other costs another tree is the fastest.
+    """Conditions under which a tree was measured. Under other conditions another tree may be the fastest.
 
     Attributes:
-        device: type of the device, `cpu` or `cuda`.
-        dtype: that forwards compute in, `float32` or `bfloat16`.
-        prepacked: whether linear layers compute with prepacked weights (`cpu_prepacked.py`).
+        device: Device type, `cpu` or `cuda`.
+        dtype: Dtype of the model, e.g. `float32` or `bfloat16`.
+        prepacked: Whether linear layers use prepacked weights (`cpu_prepacked.py`).
     """
 
     device: str
@@ -149,70 +158,78 @@ class Conditions:
 
     @classmethod
     def of(cls, model: nn.Module) -> "Conditions":
-        """Those that `model` decodes under here."""
+        """Return the conditions under which `model` decodes on this machine."""
         return cls(model.device.type, str(model.dtype).removeprefix("torch."), can_prepack(model))
 
     def __str__(self) -> str:
         return f"{self.device}, {self.dtype}, {'prepacked' if self.prepacked else 'ordinary'} weights"
 
 
-# Relative cost of a forward of n tokens where nothing was measured. Packed: rounded from what lmtp-cli tree measured in
-# the demo (benchmarks/README.md). Plain: a conservative (high) estimate. A GPU's is taken to be flat as far as trees go.
-_PACKED_CPU = CostCurve({1: 1.0, 16: 1.4, 32: 2.0, 64: 3.2})
+# Relative cost of a forward by its number of tokens, used if nothing was measured. Prepacked: rounded from the demo's
+# lmtp-cli tree (benchmarks/README.md). Plain: a conservative (high) estimate. On a GPU the cost is assumed to be
+# constant.
+_PREPACKED_CPU = CostCurve({1: 1.0, 16: 1.4, 32: 2.0, 64: 3.2})
 _PLAIN_CPU = CostCurve({1: 1.0, 2: 1.5, 4: 1.6, 8: 1.6, 16: 1.8, 32: 2.6, 64: 4.6})
 _GPU_NODES, _CPU_NODES = 32, 16
 
 
 def default_tree(conditions: Conditions) -> TreeConfig:
-    """A dynamic tree: large on an accelerator, and on a CPU as large as each step's probabilities pay for."""
+    """Return a dynamic tree: large on an accelerator; on a CPU cut by each step's expected tokens per second."""
     source = f"default for {conditions.device}"
     if conditions.device != "cpu":
         return TreeConfig("dynamic", _GPU_NODES, source=source)
-    return TreeConfig("dynamic", _CPU_NODES, cost=_PACKED_CPU if conditions.prepacked else _PLAIN_CPU, source=source)
+    return TreeConfig("dynamic", _CPU_NODES, cost=_PREPACKED_CPU if conditions.prepacked else _PLAIN_CPU, source=source)
 
 
 def tree_config_for(model: nn.Module) -> TreeConfig:
-    """The tree that `model.generate` drafts with: `lmtp/tree.json` where it was measured under these conditions.
+    """Return the default draft tree of `model`: `lmtp/tree.json` if it was measured under the same conditions.
 
     Raises:
-        LMTPError: the file is damaged.
+        LMTPError: `tree.json` is damaged.
     """
     conditions, folder = Conditions.of(model), model.leap_heads.folder
     found = None if folder is None else read_tree(folder)
     if found is None:
         return default_tree(conditions)
-    plan, measured_under = found
+    tree_config, measured_under = found
     if measured_under == conditions:
-        return plan
-    plan = default_tree(conditions)
+        return tree_config
+    tree_config = default_tree(conditions)
     other = f"{Path(folder, TREE_FILE)} was measured on {measured_under or 'an unknown machine'}, this is {conditions}"
-    return replace(plan, source=f"{plan.source}; {other}")
+    return replace(tree_config, source=f"{tree_config.source}; {other}")
 
 
-def write_tree(plan: TreeConfig, folder: str | os.PathLike, conditions: Conditions, measured: Mapping) -> Path:
-    """`tree.json` in an `lmtp/` folder.
+def write_tree(tree_config: TreeConfig, folder: str | os.PathLike, conditions: Conditions, measured: Mapping) -> Path:
+    """Write `tree.json` into an `lmtp/` folder.
 
     Args:
-        conditions: that it was measured under; it is used under these alone.
-        measured: what the choice rests on, kept for the reader.
+        tree_config: The tree.
+        folder: The `lmtp/` folder.
+        conditions: Conditions of the measurement. The tree is used under the same conditions only.
+        measured: Measurements behind the choice, stored for the reader.
+
+    Returns:
+        Path of the file.
     """
     path = Path(folder, TREE_FILE)
-    values = asdict(plan)
+    values = asdict(tree_config)
     for key in ("source", "always"):
         values.pop(key)
-    values["cost"] = None if plan.cost is None else {str(n): s for n, s in plan.cost.seconds.items()}
+    values["cost"] = None if tree_config.cost is None else {str(n): s for n, s in tree_config.cost.seconds.items()}
     with atomic_write(path) as file:
         json.dump({**asdict(conditions), **values, "measured": measured}, file, indent=1)
     return path
 
 
 def read_tree(folder: str | os.PathLike) -> tuple[TreeConfig, Conditions | None] | None:
-    """The plan in an `lmtp/` folder and what it was measured under; None where there is no plan.
+    """Read `tree.json` from an `lmtp/` folder.
 
-    Conditions are None in files of versions that did not write all of them.
+    Returns:
+        The tree and the conditions of its measurement, or None if there is no file. The conditions are None if an older
+        version wrote the file without them.
 
     Raises:
-        LMTPError: the file is damaged.
+        LMTPError: The file is damaged.
     """
     path = Path(folder, TREE_FILE)
     if not path.is_file():
@@ -220,7 +237,7 @@ def read_tree(folder: str | os.PathLike) -> tuple[TreeConfig, Conditions | None]
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         cost = values["cost"] and CostCurve({int(n): float(s) for n, s in values["cost"].items()})
-        plan = TreeConfig(
+        tree_config = TreeConfig(
             kind=values["kind"],
             nodes=int(values["nodes"]),
             paths=tuple(tuple(map(int, path)) for path in values["paths"]),
@@ -231,4 +248,4 @@ def read_tree(folder: str | os.PathLike) -> tuple[TreeConfig, Conditions | None]
         raise LMTPError(f"{path} is damaged ({error!r}): delete it or run lmtp-cli tree again.") from None
     names = [condition.name for condition in fields(Conditions)]
     known = all(name in values for name in names)
-    return replace(plan, source=str(path)), Conditions(*(values[name] for name in names)) if known else None
+    return replace(tree_config, source=str(path)), Conditions(*(values[name] for name in names)) if known else None

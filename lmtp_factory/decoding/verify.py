@@ -1,4 +1,4 @@
-"""One forward over a whole tree: every node sees the row's past and its own ancestors, nothing else."""
+"""Verification: one forward over the tree, in which a node attends to the row's past, its ancestors and itself."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -14,22 +14,24 @@ from .tree import Tree
 if TYPE_CHECKING:
     from .state import DecodeState
 
-# Attention implementations that take a mask of any shape.
+# Attention implementations that accept an arbitrary 4-D mask.
 MASKED_ATTENTION = ("sdpa", "eager")
 
 
 def tree_masks(
     config: PretrainedConfig, tree: Tree, state: "DecodeState", dtype: torch.dtype
 ) -> Tensor | dict[str, Tensor | None] | None:
-    """Attention masks of a tree in the form that the model's forward takes.
+    """Build the attention masks of a tree in the form that the model's forward accepts.
 
     Args:
-        config: the text model's; layers of several kinds take a mask for each kind.
-        state: whose cache the tree's nodes are written to, behind the longest row.
-        dtype: of additive masks, for eager attention.
+        config: Configuration of the text model.
+        tree: The tree.
+        state: The state whose cache receives the tree's keys and values, from the length of the longest row on.
+        dtype: Dtype of the additive masks of eager attention.
 
     Returns:
-        (batch, 1, nodes, columns), bool for sdpa; None where the one node may see everything.
+        A (batch, 1, nodes, columns) mask, bool for sdpa and additive for eager attention, or None if it would mask
+        nothing. A model with several layer types gets a dict with one mask per type.
     """
     kinds = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
@@ -47,21 +49,31 @@ def tree_masks(
 def _mask(
     state: "DecodeState", tree: Tree, layer: int, window: int | None, additive: torch.dtype | None
 ) -> Tensor | None:
+    """Build the mask of one layer.
+
+    Args:
+        state: The state of the generation.
+        tree: The tree.
+        layer: Index of a layer of the type in question.
+        window: Sliding window of the layer; None for full attention.
+        additive: Dtype of an additive mask; None for a bool mask.
+    """
     nodes, lengths, own = tree.nodes, state.lengths(), state.columns  # own: (batch, 1)
-    count, first = state.cache.layers[layer].get_mask_sizes(nodes)
-    in_sight = window is None or count <= window  # a user's cache may keep more than the window
-    if nodes == 1 and len(lengths) == 1 and state.prompt_mask is None and in_sight and not state.cache.is_fixed:
+    count, first = state.cache.layers[layer].get_mask_sizes(nodes)  # number and first index of the visible columns
+    is_visible = window is None or count <= window  # a user's cache may hold more columns than the window
+    if nodes == 1 and len(lengths) == 1 and state.prompt_mask is None and is_visible and not state.cache.is_fixed:
         return None
-    columns = torch.arange(first, first + count, device=own.device)
+    columns = torch.arange(first, first + count, device=own.device)  # (count,)
     past = columns < own  # (batch, count)
     if state.prompt_mask is not None:
-        real = state.prompt_mask[:, first : first + count]
+        real = state.prompt_mask[:, first : first + count]  # (batch, visible prompt columns)
         past[:, : real.shape[1]] &= real
     allowed = past[:, None, :].repeat(1, nodes, 1)  # (batch, nodes, count)
     if window is not None:
-        allowed &= columns > (own + tree.levels - window)[:, :, None]
-    start = max(lengths) - first  # the tree's first column in the mask
-    allowed[:, :, start : start + nodes] = tree.ancestors(window)
+        # A node of level l is token number own + l of its row, which may differ from its column.
+        allowed &= columns > (own + tree.levels - window)[:, :, None]  # (batch, nodes, count)
+    start = max(lengths) - first  # index of the tree's first column in the mask
+    allowed[:, :, start : start + nodes] = tree.ancestors(window)  # (batch, nodes, nodes)
     allowed = allowed[:, None]  # (batch, 1, nodes, count)
     if additive is None:
         return allowed
@@ -70,10 +82,11 @@ def _mask(
 
 
 class Verifier:
-    """The backbone's forward on the trees of a generation.
+    """Runs the backbone on the trees of one generation.
 
     Args:
-        forward: the backbone's compiled forward; None takes its ordinary one.
+        model: A model with leap heads.
+        forward: The backbone's compiled forward; None uses the backbone itself.
     """
 
     def __init__(self, model: nn.Module, forward: Callable | None = None):
@@ -81,10 +94,19 @@ class Verifier:
         self.forward = forward or model.base_model
 
     def __call__(self, tokens: Tensor, tree: Tree, state: "DecodeState") -> Tensor:
-        """(batch, nodes) token ids -> (batch, nodes, hidden) final hidden states; keys and values go to the cache."""
+        """Compute the final hidden states of all nodes and write their keys and values to the cache.
+
+        Args:
+            tokens: (batch, nodes) token ids.
+            tree: The tree.
+            state: The state of the generation.
+
+        Returns:
+            (batch, nodes, hidden) final hidden states.
+        """
         masks = tree_masks(self.model.config.get_text_config(), tree, state, self.model.dtype)
-        # Nodes past the last position that generation may reach are never accepted; a table of learned positions may
-        # end there.
+        # Clamp positions of nodes beyond the maximum length: such nodes are never accepted, and a table of learned
+        # position embeddings may end there.
         positions = (state.shift + state.columns + tree.levels).clamp(max=state.last_position)  # (..., batch, nodes)
         if self.compiled:
             torch.compiler.cudagraph_mark_step_begin()
@@ -96,4 +118,4 @@ class Verifier:
             use_cache=True,
         )
         hidden = outputs.last_hidden_state
-        return hidden.clone() if self.compiled else hidden  # CUDA graphs overwrite their outputs
+        return hidden.clone() if self.compiled else hidden  # CUDA graphs overwrite their outputs in the next step

@@ -1,1 +1,1 @@
-"""The demonstration's parts: a small real model from the package index."""
+"""The demo's model: SmolLM2-135M-Instruct from the package index."""

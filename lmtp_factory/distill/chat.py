@@ -1,4 +1,4 @@
-"""Token ids around a conversation: the prompt, the start of a user turn, the tokens that end a turn."""
+"""Token ids of chat templates: the prompt, the start of a user turn, the tokens that end a turn."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class UserTurn:
     """A user turn without its text.
 
     Attributes:
-        before_ids: tokens before the user's text, a default system text included.
-        end_id: special token that ends the turn.
+        before_ids: Tokens before the user's text, including a default system text.
+        end_id: Special token that ends the turn.
     """
 
     before_ids: tuple[int, ...]
@@ -30,10 +30,10 @@ class UserTurn:
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a local directory or hub id.
+    """Load the tokenizer of a local directory or hub id.
 
     Raises:
-        LMTPError: none can be loaded.
+        LMTPError: The tokenizer cannot be loaded.
     """
     from transformers import AutoTokenizer
 
@@ -47,12 +47,12 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
 
 
 def stop_token_ids(model: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Tokens at which the model ends its turn, the tokenizer's end-of-sequence token first.
+    """Return the tokens that end the model's turn, the tokenizer's end-of-sequence token first.
 
     Instruct models often have several, and only generation_config.json lists them all.
 
     Raises:
-        LMTPError: neither the tokenizer nor generation_config.json names one.
+        LMTPError: Neither the tokenizer nor generation_config.json defines one.
     """
     from transformers import GenerationConfig
 
@@ -71,13 +71,12 @@ def stop_token_ids(model: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int,
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple[int, ...]:
-    """The tokens that the model reads before it answers `prompt`.
+    """Tokenize `prompt` with the chat template, including the generation prompt.
 
-    These are the chat template's, generation prompt included. A base model without a template reads the plain text
-    after the special tokens that its tokenizer puts in front.
+    Without a chat template (base models) the prompt is plain text with the tokenizer's leading special tokens.
 
     Raises:
-        LMTPError: the chat template refuses the conversation.
+        LMTPError: The chat template rejects the conversation.
     """
     if tokenizer.chat_template:
         return tuple(_render(tokenizer, list(prompt.messages), tokenize=True))
@@ -88,12 +87,12 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple[int,
 
 
 def bare_user_turn(tokenizer: PreTrainedTokenizerBase) -> UserTurn:
-    """The start of a user turn, after which an instruct model writes a user's text (Magpie, arXiv 2406.08464).
+    """Return the start of a user turn, which an instruct model continues with a prompt (Magpie, arXiv 2406.08464).
 
-    The chat template renders a marker as the user's text; the tokens before the marker are the start.
+    The chat template renders a marker as the user's text. The start consists of the tokens before the marker.
 
     Raises:
-        LMTPError: there is no chat template, or its user turn does not end in a special token.
+        LMTPError: There is no chat template, or its user turn does not end with a special token.
     """
     if not tokenizer.chat_template:
         raise LMTPError(
@@ -114,7 +113,7 @@ def bare_user_turn(tokenizer: PreTrainedTokenizerBase) -> UserTurn:
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Special tokens and all tokens added to the vocabulary; many tokenizers list turn markers only among the latter."""
+    """Return the ids of special and added tokens. Many tokenizers list turn markers only among the added tokens."""
     return set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
 
 

@@ -1,4 +1,4 @@
-"""The finished dataset: training and held-out rows as JSONL, and their entries in dataset_info.json."""
+"""The dataset's files: training and held-out rows as JSONL, and their entries in dataset_info.json."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _INFO = "dataset_info.json"
 
 
 def read_info(directory: Path) -> dict[str, Any]:
-    """The dataset_info.json of a directory; empty if there is none.
+    """Read the dataset_info.json of a directory; return an empty dict if there is none.
 
     Raises:
-        LMTPError: it is not a JSON object.
+        LMTPError: The file cannot be read or is not a JSON object.
     """
     path = directory / _INFO
     if not path.exists():
@@ -38,10 +38,10 @@ def read_info(directory: Path) -> dict[str, Any]:
 
 
 def write_dataset(directory: Path, name: str, rows: Iterable[dict[str, Any]]) -> Path:
-    """Write `name`.jsonl and its entry in dataset_info.json, each whole or not at all; other entries stay.
+    """Write `<name>.jsonl` and add its entry to dataset_info.json, both atomically.
 
     Raises:
-        LMTPError: the disk is full or the directory cannot be written. Older files are untouched.
+        LMTPError: The disk is full or the directory is not writable. Older files are unchanged.
     """
     path = directory / f"{name}.jsonl"
     try:
@@ -58,9 +58,14 @@ def write_dataset(directory: Path, name: str, rows: Iterable[dict[str, Any]]) ->
 
 
 def split_heldout(rows: list[dict[str, Any]], share: float) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
-    """Held-out rows, training rows, and the number of rows in neither because they resemble a held-out row.
+    """Split rows into held-out and training rows. The split depends on the prompts, not on their order.
 
-    The choice depends on the prompts only, not on their order.
+    Args:
+        rows: The rows.
+        share: Share of the held-out rows.
+
+    Returns:
+        Held-out rows; training rows; number of rows dropped because they resemble a held-out row.
     """
     ordered = sorted(rows, key=lambda row: hashlib.sha256(row["prompt_ids"].encode()).digest())
     heldout_ids = {row["id"] for row in ordered[: round(share * len(rows))]}

@@ -1,4 +1,4 @@
-"""The interface of an engine: requests and sampling in, generations out."""
+"""Interface of the generation engines."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class Request:
     """One prompt to continue.
 
     Attributes:
-        id: its number in the journal; also seeds its sampling.
-        prompt_ids: all that the model reads.
-        text: the user's text, for the row; engines do not read it.
+        id: Id of the row in the journal. It also seeds the sampling.
+        prompt_ids: Token ids of the whole prompt.
+        text: The user's text, stored in the row. Engines ignore it.
     """
 
     id: int
@@ -25,7 +25,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Generation:
-    """What the model wrote after a request's prompt; the stop token is included if it stopped by itself."""
+    """The tokens that the model generated for a request, including the stop token if there is one."""
 
     id: int
     output_ids: tuple[int, ...]
@@ -34,7 +34,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen: from the model's own distribution, without penalties and top-k. Temperature 0 is greedy."""
+    """Sampling parameters. Penalties and top-k are off; temperature 0 is greedy."""
 
     max_new_tokens: int
     temperature: float = 0.0
@@ -43,13 +43,13 @@ class Sampling:
     stop_ids: tuple[int, ...] = ()
 
     def seed_of(self, request_id: int) -> int:
-        """A 31-bit seed for one request, so that its answer does not depend on what ran before it."""
+        """Return a 31-bit seed for one request, so that its answer does not depend on earlier requests."""
         digest = hashlib.sha256(f"{self.seed}:{request_id}".encode()).digest()
         return int.from_bytes(digest[:4], "big") >> 1
 
 
 class Engine(Protocol):
-    """Continues token ids."""
+    """Generates continuations of token ids."""
 
     def generate(
         self,
@@ -59,21 +59,21 @@ class Engine(Protocol):
         done: Collection[int],
         on_finished: Callable[[list[Generation]], None],
     ) -> None:
-        """Continue every request whose id is not in `done`.
+        """Generate for every request whose id is not in `done`.
 
         Args:
-            requests: all requests, those in `done` included: batches and sampled tokens depend on the whole list
-                only, so a resumed run writes what an uninterrupted one writes.
-            sampling: how to choose tokens.
-            done: ids of requests to leave out.
-            on_finished: takes results as they are finished, in any order.
+            requests: All requests, including those in `done`. Batches and sampled tokens depend on the whole list, so a
+                resumed run gives the same results as an uninterrupted one.
+            sampling: Sampling parameters.
+            done: Ids of requests to skip.
+            on_finished: Called with finished results, in any order.
         """
 
 
 def cut_at_stop(
     output_ids: Sequence[int], stop_ids: Collection[int]
 ) -> tuple[tuple[int, ...], Literal["stop", "length"]]:
-    """The ids up to and including the first stop token, and the finish reason."""
+    """Return the ids up to and including the first stop token, and the finish reason."""
     for position, token in enumerate(output_ids):
         if token in stop_ids:
             return tuple(output_ids[: position + 1]), "stop"

@@ -1,4 +1,4 @@
-"""Answers that are not worth training on: short, truncated or repetitive ones."""
+"""Filters that drop short, truncated and repetitive answers."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ import numpy as np
 from .rows import parse_ids
 
 
-# Far heads find no target in a shorter answer.
+# In shorter answers the last heads have no targets.
 MIN_TOKENS = 8
-# A stretch repeated this often in a row is a loop if the repeats cover this many tokens: a short "---" is none.
+# A sequence repeated LOOP_REPEATS times in a row is a loop if it covers LOOP_SPAN tokens; a short "---" is not a loop.
 LOOP_REPEATS, LOOP_SPAN = 4, 24
-# A longer answer that repeats itself with small changes shows a small share of distinct n-grams.
+# An answer that repeats itself with small changes has few distinct n-grams. Checked from DISTINCT_FROM_TOKENS tokens
+# on.
 NGRAM, MIN_DISTINCT_SHARE, DISTINCT_FROM_TOKENS = 4, 0.4, 64
 
 
 def filter_rows(rows: Iterable[dict[str, Any]], *, keep_truncated: bool) -> tuple[list[dict[str, Any]], Counter[str]]:
-    """The rows to keep, in order, and the number of dropped rows by reason."""
+    """Return the rows to keep, in order, and the number of dropped rows by reason."""
     kept, dropped = [], Counter()
     for row in rows:
         output_ids, finish_reason = parse_ids(row["output_ids"]), row["finish_reason"]
@@ -36,15 +37,15 @@ def filter_rows(rows: Iterable[dict[str, Any]], *, keep_truncated: bool) -> tupl
 
 
 def is_repetitive(ids: Sequence[int]) -> bool:
-    """Whether some stretch is repeated over and over, or a long answer says hardly anything new."""
+    """Return whether the ids contain a loop, or are long and have few distinct n-grams."""
     return has_loop(ids) or (len(ids) >= DISTINCT_FROM_TOKENS and distinct_share(ids) < MIN_DISTINCT_SHARE)
 
 
 def has_loop(ids: Sequence[int], repeats: int = LOOP_REPEATS, span: int = LOOP_SPAN) -> bool:
-    """Whether some stretch stands at least `repeats` times in a row and covers at least `span` tokens in all."""
+    """Return whether a sequence occurs at least `repeats` times in a row and covers at least `span` tokens in total."""
     ids = np.asarray(ids)
     for period in range(1, len(ids) // repeats + 1):
-        # r positions in a row that equal the one a period earlier: a repeated stretch of r + period tokens
+        # A run of r ids that equal those one period earlier means that r + period tokens are periodic.
         covered = _longest_run(ids[period:] == ids[:-period]) + period
         if covered >= max(span, repeats * period):
             return True
@@ -52,7 +53,7 @@ def has_loop(ids: Sequence[int], repeats: int = LOOP_REPEATS, span: int = LOOP_S
 
 
 def distinct_share(ids: Sequence[int]) -> float:
-    """Distinct n-grams divided by all n-grams; 1.0 if there are none."""
+    """Return the number of distinct n-grams divided by all n-grams; 1.0 if there are none."""
     grams = list(zip(*(ids[start:] for start in range(NGRAM)), strict=False))
     return len(set(grams)) / len(grams) if grams else 1.0
 

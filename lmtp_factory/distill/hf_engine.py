@@ -1,4 +1,4 @@
-"""Generation in this process with transformers: batches of prompts of similar length, padded on the left."""
+"""Generation with transformers in this process: left-padded batches of prompts of similar length."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from .engine import Generation, Request, Sampling, cut_at_stop
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Tokens in a batch without a given batch size: prompts and answers, padding included. The KV cache of a 7B model with
-# grouped queries takes 60-130 kB a token, so 65,536 tokens are 4-8 GB. On a CPU a larger batch is no faster.
+# Tokens in a batch if no batch size is given: prompts and answers, including padding. The KV cache of a 7B model with
+# grouped-query attention takes 60-130 kB per token, so 65,536 tokens take 4-8 GB. On a CPU larger batches are not
+# faster.
 TOKEN_BUDGET = {"cuda": 65_536, "cpu": 8_192}
 MAX_BATCH_SIZE = 256
 
@@ -24,13 +25,13 @@ MAX_BATCH_SIZE = 256
 def group_batches(
     requests: Sequence[Request], *, max_new_tokens: int, batch_size: int | None, token_budget: int
 ) -> list[list[Request]]:
-    """Split requests into batches of similar length, the longest first, so that a lack of memory shows at once.
+    """Group requests into batches of similar length, the longest first, so that out-of-memory errors occur at once.
 
     Args:
-        requests: all requests of the run.
-        max_new_tokens: room for each answer.
-        batch_size: rows in a batch; None: as many as `token_budget` allows, up to `MAX_BATCH_SIZE`.
-        token_budget: padded tokens in a batch.
+        requests: All requests of the run.
+        max_new_tokens: Largest number of tokens of an answer.
+        batch_size: Rows per batch; None uses as many as `token_budget` allows, up to `MAX_BATCH_SIZE`.
+        token_budget: Padded tokens per batch.
     """
     ordered = sorted(requests, key=lambda request: (-len(request.prompt_ids), request.id))
     batches = []
@@ -46,11 +47,11 @@ class HFEngine:
     """An `Engine` on a transformers model: bfloat16 on all GPUs, or float32 on the CPU.
 
     Args:
-        model: directory or hub id.
-        batch_size: rows in a batch; None: by `TOKEN_BUDGET`.
+        model: Directory or hub id.
+        batch_size: Rows per batch; None uses `TOKEN_BUDGET`.
 
     Raises:
-        LMTPError: the model cannot be loaded.
+        LMTPError: The model cannot be loaded.
     """
 
     def __init__(self, model: str, *, batch_size: int | None = None):
@@ -80,11 +81,11 @@ class HFEngine:
     ) -> None:
         """See `Engine.generate`.
 
-        A batch with some rows in `done` is generated whole: padding and random numbers are then those of an
-        uninterrupted run.
+        A batch with some rows in `done` is generated completely, so that padding and random numbers are the same as in
+        an uninterrupted run.
 
         Raises:
-            LMTPError: a batch does not fit into the device's memory.
+            LMTPError: A batch does not fit into the device's memory.
         """
         batches = group_batches(
             requests,
@@ -107,15 +108,15 @@ class HFEngine:
     @torch.inference_mode()
     def _generate_batch(self, batch: list[Request], sampling: Sampling) -> list[Generation]:
         width = max(len(request.prompt_ids) for request in batch)
-        pad = sampling.stop_ids[0] if sampling.stop_ids else 0  # masked, so any id will do
+        pad = sampling.stop_ids[0] if sampling.stop_ids else 0  # any id works, because padding is masked
         input_ids = torch.full((len(batch), width), pad)  # (rows, longest prompt)
         mask = torch.zeros_like(input_ids)
         for row, request in enumerate(batch):
             input_ids[row, width - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
             mask[row, width - len(request.prompt_ids) :] = 1
 
-        # generate() takes what a config leaves open from the model's own (penalties, top-k). A fresh config keeps the
-        # answers in the plain distribution that the heads learn.
+        # generate() fills unset options (penalties, top-k) from the model's generation config. A new config replaces
+        # it, so that answers follow the model's unmodified distribution, which the heads learn.
         sampled = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         self.model.generation_config = GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,

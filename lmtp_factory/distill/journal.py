@@ -1,4 +1,4 @@
-"""The journal of a run: rows are appended as they are finished, so a killed run can be resumed."""
+"""The journal of a run. Rows are appended as soon as they are finished, so a killed run can be resumed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ..errors import LMTPError
 
 try:
     import fcntl
-except ImportError:  # Windows has no flock; there two runs on one file are not noticed
+except ImportError:  # Windows has no flock, so two runs on one file are not detected there
     fcntl = None
 
 
 def digest(lists_of_ids: Iterable[Iterable[int]]) -> str:
-    """A hexadecimal fingerprint of token id lists, in order."""
+    """Return a hexadecimal hash of lists of token ids, in order."""
     hasher = hashlib.sha256()
     for ids in lists_of_ids:
         hasher.update((" ".join(map(str, ids)) + "\n").encode())
@@ -27,17 +27,16 @@ def digest(lists_of_ids: Iterable[Iterable[int]]) -> str:
 
 
 class Journal:
-    """An append-only JSONL file: a header line with the run's settings, then one row a line.
+    """An append-only JSONL file: a header line with the run's settings, then one row per line.
 
-    Opening an existing file reads its rows; an incomplete last line, left by a kill, is dropped. Use it as a context
-    manager.
+    Opening an existing file reads its rows and drops an incomplete last line. Use the journal as a context manager.
 
     Args:
-        path: the file.
-        settings: the facts that decide the rows; flat and JSON-serialisable.
+        path: The file.
+        settings: Settings that determine the rows; flat and JSON-serialisable.
 
     Raises:
-        LMTPError: the file has other settings, is damaged, is in use, or cannot be written.
+        LMTPError: The file has other settings, is damaged, is in use, or cannot be written.
     """
 
     def __init__(self, path: str | Path, settings: dict[str, Any]):
@@ -67,7 +66,7 @@ class Journal:
     def _recover(self, settings: dict[str, Any]) -> None:
         content = self.path.read_bytes()
         self._end = content.rfind(b"\n") + 1
-        os.ftruncate(self._descriptor, self._end)  # an incomplete last line
+        os.ftruncate(self._descriptor, self._end)  # drop an incomplete last line
         lines = content[: self._end].split(b"\n")[:-1]
         if not lines:
             self._append([{"lmtp_distill": settings}])
@@ -96,10 +95,10 @@ class Journal:
                 )
 
     def append(self, rows: list[dict[str, Any]]) -> None:
-        """Write finished rows, each with an integer `id`, in whole lines.
+        """Append finished rows, each with an integer `id`.
 
         Raises:
-            LMTPError: the disk is full or fails; the file then ends with its last whole row.
+            LMTPError: The disk is full or fails. The file then ends with its last complete row.
         """
         self._append(rows)
         self.rows.update((row["id"], row) for row in rows)
@@ -108,7 +107,7 @@ class Journal:
         data = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries).encode()
         try:
             written = 0
-            while written < len(data):  # a disk that becomes full takes a part and refuses the rest
+            while written < len(data):  # os.write may write only a part when the disk becomes full
                 written += os.write(self._descriptor, data[written:])
         except OSError as error:
             os.ftruncate(self._descriptor, self._end)

@@ -1,4 +1,4 @@
-"""Texts that say nearly the same."""
+"""Detection of near-duplicate texts by word trigrams."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections import Counter, defaultdict
 
 
 _WORD = re.compile(r"\w+")
-# Jaccard similarity of two sets of word trigrams from which the texts count as the same.
+# Two texts are near-duplicates if the Jaccard similarity of their sets of word trigrams is at least this.
 _THRESHOLD = 0.5
 
 
 class NearDuplicates:
-    """Finds texts that share most of their word trigrams with a text seen before."""
+    """A set of texts; `in` tests whether a text is a near-duplicate of one of them."""
 
     def __init__(self):
         self._sizes: list[int] = []
         self._texts_with: dict[tuple[str, ...], list[int]] = defaultdict(list)
 
     def add(self, text: str) -> None:
-        """Remember a text."""
+        """Add a text."""
         trigrams = _trigrams(text)
         for trigram in trigrams:
             self._texts_with[trigram].append(len(self._sizes))
@@ -34,6 +34,6 @@ class NearDuplicates:
 
 
 def _trigrams(text: str) -> set[tuple[str, ...]]:
-    """Word trigrams; all words as one tuple if there are fewer than three."""
+    """Return the word trigrams of a text, or one tuple of all words if there are fewer than three."""
     words = _WORD.findall(text.lower()) or [text]
     return {tuple(words[start : start + 3]) for start in range(max(1, len(words) - 2))}

@@ -1,4 +1,4 @@
-"""A distillation run from start to end: prompts, answers, filters, dataset."""
+"""A complete distillation run: prompts, answers, filters, dataset."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DEFAULT_NUM_PROMPTS = 1000
-# Room for a self-written prompt below which `max_prompt_tokens` is refused.
+# Smallest number of tokens that `max_prompt_tokens` must leave for a self-written prompt.
 _MIN_PROMPT_ROOM = 16
 
 
 @dataclass
 class Settings:
-    """What a run does.
+    """Settings of a run.
 
     Attributes:
-        model: directory or hub id.
-        name: name of the dataset and of its files in `output_dir`.
-        output_dir: directory of the files; made if it is missing.
-        engine: name of the engine; a run is resumed with the same one.
-        prompts: what to ask; None lets the model write prompts.
-        num_prompts: number of prompts to write, or the first of `prompts` to answer; None: `DEFAULT_NUM_PROMPTS` to
-            write, or all of `prompts`.
-        max_prompt_tokens: longer prompts, counted with system text and turn markers, are left out.
-        max_new_tokens: longest answer.
-        temperature: of the answers; 0 is greedy.
-        seed: of all sampling.
-        heldout: share of the rows in `name_heldout`, the others are in `name_train`; 0 writes one dataset, `name`.
-        keep_truncated: keep answers cut at `max_new_tokens`.
+        model: Directory or hub id.
+        name: Name of the dataset and of its files in `output_dir`.
+        output_dir: Directory of the files, created if missing.
+        engine: Name of the engine. A run can only be resumed with the same engine.
+        prompts: Prompts to answer; None lets the model write them.
+        num_prompts: Number of prompts to write, or number of `prompts` to answer. None: `DEFAULT_NUM_PROMPTS` to write,
+            or all `prompts`.
+        max_prompt_tokens: Longer prompts are skipped. System text and turn markers count.
+        max_new_tokens: Largest number of tokens of an answer.
+        temperature: Temperature of the answers; 0 is greedy.
+        seed: Seed of all sampling.
+        heldout: Share of the rows in `<name>_heldout`; the others are in `<name>_train`. 0 writes one dataset `<name>`.
+        keep_truncated: Keep answers that were cut at `max_new_tokens`.
     """
 
     model: str
@@ -63,26 +63,26 @@ class Settings:
 
 
 def distill(settings: Settings, tokenizer: PreTrainedTokenizerBase, make_engine: Callable[[], Engine]) -> list[Path]:
-    """Start or resume a run, and write its dataset.
+    """Start or resume a run and write its dataset.
 
     Args:
-        settings: what to do.
-        tokenizer: the model's.
-        make_engine: loads the model or connects to the server; not called if no row is missing.
+        settings: Settings of the run.
+        tokenizer: The model's tokenizer.
+        make_engine: Loads the model or connects to the server. Not called if no row is missing.
 
     Returns:
-        the JSONL files.
+        Paths of the JSONL files.
 
     Raises:
-        LMTPError: a mistake that the user can correct.
+        LMTPError: The run fails for a reason that the user can fix.
     """
     try:
         settings.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LMTPError(
-            f"Directory {settings.output_dir} cannot be made ({error.strerror}): choose another --output-dir."
+            f"Directory {settings.output_dir} cannot be created ({error.strerror}): choose another --output-dir."
         ) from error
-    read_info(settings.output_dir)  # refuse a broken dataset_info.json before hours of generation
+    read_info(settings.output_dir)  # fails on a broken dataset_info.json before hours of generation
     get_engine = cache(make_engine)
     stop_ids = chat.stop_token_ids(settings.model, tokenizer)
 
@@ -129,7 +129,7 @@ def _self_written_prompts(
 
 
 def _requests(settings: Settings, prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase) -> list[Request]:
-    """A request for every prompt that is neither too long nor a duplicate, at most `num_prompts`."""
+    """Return a request for each prompt that is neither too long nor a duplicate, at most `num_prompts`."""
     requests, asked = [], set()
     dropped: Counter[str] = Counter()
     for prompt in prompts:
@@ -170,16 +170,16 @@ def _write(settings: Settings, rows: list[dict[str, Any]]) -> list[Path]:
     keys = ("dataset", "eval_dataset")
     datasets = ", ".join(f"{key}: {name}" for key, name in zip(keys, parts, strict=False))
     print(
-        f"Train with {datasets}, dataset_dir: {settings.output_dir}, template: {TEMPLATE_NAME} and a cutoff_len that "
-        "the longest row fits into."
+        f"Train with {datasets}, dataset_dir: {settings.output_dir}, template: {TEMPLATE_NAME} and a cutoff_len of at "
+        "least the longest row."
     )
     return paths
 
 
 def _identity(settings: Settings, sampling: Sampling) -> dict[str, Any]:
-    """The facts that decide the rows of a journal.
+    """Return the settings that determine the rows of a journal.
 
-    The servers' addresses and the batch size are not among them: they may change when a run is resumed.
+    Server addresses and batch size are not included, because they may change when a run is resumed.
     """
     model = settings.model
     return {

@@ -15,12 +15,12 @@ _FIELDS = "prompt, instruction (with an optional input) or messages"
 
 
 class MalformedPrompt(ValueError):
-    """What is wrong with one entry; the caller adds where the entry stands."""
+    """An invalid entry. The caller adds the entry's place in the file to the message."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A conversation for the model to answer: dicts of `role` and `content`, the last one the user's."""
+    """A conversation to answer: dicts with `role` and `content`, the last one from the user."""
 
     messages: tuple[dict[str, str], ...]
 
@@ -31,14 +31,14 @@ class Prompt:
 
 
 def build_prompt(content: str | list[dict[str, str]], system: str | None = None) -> Prompt:
-    """A prompt from a user's text or from messages.
+    """Build a prompt from a user's text or from messages.
 
     Args:
-        content: the text, or messages; a trailing assistant message is dropped.
-        system: system text; messages that start with their own keep that.
+        content: The text, or messages. A trailing assistant message is dropped.
+        system: System text, used if the messages do not start with a system message.
 
     Raises:
-        MalformedPrompt: a message lacks role or content, or the last one is not a user's.
+        MalformedPrompt: A message lacks role or content, or the last message is not from the user.
     """
     if isinstance(content, str):
         content = [{"role": "user", "content": content}]
@@ -61,13 +61,13 @@ def build_prompt(content: str | list[dict[str, str]], system: str | None = None)
 
 
 def prompts_from_file(path: str | Path) -> list[Prompt]:
-    """Prompts from a JSON array or a JSONL file.
+    """Read prompts from a JSON array or a JSONL file.
 
-    An entry is a string, or an object with `prompt` (a string or messages), `instruction` and `input`, or
-    `messages`, and an optional `system`. Other fields are ignored.
+    An entry is a string or an object with `prompt` (a string or messages), `instruction` and optional `input`, or
+    `messages`. Objects may also have `system`. Other fields are ignored.
 
     Raises:
-        LMTPError: the file cannot be read, or an entry is malformed; the sentence names file and line.
+        LMTPError: The file cannot be read, or an entry is malformed.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -86,12 +86,12 @@ def prompts_from_file(path: str | Path) -> list[Prompt]:
 
 
 def _entries(path: str | Path, text: str) -> Iterator[tuple[str, Any]]:
-    """Each entry and its place in the file."""
+    """Yield each entry with its place in the file."""
     if text.lstrip().startswith("["):
         for number, entry in enumerate(_parse(path, text, 1), start=1):
             yield f"entry {number}", entry
         return
-    # not splitlines(): a JSON string may hold U+2028, which ends no line of JSONL
+    # Not splitlines(), which also splits at U+2028; JSON strings may contain it.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             yield f"line {number}", _parse(path, line, number)

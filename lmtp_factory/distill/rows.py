@@ -1,14 +1,13 @@
-"""The row format of self-distilled data: text for people, token ids for training.
+"""Row format of self-distilled data: text for people, token ids for training.
 
-A row is one JSON object a line::
+A row is a JSON object on one line:
 
     {"id": 0, "instruction": "...", "output": "...",
      "prompt_ids": "1 9690 198", "output_ids": "19556 17 2", "finish_reason": "stop"}
 
-`prompt_ids` holds the tokens that the model read, system text and turn markers included. `output_ids` holds the tokens
-that it wrote, the end of turn included if `finish_reason` is `stop`. Decoding and encoding again does not always give
-the same tokens, so the ids are kept. They are decimal strings because LLaMA-Factory's alpaca converter passes only
-strings.
+`prompt_ids` are the tokens of the prompt, including system text and turn markers. `output_ids` are the generated
+tokens, including the end of turn if `finish_reason` is `stop`. Token ids are stored because decoding and encoding does
+not always give the same tokens. They are decimal strings because LLaMA-Factory's alpaca converter passes only strings.
 """
 
 from __future__ import annotations
@@ -31,15 +30,15 @@ class DatasetColumns(Protocol):
 
 
 def format_ids(ids: Iterable[int]) -> str:
-    """Token ids as a row holds them: decimal numbers with one space between."""
+    """Format token ids as in a row: decimal numbers separated by spaces."""
     return " ".join(str(int(token)) for token in ids)
 
 
 def parse_ids(text: str) -> list[int]:
-    """Token ids from a row's string; the inverse of `format_ids`.
+    """Parse token ids from a row's string; the inverse of `format_ids`.
 
     Raises:
-        ValueError: `text` holds anything but decimal numbers and blanks.
+        ValueError: `text` contains anything but decimal numbers and white space.
     """
     words = text.split()
     for word in words:
@@ -49,7 +48,7 @@ def parse_ids(text: str) -> list[int]:
 
 
 def dataset_entry(file_name: str) -> dict[str, Any]:
-    """The dataset_info.json entry of a file of such rows."""
+    """Return the dataset_info.json entry of a file of such rows."""
     return {
         "file_name": file_name,
         "formatting": "alpaca",
@@ -58,5 +57,5 @@ def dataset_entry(file_name: str) -> dict[str, Any]:
 
 
 def is_self_distilled(columns: DatasetColumns) -> bool:
-    """Whether the columns of a dataset hold token ids."""
+    """Return whether the columns of a dataset contain token ids."""
     return columns.prompt == PROMPT_COLUMN and columns.response == RESPONSE_COLUMN

@@ -1,4 +1,4 @@
-"""Prompts that an instruct model writes itself, after the start of a user turn."""
+"""Prompts that an instruct model writes itself when it continues the start of a user turn."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .rows import parse_ids
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Prompts are sampled: a greedy model writes one prompt again and again.
+# Prompts are sampled, because greedy decoding would always write the same prompt.
 TEMPERATURE, TOP_P = 1.0, 0.95
-# Each wave asks for more prompts than are missing. A model that has too few after the last wave repeats itself.
+# Each wave requests _SURPLUS times the missing prompts. A model with too few prompts after _WAVES waves repeats itself.
 _SURPLUS, _WAVES = 1.25, 8
 _MIN_WORDS = 3
 
@@ -33,20 +33,21 @@ def write_prompts(
 ) -> tuple[list[Prompt], Counter[str]]:
     """Let the model write `count` different prompts.
 
-    A sample is a prompt if the model ended it and it has at least three words, no special tokens, no repetition loop
-    and no near-duplicate among the earlier prompts. Waves of samples are generated until there are enough.
+    A sample is accepted as a prompt if the model ended it and it has at least three words, no special tokens, no
+    repetition loop and no near-duplicate among the earlier prompts. Waves of samples are generated until there are
+    enough.
 
     Args:
-        tokenizer: the model's.
-        turn: start and end of a user turn.
-        count: number of prompts.
-        generate: turns requests into rows by id. It keeps them, so a resumed run generates only the rest.
+        tokenizer: The model's tokenizer.
+        turn: Start and end of a user turn.
+        count: Number of prompts.
+        generate: Maps requests to rows by id. It stores the rows, so a resumed run generates only the missing ones.
 
     Returns:
-        the prompts in the order of their samples, and the number of dropped samples by reason.
+        The prompts in the order of their samples; the number of dropped samples by reason.
 
     Raises:
-        LMTPError: at most half of the prompts are usable.
+        LMTPError: At most half of the requested prompts were found.
     """
     prompts: list[Prompt] = []
     dropped: Counter[str] = Counter()
@@ -79,7 +80,7 @@ def write_prompts(
 
 
 def _text_or_reason(tokenizer: PreTrainedTokenizerBase, ids: list[int], turn: chat.UserTurn) -> tuple[str, str | None]:
-    """The text of a sample, and the reason to drop it if there is one."""
+    """Return the text of a sample, and the reason to drop it or None."""
     if not ids or ids[-1] != turn.end_id:
         return "", "not ended"
     if set(ids[:-1]) & chat.special_ids(tokenizer):

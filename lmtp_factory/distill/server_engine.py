@@ -1,7 +1,7 @@
-"""Generation by OpenAI-compatible servers (vLLM, SGLang), several at once.
+"""Generation with one or more OpenAI-compatible servers (vLLM, SGLang).
 
-A request sends token ids and asks for token ids in return (`return_token_ids`, known to vLLM from 0.10.2 and to recent
-SGLang). If a server returns only text, the text is tokenized here.
+Requests send token ids and request token ids (`return_token_ids`, supported by vLLM from 0.10.2 and by recent SGLang).
+If a server returns only text, the text is tokenized here.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _TIMEOUT = 600.0  # seconds for one request
 
 
 class ServerEngine:
-    """An `Engine` on one or more servers of the same model; OPENAI_API_KEY of the environment is the API key.
+    """An `Engine` on one or more servers of the same model. The environment variable OPENAI_API_KEY is the API key.
 
     Args:
-        base_urls: `http://host:port/v1` of each server; requests take turns.
-        tokenizer: the model's, for servers that return no token ids.
-        model: the model's name. A server with a single model may call it otherwise.
-        concurrency: requests under way at once on each server.
-        max_retries: of one request on one server, with growing pauses, before the next server is tried.
+        base_urls: `http://host:port/v1` of each server. Requests are distributed in turn.
+        tokenizer: The model's tokenizer, for servers that return no token ids.
+        model: The model's name. A server with a single model may use another name.
+        concurrency: Concurrent requests per server.
+        max_retries: Retries of a request on one server, with exponential backoff, before the next server is tried.
     """
 
     def __init__(
@@ -62,10 +62,10 @@ class ServerEngine:
         done: Collection[int],
         on_finished: Callable[[list[Generation]], None],
     ) -> None:
-        """See `Engine.generate`. Every request has its own seed; even so a server may not repeat itself exactly.
+        """See `Engine.generate`. Each request has its own seed, but servers may still not be deterministic.
 
         Raises:
-            LMTPError: a server does not answer, or refuses a request.
+            LMTPError: A server does not answer or rejects a request.
         """
         missing = [request for request in requests if request.id not in done]
         if missing:
@@ -80,7 +80,7 @@ class ServerEngine:
             pending = iter(enumerate(requests))
 
             async def work() -> None:
-                for number, request in pending:  # all workers share it, each takes the next request
+                for number, request in pending:  # workers share the iterator
                     first = number % len(servers)
                     on_finished([await self._complete(request, sampling, servers[first:] + servers[:first])])
 
@@ -92,12 +92,12 @@ class ServerEngine:
                 raise group.exceptions[0] from None
 
     def _client(self, url: str) -> openai.AsyncOpenAI:
-        # the client insists on a key, local servers ignore it
+        # The client requires a key; local servers ignore it.
         key = os.environ.get("OPENAI_API_KEY") or "none"
         return openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=self.max_retries, timeout=_TIMEOUT)
 
     async def _served_model(self, client: openai.AsyncOpenAI) -> str:
-        """The model's name on a server; the question also shows whether the server is up."""
+        """Return the model's name on a server. The request also checks that the server is running."""
         try:
             names = [model.id async for model in client.with_options(max_retries=1, timeout=20.0).models.list()]
         except openai.OpenAIError as error:
@@ -126,8 +126,8 @@ class ServerEngine:
                     temperature=sampling.temperature,
                     top_p=sampling.top_p,
                     seed=sampling.seed_of(request.id),
-                    # Servers take defaults from the model's generation_config.json (penalties, top-k). These values
-                    # keep the answers in the plain distribution that the heads learn.
+                    # Servers apply defaults of generation_config.json (penalties, top-k). These values turn them off,
+                    # so that answers follow the model's unmodified distribution, which the heads learn.
                     extra_body={
                         "return_token_ids": True,
                         "stop_token_ids": list(sampling.stop_ids),
@@ -160,7 +160,7 @@ class ServerEngine:
             output_ids = self.tokenizer(choice.text, add_special_tokens=False)["input_ids"]
         output_ids, finish_reason = cut_at_stop(output_ids, sampling.stop_ids)
         if finish_reason == "length" and choice.finish_reason == "stop":
-            # The server left out the token that ended the turn; vLLM and SGLang name it unless it is the plain eos.
+            # The server omits the token that ended the turn; vLLM and SGLang name it unless it is the default eos.
             named = extra.get("stop_reason", extra.get("matched_stop"))
             end = named if isinstance(named, int) else sampling.stop_ids[0]
             output_ids, finish_reason = (*output_ids, end), "stop"
@@ -170,8 +170,8 @@ class ServerEngine:
         if not self._warned:
             self._warned = True
             logger.warning(
-                "The server returns no token ids, so its text is tokenized here; a few tokens may differ from those that "
-                "the model wrote."
+                "The server returns no token ids, so its text is tokenized here; a few tokens may differ from those "
+                "that the model wrote."
             )
 
 

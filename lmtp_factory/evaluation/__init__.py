@@ -1,1 +1,1 @@
-"""What training brought: head accuracy, perplexity, plots."""
+"""Evaluation: head accuracy, perplexity, decoding speed, plots."""

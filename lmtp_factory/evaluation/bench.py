@@ -1,4 +1,4 @@
-"""Ways of decoding side by side: same model, prompts, dtype, device and process, taking turns on every prompt."""
+"""Comparison of decoding methods with the same model, prompts, dtype, device and process, interleaved per prompt."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,15 +23,15 @@ _LOOKUP_TOKENS = 10
 
 @dataclass
 class Arm:
-    """One way of decoding, and what it did.
+    """One decoding method and its measurements.
 
     Attributes:
-        options: of `generate`.
-        around: context that its calls run in.
-        outputs: (1, length) of every prompt.
-        seconds: of every prompt, the best of the repeats.
-        forwards: of the backbone, prefills included.
-        stats: of our own loop; empty for stock ways.
+        options: Arguments of `generate`.
+        around: Context manager in which `generate` is called.
+        outputs: (1, length) token ids for each prompt.
+        seconds: Seconds for each prompt, the best of the repeats.
+        forwards: Number of backbone forwards, including prefills.
+        stats: Statistics of look-back decoding; empty for stock methods.
     """
 
     options: Mapping
@@ -47,12 +47,14 @@ class ArmResult:
     """A row of the table.
 
     Attributes:
-        tau: tokens a forward after the prefill.
-        acceptance: for each level, the share of steps that accepted it; empty for stock ways.
-        tokens_per_second: prefill included.
-        over_stock, over_own_loop: speed-up.
-        verify_share: of the time between prefill and end; None for stock ways.
-        differing: answers that are not the stock ones.
+        name: Name of the arm.
+        tau: Tokens per forward, not counting the prefill.
+        acceptance: For each level, the share of steps that accepted it; empty for stock methods.
+        tokens_per_second: Speed, including the prefill.
+        over_stock: Speed-up over stock `generate`.
+        over_own_loop: Speed-up over look-back decoding without drafts.
+        verify_share: Share of verification in the time after the prefill; None for stock methods.
+        differing: Number of answers that differ from stock `generate`.
     """
 
     name: str
@@ -66,27 +68,28 @@ class ArmResult:
 
 
 def default_arms(model: nn.Module, accuracies: Sequence[Sequence[float]], nodes: int) -> dict[str, Arm]:
-    """Stock, our loop without heads, prompt lookup, and the heads in every way.
+    """Return stock decoding, our loop without heads, prompt lookup, and the heads with each strategy and kind of tree.
 
     Args:
-        accuracies: of each level's candidates, to grow the static tree from.
-        nodes: of the static and dynamic trees.
+        model: A model with leap heads.
+        accuracies: For each level the accuracy of the candidate of each rank, from which the static tree is built.
+        nodes: Number of nodes of the static and dynamic trees.
     """
     reach = geometry.reach(model.leap_heads.config.offsets)
     paths = tuple(best_first_paths(accuracies, nodes))
 
-    def ours(plan: TreeConfig, strategy: str = "backward") -> Arm:
-        return Arm({"lmtp_decode": strategy, "lmtp_tree": plan})
+    def ours(tree_config: TreeConfig, strategy: str = "backward") -> Arm:
+        return Arm({"lmtp_decode": strategy, "lmtp_tree": tree_config})
 
     arms = {STOCK: Arm({"lmtp_decode": "off"})}
     if can_prepack(model):
-        arms["stock, packed weights"] = Arm({"lmtp_decode": "off"}, around=lambda: prepacked(model))
+        arms["stock, prepacked weights"] = Arm({"lmtp_decode": "off"}, around=lambda: prepacked(model))
     arms["prompt lookup"] = Arm({"lmtp_decode": "off", "prompt_lookup_num_tokens": _LOOKUP_TOKENS})
     arms[OWN_LOOP] = ours(TreeConfig("chain", 1))
     arms["backward, chain"] = ours(TreeConfig("chain", reach))
     arms["backward, static"] = ours(TreeConfig("static", len(paths), paths))
     arms["backward, dynamic"] = ours(TreeConfig("dynamic", nodes))
-    arms["backward, as left to us"] = ours(model.tree_config())
+    arms["backward, default tree"] = ours(model.tree_config())
     arms["forward, dynamic"] = ours(TreeConfig("dynamic", nodes), "forward")
     return arms
 
@@ -94,7 +97,7 @@ def default_arms(model: nn.Module, accuracies: Sequence[Sequence[float]], nodes:
 def run_arms(
     model: nn.Module, arms: Mapping[str, Arm], prompts: Sequence[Sequence[int]], max_new_tokens: int, repeats: int
 ) -> None:
-    """Let every arm answer every prompt, and note what it did."""
+    """Run every arm on every prompt and store the measurements in the arms."""
     forwards = 0
 
     def count(*_) -> None:
@@ -103,7 +106,7 @@ def run_arms(
 
     hook = model.base_model.register_forward_hook(count)
     try:
-        for arm in arms.values():  # kernels, packed weights and caches warm up
+        for arm in arms.values():  # warm-up: kernels, prepacked weights, caches
             with arm.around():
                 generate_greedy(model, prompts[0], 8, **arm.options)
         for ids in tqdm(prompts, desc="benchmark", unit="prompt"):
@@ -128,7 +131,7 @@ def run_arms(
 
 
 def results(arms: Mapping[str, Arm], prompts: Sequence[Sequence[int]]) -> list[ArmResult]:
-    """The table's rows."""
+    """Return the rows of the table."""
     rates = {name: _new_tokens(arm, prompts) / sum(arm.seconds) for name, arm in arms.items()}
     rows = []
     for name, arm in arms.items():
@@ -155,9 +158,9 @@ def _new_tokens(arm: Arm, prompts: Sequence[Sequence[int]]) -> int:
 
 @torch.no_grad()
 def margins(model: nn.Module, arms: Mapping[str, Arm]) -> dict[str, list[float]]:
-    """For each answer that is not the stock one, how far apart the two tokens' logits are where they part.
+    """Return, for each answer that differs from stock, the gap between the logits of the first two different tokens.
 
-    In fp32 there should be none; in bf16 two logits may be equal to the last bit that the format has.
+    In fp32 no answer should differ. In bf16 two logits may be equal, and rounding then decides.
     """
     found: dict[str, list[float]] = {}
     for name, arm in arms.items():
@@ -172,7 +175,7 @@ def margins(model: nn.Module, arms: Mapping[str, Arm]) -> dict[str, list[float]]
 
 
 def table(rows: Sequence[ArmResult]) -> str:
-    """Arms below each other."""
+    """Format one line per arm."""
     levels = max(len(row.acceptance) for row in rows)
     width = max(len(row.name) for row in rows)
     header = (

@@ -1,4 +1,4 @@
-"""What a measurement ran on, in words."""
+"""Description of the machine for reports."""
 
 import os
 import platform
@@ -9,7 +9,7 @@ import transformers
 
 
 def describe(device: torch.device) -> str:
-    """Processor or GPU, threads and versions."""
+    """Describe the processor or GPU, threads and versions in one line."""
     if device.type == "cuda":
         what = torch.cuda.get_device_name(device)
     else:

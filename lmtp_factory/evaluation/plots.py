@@ -1,4 +1,4 @@
-"""Figures, drawn without a display."""
+"""Figures of training curves, scores and benchmarks. They need no display."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 def draw_head_curves(curves: Mapping[str, Sequence[tuple[int, float]]], path: str) -> None:
-    """Losses on the left, top-1 accuracies on the right, a colour a head; evaluation dashed with dots.
+    """Draw losses on the left and top-1 accuracies on the right, one colour per head; evaluation is dashed.
 
     Args:
-        curves: metric name (`loss_head_1`, `eval_acc_head_2`, ...) to (step, value) points.
-        path: of the PNG file to write.
+        curves: Maps metric names (`loss_head_1`, `eval_acc_head_2`, ...) to (step, value) points.
+        path: PNG file to write.
     """
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -29,7 +29,7 @@ def draw_head_curves(curves: Mapping[str, Sequence[tuple[int, float]]], path: st
 
 
 def draw_curves(curves: Mapping[str, Sequence[tuple[int, float]]], panels: Sequence["Axes"]) -> None:
-    """The same on two panels, the first for losses and the second for accuracies."""
+    """Draw the curves on two panels: losses on the first, accuracies on the second."""
     for name, points in curves.items():
         head = int(name.rsplit("_", 1)[1])
         is_accuracy, is_eval = "acc_head" in name, name.startswith("eval_")
@@ -48,7 +48,7 @@ def draw_curves(curves: Mapping[str, Sequence[tuple[int, float]]], panels: Seque
 
 
 def draw_head_bars(scores: Mapping[str, "HeadScores"], path: str | os.PathLike) -> None:
-    """Loss and top-1 accuracy of every head as bars, a colour a model; `path` is the PNG file to write."""
+    """Draw loss and top-1 accuracy of every head as bars, one colour per model; `path` is the PNG file to write."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2)
@@ -68,7 +68,7 @@ def draw_head_bars(scores: Mapping[str, "HeadScores"], path: str | os.PathLike) 
 
 
 def draw_bench(rows: Sequence["ArmResult"], path: str | os.PathLike) -> None:
-    """Tokens per second as bars, tau beside them; `path` is the PNG file to write."""
+    """Draw tokens per second as bars, labelled with speed-up and tau; `path` is the PNG file to write."""
     figure = Figure(figsize=(9, 0.45 * len(rows) + 1.2), layout="constrained")
     FigureCanvasAgg(figure)
     panel = figure.subplots()

@@ -1,4 +1,4 @@
-"""Scores of several models side by side: table, JSON, plot."""
+"""Report that compares the scores of several models: table, JSON, plot."""
 
 import json
 from collections.abc import Mapping
@@ -20,9 +20,12 @@ REPORT_FILE, PLOT_FILE = "report.json", "report.png"
 
 
 def load_for_scoring(path: str, offsets: tuple[int, ...] | None = None, dtype: torch.dtype | None = None) -> nn.Module:
-    """A model with heads: its own, or untrained ones at `offsets` (identity blocks on the LM head) where it has none.
+    """Load a model with its heads, or with untrained heads (identity blocks on the LM head) if it has none.
 
-    Weights are fp32 on a CPU, where bf16 arithmetic is slow, unless `dtype` says otherwise.
+    Args:
+        path: Directory or hub id.
+        offsets: Offsets of untrained heads.
+        dtype: Dtype of the weights. Default: fp32 on a CPU, where bf16 is slow, else as saved.
     """
     has_gpu = torch.cuda.is_available()
     kwargs = {"dtype": dtype or ("auto" if has_gpu else torch.float32), "device_map": "cuda" if has_gpu else None}
@@ -34,7 +37,7 @@ def load_for_scoring(path: str, offsets: tuple[int, ...] | None = None, dtype: t
 
 
 def table(scores: Mapping[str, HeadScores]) -> str:
-    """Loss and top-1 accuracy of every head, a row a model."""
+    """Format loss and top-1 accuracy of every head, one line per model."""
     width = max(len(label) for label in scores)
     offsets = next(iter(scores.values())).offsets
     header = " ".join(f"{f'+{offset}':>13}" for offset in offsets)
@@ -46,13 +49,13 @@ def table(scores: Mapping[str, HeadScores]) -> str:
 
 
 def print_table(scores: Mapping[str, HeadScores]) -> None:
-    """`table` on stdout, with what has to be known to read it."""
+    """Print the table and a note about models without heads."""
     print(table(scores))
-    print("Models without heads are scored with untrained ones: identity blocks on their own LM head.")
+    print("Models without heads are scored with untrained heads: identity blocks on their LM head.")
 
 
 def write_report(scores: Mapping[str, HeadScores], output_dir: Path) -> None:
-    """`report.json` and `report.png` in `output_dir`."""
+    """Write `report.json` and `report.png` to `output_dir`."""
     output_dir.mkdir(parents=True, exist_ok=True)
     with atomic_write(output_dir / REPORT_FILE) as file:
         json.dump({label: score.to_dict() for label, score in scores.items()}, file, indent=2)

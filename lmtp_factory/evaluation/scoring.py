@@ -1,4 +1,4 @@
-"""How well each head predicts held-out text."""
+"""Loss and accuracy of each head on held-out text."""
 
 import json
 import math
@@ -23,13 +23,13 @@ Row = tuple[list[int], list[int]]  # prompt ids, output ids
 
 @dataclass(frozen=True)
 class HeadScores:
-    """Scores over all valid targets; index 0 is the LM head.
+    """Scores over all valid targets. Index 0 is the LM head.
 
     Attributes:
-        offsets: how many tokens ahead each head predicts.
-        losses: mean cross-entropy in nats.
-        accuracies: top-1, between 0 and 1.
-        targets: how many targets were scored.
+        offsets: Offset of each head.
+        losses: Mean cross-entropy of each head, in nats.
+        accuracies: Top-1 accuracy of each head, between 0 and 1.
+        targets: Number of valid targets of each head.
     """
 
     offsets: tuple[int, ...]
@@ -39,19 +39,23 @@ class HeadScores:
 
     @property
     def perplexity(self) -> float:
-        """Of the LM head."""
+        """Perplexity of the LM head."""
         return math.exp(self.losses[0])
 
     def to_dict(self) -> dict:
-        """Plain values, for JSON."""
+        """Return the scores as plain values, for JSON."""
         return asdict(self) | {"perplexity": self.perplexity}
 
 
 def read_rows(path: str | Path, limit: int | None = None) -> list[Row]:
-    """Rows of token ids that `lmtp-cli distill` wrote.
+    """Read rows of token ids that `lmtp-cli distill` wrote.
+
+    Args:
+        path: JSONL file.
+        limit: Number of rows; None for all.
 
     Raises:
-        LMTPError: a line is no such row; the sentence names it.
+        LMTPError: A line is not such a row, or the file has no rows.
     """
     rows: list[Row] = []
     with open(path, encoding="utf-8") as file:
@@ -62,15 +66,24 @@ def read_rows(path: str | Path, limit: int | None = None) -> list[Row]:
                 row = json.loads(line)
                 rows.append((parse_ids(row[PROMPT_COLUMN]), parse_ids(row[RESPONSE_COLUMN])))
             except (ValueError, KeyError, TypeError) as error:
-                raise LMTPError(f"{path} line {number} is no row of lmtp-cli distill ({error}).") from None
+                raise LMTPError(
+                    f"{path} line {number} is no row of lmtp-cli distill ({error}): make the file with that command."
+                ) from None
     if not rows:
-        raise LMTPError(f"{path} holds no rows: make some with lmtp-cli distill.")
+        raise LMTPError(f"{path} has no rows: write some with lmtp-cli distill.")
     return rows
 
 
 @torch.no_grad()
 def score_heads(model: nn.Module, rows: Sequence[Row], batch_size: int = 4, label: str = "scoring") -> HeadScores:
-    """Loss and accuracy of every head of a model with leap heads on the rows' outputs (prompts are masked)."""
+    """Compute loss and accuracy of every head on the rows' outputs; prompts are masked.
+
+    Args:
+        model: A model with leap heads.
+        rows: Token ids of prompts and outputs.
+        batch_size: Rows per forward.
+        label: Title of the progress bar.
+    """
     base = base_of(model)
     config = base.leap_heads.config
     sums = torch.zeros(3, len(config.offsets), dtype=torch.float64)
@@ -89,6 +102,7 @@ def score_heads(model: nn.Module, rows: Sequence[Row], batch_size: int = 4, labe
 
 
 def _batch(rows: Sequence[Row], device: torch.device) -> dict[str, torch.Tensor]:
+    """Pad rows on the right to (rows, longest row) tensors."""
     ids = [torch.tensor(prompt + output) for prompt, output in rows]
     labels = [torch.tensor([IGNORE_INDEX] * len(prompt) + output) for prompt, output in rows]
     batch = {

@@ -1,4 +1,4 @@
-"""A model's own greedy text: what acceptance is measured on, because it is what decoding writes."""
+"""Self-generated text. Acceptance is measured on the model's own greedy answers, which is what decoding produces."""
 
 from collections.abc import Iterator, Sequence
 
@@ -14,10 +14,15 @@ from .scoring import Row
 
 
 def read_prompts(model_path: str, file: str, limit: int | None) -> tuple[PreTrainedTokenizerBase, list[list[int]]]:
-    """The tokenizer of a model with heads, and the first `limit` prompts of a file as its chat template writes them.
+    """Load a model's tokenizer and tokenize the first `limit` prompts of a file with its chat template.
+
+    Args:
+        model_path: Directory or hub id of a model with heads.
+        file: JSON or JSONL file of prompts.
+        limit: Number of prompts; None for all.
 
     Raises:
-        LMTPError: no tokenizer, or a malformed prompt; the sentence names the line.
+        LMTPError: There is no tokenizer, or a prompt is malformed.
     """
     prompts = prompts_from_file(file)[:limit]
     tokenizer = load_tokenizer(model_path)
@@ -25,15 +30,25 @@ def read_prompts(model_path: str, file: str, limit: int | None) -> tuple[PreTrai
 
 
 def generate_greedy(model: nn.Module, ids: Sequence[int], max_new_tokens: int, **kwargs) -> torch.Tensor:
-    """(1, length) prompt and greedy answer; processors that the model's generation config asks for are left out."""
+    """Generate greedily, without the logits processors of the model's generation config.
+
+    Args:
+        model: A model with leap heads.
+        ids: Token ids of the prompt.
+        max_new_tokens: Largest number of tokens of the answer.
+        kwargs: Passed to `model.generate`.
+
+    Returns:
+        (1, length) token ids of the prompt and the answer.
+    """
     prompt = torch.tensor([ids], device=model.device)
     greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "repetition_penalty": 1.0}
     mask = torch.ones_like(prompt)
     return model.generate(prompt, attention_mask=mask, max_new_tokens=max_new_tokens, **greedy, **kwargs)
 
 
-def write_own_text(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Iterator[Row]:
-    """Each prompt and the model's greedy answer to it."""
+def self_generated_rows(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Iterator[Row]:
+    """Yield the token ids of each prompt and of the model's greedy answer."""
     for ids in tqdm(prompts, desc="the model writes", unit="answer"):
         answer = generate_greedy(model, ids, max_new_tokens, lmtp_tree=TreeConfig("chain", 1))
         yield list(ids), answer[0, len(ids) :].tolist()

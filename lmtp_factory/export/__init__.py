@@ -1,1 +1,1 @@
-"""What goes beside an exported model."""
+"""Files written beside an exported model."""

@@ -1,10 +1,10 @@
-"""`custom_generate/` of a heads export: lets transformers alone decode with the heads, where this package is installed.
+"""`custom_generate/` of a heads export: plain transformers code decodes with the heads if this package is installed.
 
     model = AutoModelForCausalLM.from_pretrained(path)
     model.generate(**inputs, custom_generate=path, trust_remote_code=True)
 
-The folder is written on `lmtp_export: custom_generate` only. It holds an import of this module and the name of the
-package, which `pip install --no-deps lmtp_factory` brings beside torch and transformers.
+The folder is written for `lmtp_export: custom_generate` only. It contains an import of this module and a requirements
+file. With torch and transformers installed, `pip install --no-deps lmtp_factory` is enough.
 """
 
 import os
@@ -37,7 +37,7 @@ def write_custom_generate(directory: str | os.PathLike) -> None:
     """Write `custom_generate/` into the directory of a heads export.
 
     Raises:
-        OSError: as the file system says.
+        OSError: A file cannot be written.
     """
     folder = Path(directory, FOLDER)
     folder.mkdir(exist_ok=True)
@@ -46,13 +46,15 @@ def write_custom_generate(directory: str | os.PathLike) -> None:
 
 
 def generate(*inputs, model: nn.Module, **kwargs) -> Tensor:
-    """As `model.generate`, in fewer forwards; `lmtp_decode="off"` is stock.
+    """Generate the same output as `model.generate` in fewer forwards.
 
     Args:
-        model: loaded from the export, with heads attached or without.
+        inputs: Passed to `model.generate`.
+        model: A model loaded from the export. Heads are attached at the first call.
+        kwargs: Passed to `model.generate`.
 
     Raises:
-        LMTPError: the directory that the model was loaded from holds no heads, or heads of another model.
+        LMTPError: The model's directory has no heads, or heads of another model.
     """
     if heads_of(model) is None:
         attach_heads(model, heads=load_heads(model.config.name_or_path))

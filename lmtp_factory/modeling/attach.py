@@ -35,8 +35,8 @@ def attach_heads(
     Args:
         model: A transformers causal LM (or image-text model with an LM head), or a PEFT model around one.
         config: Geometry and kind of new heads. Default `LMTPConfig()`.
-        stage: 1 trains only the heads and freezes the rest. 2 trains the heads and every backbone parameter that requires
-            gradients. None attaches the heads for inference.
+        stage: 1 trains only the heads and freezes the rest. 2 trains the heads and every backbone parameter that
+            requires gradients. None attaches the heads for inference.
         heads: Trained heads to attach instead of new ones.
         head_weight: The paper's beta, used in stage 2.
         head_decay: `w_i = head_decay ** (i - 1)`.
@@ -47,8 +47,8 @@ def attach_heads(
         `model`. With `labels`, its forward returns a `LeapOutput` with the stage's `loss`.
 
     Raises:
-        LMTPError: The heads belong to another base model, the base model's logits are not its LM head applied to its final
-            hidden states (see `prove_logits`), or the LM head cannot be copied.
+        LMTPError: The heads belong to another base model, the base model's logits are not its LM head applied to its
+            final hidden states (see `prove_logits`), or the LM head cannot be copied.
     """
     base = base_of(model)
     if isinstance(base, LeapModel):

@@ -1,7 +1,7 @@
 """Saving and loading leap heads in `lmtp/`, a sub-folder of a model, adapter or checkpoint directory.
 
-Heads are read from `lmtp/config.json` and `lmtp/model.safetensors` only. A new folder is written under a temporary name and
-then renamed, so a crash or a full disk leaves the old heads or none, but no partial heads.
+Heads are read from `lmtp/config.json` and `lmtp/model.safetensors` only. A new folder is written under a temporary name
+and then renamed, so a crash or a full disk leaves the old heads or none, but no partial heads.
 """
 
 import hashlib
@@ -100,8 +100,8 @@ def read_config(folder: str | os.PathLike) -> LMTPConfig:
         raise LMTPError(f"{path} is damaged ({error}): copy or train the leap heads again.") from None
     if not isinstance(values, dict) or values.pop("model_type", None) != LMTPConfig.model_type:
         raise LMTPError(
-            f"{path} does not describe leap heads (its model_type is not {LMTPConfig.model_type}): name a directory whose "
-            "lmtp/ folder stage 1 or stage 2 wrote."
+            f"{path} does not describe leap heads (its model_type is not {LMTPConfig.model_type}): name a directory "
+            "whose lmtp/ folder stage 1 or stage 2 wrote."
         )
     missing = [name for name in _FACTS if values.get(name) is None]
     if missing:
@@ -125,7 +125,7 @@ def validate_checkpoint(folder: str | os.PathLike) -> LMTPConfig:
     path = folder / WEIGHTS_FILE
     try:
         with safe_open(path, framework="pt") as weights:  # raises if the file is shorter than its header says
-            tensors = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118  safe_open is not a dict
+            tensors = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118  not a dict
             found = {name: tuple(tensor.get_shape()) for name, tensor in tensors.items()}
             dtypes = {name: tensor.get_dtype() for name, tensor in tensors.items()}
     except FileNotFoundError:
@@ -142,8 +142,8 @@ def validate_checkpoint(folder: str | os.PathLike) -> LMTPConfig:
     odd = sorted(name for name, dtype in dtypes.items() if dtype not in _DTYPES)
     if odd:
         raise LMTPError(
-            f"{path} holds {odd[0]} as {dtypes[odd[0]]}, but leap heads are read as {', '.join(_DTYPES)} only: save them "
-            "in one of these dtypes."
+            f"{path} holds {odd[0]} as {dtypes[odd[0]]}, but leap heads are read as {', '.join(_DTYPES)} only: save "
+            "them in one of these dtypes."
         )
     return config
 

@@ -1,8 +1,8 @@
 """Check that a base model's logits are its LM head applied to its final hidden states, with a soft cap at most.
 
-Leap heads read these states and use the LM head or a copy of it. On a model that also scales its logits (Cohere, Granite,
-Falcon-H1) or projects its states, leap heads would be trained at another scale than the model's logits. The options for
-this have a different name in every model, so the check runs the model.
+Leap heads read these states and use the LM head or a copy of it. On a model that also scales its logits (Cohere,
+Granite, Falcon-H1) or projects its states, leap heads would be trained at another scale than the model's logits. The
+options for this have a different name in every model, so the check runs the model.
 """
 
 import inspect
@@ -18,11 +18,12 @@ from .trial import trial, trial_tokens
 
 
 _TOKENS = 7
-# The check replaces the LM head's output by logits up to this size. They exceed every soft cap in use, so a cap that the
-# configuration does not declare changes them. The small logits of an untrained model would not reveal it.
+# The check replaces the LM head's output by logits up to this size. They exceed every soft cap in use, so a cap that
+# the configuration does not declare changes them. The small logits of an untrained model would not reveal it.
 _LARGEST_LOGIT = 64.0
-# Both sides run the same kernels on the same shapes, so they usually agree to the last bit. Kernels with a varying order of
-# summation and a soft cap in another dtype cause rounding errors: allow two ulps, and at least the precision of TF32.
+# Both sides run the same kernels on the same shapes, so they usually agree to the last bit. Kernels with a varying
+# order of summation and a soft cap in another dtype cause rounding errors: allow two ulps, and at least the precision
+# of TF32.
 _ULPS, _LEAST_TOLERANCE = 2, 1e-3
 
 

@@ -15,8 +15,8 @@ _SAMPLES, _SAMPLE_BYTES = 64, 4096
 def model_facts(base: str, config: PretrainedConfig) -> dict[str, str]:
     """Return the configuration's hash, the hub commit, and the size, modification time and samples of each weight file.
 
-    Size and modification time detect changes that the samples miss, such as an edited norm. A copy that does not preserve
-    times (`cp` without `-p`, a new download) counts as another model.
+    Size and modification time detect changes that the samples miss, such as an edited norm. A copy that does not
+    preserve times (`cp` without `-p`, a new download) counts as another model.
 
     Args:
         base: Model directory or hub id. A hub id has a commit and no files.

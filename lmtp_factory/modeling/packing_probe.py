@@ -14,8 +14,8 @@ WITH_MASK = ("sdpa", "eager", "flex_attention")
 # Lengths of the first document in each of the two test rows, and the length of the rows.
 _FIRST, _LENGTH = (17, 9), 40
 
-# A change counts as a leak if it exceeds this multiple of the rounding noise. Noise is the change caused by another row of
-# the batch, which cannot leak. Both are maxima of equally many rounding errors and differ by less than this factor.
+# A change counts as a leak if it exceeds this multiple of the rounding noise. Noise is the change caused by another row
+# of the batch, which cannot leak. Both are maxima of equally many rounding errors and differ by less than this factor.
 _NOISE_MARGIN = 4
 
 
@@ -23,9 +23,10 @@ def keeps_documents_apart(base: LeapModel) -> bool:
     """Return whether the second document of a row is unaffected by the tokens of the first.
 
     The model is run on two batches of the same shape that differ in the first documents. Models of transformers derive
-    boundaries from positions; remote code, recurrent layers and models with several position axes may not. Attention gives
-    masked tokens a weight of exactly 0, so the states of an isolated document do not change at all. Mixtures of experts are
-    the exception: the number of tokens in an expert's matmul, and with it the order of summation, depends on other tokens.
+    boundaries from positions; remote code, recurrent layers and models with several position axes may not. Attention
+    gives masked tokens a weight of exactly 0, so the states of an isolated document do not change at all. Mixtures of
+    experts are the exception: the number of tokens in an expert's matmul, and with it the order of summation, depends
+    on other tokens.
 
     Args:
         base: A causal LM with leap heads. Under ZeRO-3 every rank must call this.

@@ -43,8 +43,8 @@ class Vocabulary:
 def grow_heads(heads: LeapHeads, base: PreTrainedModel) -> None:
     """Extend heads in place by the tokens that `base` has and they lack.
 
-    New rows of a head's own unembedding are copies of the LM head's rows, as all rows are when heads are created. This is
-    a collective operation under ZeRO-3.
+    New rows of a head's own unembedding are copies of the LM head's rows, as all rows are when heads are created. This
+    is a collective operation under ZeRO-3.
     """
     lm_head, size = base.get_output_embeddings(), base.config.get_text_config().vocab_size
     known = heads.config.vocab_size

@@ -76,8 +76,8 @@ def ensure_backward_hook(hidden: Tensor) -> Tensor:
 def fetch_together(module: nn.Module, external: Iterable[nn.Parameter] = ()) -> None:
     """Let ZeRO-3 gather all parameters of `module` and its `external` parameters when its forward runs.
 
-    By default ZeRO-3 gathers each layer when it is called. The leap loss uses its layers once per chunk, computes gradients
-    in the forward, and the number of chunks changes from step to step.
+    By default ZeRO-3 gathers each layer when it is called. The leap loss uses its layers once per chunk, computes
+    gradients in the forward, and the number of chunks changes from step to step.
     """
     if not is_deepspeed_zero3_enabled():
         return

@@ -1,1 +1,1 @@
-"""What ends in lmtp/tree.json: costs of a device, replay of the model's own text, choice of the tree."""
+"""Choosing the draft tree in lmtp/tree.json: costs on the device, acceptance on the model's own text, search."""

@@ -1,4 +1,4 @@
-"""What a step costs on this device: a forward by its number of tokens, and the draft."""
+"""Duration of a decoding step on this device: forwards by number of tokens, and the draft."""
 
 import statistics
 import time
@@ -27,11 +27,11 @@ SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 @dataclass(frozen=True)
 class StepCosts:
-    """Seconds, medians.
+    """Median durations in seconds.
 
     Attributes:
-        verify: of a forward with logits, by its number of tokens.
-        draft: of making one draft and its tree.
+        verify: Duration of a forward with logits, by its number of tokens.
+        draft: Duration of one draft, including its tree.
     """
 
     verify: CostCurve
@@ -42,7 +42,15 @@ class StepCosts:
 def measure_costs(
     model: nn.Module, sizes: Sequence[int] = SIZES, context: int = 256, repeats: int = 9, nodes: int = 32
 ) -> StepCosts:
-    """Time forwards of `sizes` tokens behind `context` cached ones, in turn, and drafts of `nodes` nodes."""
+    """Time forwards and drafts.
+
+    Args:
+        model: A model with leap heads.
+        sizes: Numbers of tokens of the forwards.
+        context: Number of cached tokens before them.
+        repeats: Number of measurements, of which the median is taken.
+        nodes: Number of nodes of the drafted tree.
+    """
     device, config = model.device, model.config.get_text_config()
     offsets = model.leap_heads.config.offsets
     generator = torch.Generator().manual_seed(0)
@@ -72,7 +80,7 @@ def measure_costs(
 
 
 def _medians(jobs: dict[int, Callable[[], None]], repeats: int, device: torch.device) -> dict[int, float]:
-    """Median seconds of each job; the jobs take turns, so that a slow moment of the machine hits them alike."""
+    """Return the median seconds of each job. Jobs run in turns, so that slow phases of the machine affect all."""
     times: dict[int, list[float]] = {name: [] for name in jobs}
     for repeat in tqdm(range(repeats + 2), desc="timing", unit="round"):
         for name, job in jobs.items():
@@ -80,6 +88,6 @@ def _medians(jobs: dict[int, Callable[[], None]], repeats: int, device: torch.de
             job()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            if repeat >= 2:  # the first rounds warm up
+            if repeat >= 2:  # two warm-up rounds
                 times[name].append(time.perf_counter() - started)
     return {name: statistics.median(values) for name, values in times.items()}

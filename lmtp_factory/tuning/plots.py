@@ -1,4 +1,4 @@
-"""The figure of a tree choice, drawn without a display."""
+"""Figure of the chosen draft tree. Needs no display."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -18,22 +18,29 @@ if TYPE_CHECKING:
 
 
 def draw_tree(
-    plan: "TreeConfig",
+    tree_config: "TreeConfig",
     accuracies: Sequence[Sequence[float]],
     seconds: Mapping[int, float],
     options: Sequence["Option"],
     path: str | os.PathLike,
 ) -> None:
-    """The tree, the device's cost curve and what each option promises; `path` is the PNG file to write.
+    """Draw the tree, the device's cost curve and the expected speed of each option.
 
-    A dynamic tree has another shape in each step; the one drawn is the best on average.
+    A dynamic tree has another shape in each step. The figure shows the tree that is best on average.
+
+    Args:
+        tree_config: The chosen tree.
+        accuracies: For each level the accuracy of the candidate of each rank.
+        seconds: Maps numbers of tokens to the duration of a forward.
+        options: The options that were compared.
+        path: PNG file to write.
     """
     figure = Figure(figsize=(15, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     tree, curve, choice = figure.subplots(1, 3)
-    paths = plan.fixed_paths() or best_first_paths(accuracies, plan.nodes)
+    paths = tree_config.fixed_paths() or best_first_paths(accuracies, tree_config.nodes)
     _draw_paths(tree, paths)
-    what = "on average" if plan.kind == "dynamic" and plan.nodes > 1 else plan.kind
+    what = "on average" if tree_config.kind == "dynamic" and tree_config.nodes > 1 else tree_config.kind
     tree.set(title=f"the tree, {what}: {len(paths)} nodes", ylabel="tokens after the root", xticks=[])
 
     curve.plot(list(seconds), [1e3 * value for value in seconds.values()], marker="o")
@@ -53,7 +60,7 @@ def draw_tree(
 
 
 def _draw_paths(panel: "Axes", paths: Sequence[Sequence[int]]) -> None:
-    """Nodes in columns by level, each level from its best path at the top to its least."""
+    """Draw one row of nodes per level, the root at the top, better paths further left."""
     levels: dict[int, list[tuple[int, ...]]] = {}
     for path in sorted(map(tuple, paths)):
         levels.setdefault(len(path), []).append(path)

@@ -1,7 +1,8 @@
-"""What look-back decoding would accept on text that the model has already written, for any tree, without decoding again.
+"""Replay: the number of tokens per forward (tau) that any tree would reach on text that the model has written greedily.
 
-Greedy decoding accepts a node exactly when its path is how the text goes on. So one forward over the text gives every
-step's candidates, and from their ranks follows each tree's number of tokens a forward.
+Greedy decoding accepts a node if and only if the text continues with the node's path. One forward over the text gives
+the candidates of every step, and the ranks of the text's tokens among them give tau for each tree without decoding
+again.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,16 +18,17 @@ from ..decoding.tree_config import AcceptanceCalibration, TreeConfig
 from ..evaluation.scoring import Row
 
 
-_STEPS_AT_ONCE = 64  # so many steps' candidates exist at a time, each level's logits over the whole vocabulary
+# Number of steps whose candidates are computed at once. This limits memory: each level of a step has a row of logits.
+_STEPS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
 class Observed:
-    """One answer, seen from every state that a step could start from.
+    """Candidates and ranks at every position of one answer from which a step could start.
 
     Attributes:
-        probabilities: (steps, levels, width) of each level's candidates.
-        ranks: (steps, levels) int64: which candidate the text goes on with; `width` where none does.
+        probabilities: (steps, levels, width) probabilities of the candidates.
+        ranks: (steps, levels) int64 rank of the text's token among the candidates; `width` if it is not among them.
     """
 
     probabilities: Tensor
@@ -38,26 +40,32 @@ class Observed:
 
 @torch.no_grad()
 def observe(model: nn.Module, row: Row, width: int) -> Observed:
-    """Candidates and truth for every step of one answer.
+    """Compute the candidates of every step of one answer with `propose_candidates`, as decoding does, and their ranks.
 
-    Candidates are those that decoding would propose: `propose_candidates` on each step's window of states.
+    Args:
+        model: A model with leap heads.
+        row: Token ids of a prompt and of the model's greedy answer.
+        width: Number of candidates per level.
     """
     prompt, answer = row
-    ids = torch.tensor([prompt + answer], device=model.device)
+    ids = torch.tensor([prompt + answer], device=model.device)  # (1, length)
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]  # (length, hidden)
     offsets = model.leap_heads.config.offsets
     size, levels = geometry.window(offsets), geometry.reach(offsets) - 1
 
-    # A step starts at state t: its root is token t + 1 and level l drafts token t + 1 + l. Nothing follows the last token.
+    # The step at state t has token t + 1 as its root and drafts token t + 1 + l at level l. The last token has no
+    # successor.
     steps = torch.arange(len(prompt) - 1, len(prompt) + len(answer) - 2)
     probabilities, ranks = [], []
     for part in steps.split(_STEPS_AT_ONCE):
-        places = part[:, None] - torch.arange(size - 1, -1, -1)  # (steps, window) of the states, oldest first
+        # (steps, window) indices of the states, oldest first. Indices before the text are marked as missing.
+        places = part[:, None] - torch.arange(size - 1, -1, -1)
         window = Window.of_states(hidden[places.clamp(min=0)], is_real=places >= 0)
         candidates = propose_candidates(model, window, levels, width)  # (steps, levels, width)
-        ahead = part[:, None] + 1 + torch.arange(1, levels + 1)  # (steps, levels) of the drafted tokens
-        truth = ids[0, ahead.clamp(max=ids.shape[1] - 1)].to(candidates.tokens.device)
-        is_truth = candidates.tokens == truth[:, :, None]
+        ahead = part[:, None] + 1 + torch.arange(1, levels + 1)  # (steps, levels) indices of the drafted tokens
+        truth = ids[0, ahead.clamp(max=ids.shape[1] - 1)].to(candidates.tokens.device)  # (steps, levels)
+        is_truth = candidates.tokens == truth[:, :, None]  # (steps, levels, width)
+        # Candidates of missing states have probability 0, and tokens beyond the text do not exist.
         is_truth &= (candidates.probabilities > 0) & (ahead < ids.shape[1])[:, :, None].to(is_truth.device)
         ranks.append(torch.where(is_truth.any(-1), is_truth.float().argmax(-1), candidates.tokens.shape[-1]).cpu())
         probabilities.append(candidates.probabilities.cpu())
@@ -67,8 +75,8 @@ def observe(model: nn.Module, row: Row, width: int) -> Observed:
 
 
 def accuracies(observed: Sequence[Observed]) -> list[list[float]]:
-    """For each level, how often the candidate of each rank is how the text goes on."""
-    ranks = torch.cat([answer.ranks for answer in observed])
+    """Return, for each level, the share of steps in which the candidate of each rank is the text's token."""
+    ranks = torch.cat([answer.ranks for answer in observed])  # (steps of all answers, levels)
     width = observed[0].probabilities.shape[2]
     return [
         [float((ranks[:, level] == rank).double().mean()) for rank in range(width)] for level in range(ranks.shape[1])
@@ -76,7 +84,7 @@ def accuracies(observed: Sequence[Observed]) -> list[list[float]]:
 
 
 def tau_of_paths(observed: Sequence[Observed], paths: Sequence[Sequence[int]]) -> float:
-    """Tokens a forward with a fixed tree (`lmtp_factory.decoding.tree.fixed`)."""
+    """Return tau with a static tree, given by its paths (`decoding.tree.fixed`)."""
     known = {tuple(path) for path in paths}
 
     def accepted(answer: Observed, step: int) -> int:
@@ -89,25 +97,31 @@ def tau_of_paths(observed: Sequence[Observed], paths: Sequence[Sequence[int]]) -
 
 
 def accepted_levels(answer: Observed, nodes: int) -> tuple[Tensor, Tensor]:
-    """Of dynamic trees, for every step of an answer.
+    """Return how many levels dynamic trees would accept in each step of an answer.
+
+    Args:
+        answer: The observed answer.
+        nodes: Number of nodes of the largest tree.
 
     Returns:
-        (steps, nodes) how many levels the tree of the first n nodes would have accepted, at index n - 1; and the nodes'
-        (steps, nodes) values.
+        (steps, nodes) number of levels that the tree of the first n nodes accepts, at index n - 1; (steps, nodes)
+        values of the nodes.
     """
-    tree = grow(answer.probabilities, nodes)
+    tree = grow(answer.probabilities, nodes)  # tensors of (steps, nodes): steps take the place of the batch
+    # (steps, 1 + levels): the root, at level 0, has rank 0.
     true_ranks = torch.cat([torch.zeros(len(answer), 1, dtype=torch.long), answer.ranks], dim=1)
-    is_candidate = tree.ranks == true_ranks.gather(1, tree.levels)
+    is_candidate = tree.ranks == true_ranks.gather(1, tree.levels)  # (steps, nodes)
+    # A node is accepted if it is the text's token and its parent is accepted. Parents precede their children.
     on_path = torch.zeros_like(is_candidate)
     on_path[:, 0] = True
     for node in range(1, tree.nodes):
-        above = on_path.gather(1, tree.parents[:, node : node + 1])[:, 0]
+        above = on_path.gather(1, tree.parents[:, node : node + 1])[:, 0]  # (steps,)
         on_path[:, node] = above & is_candidate[:, node]
     return (tree.levels * on_path).cummax(dim=1).values, tree.values
 
 
 def tau_of_dynamic(observed: Sequence[Observed], sizes: Sequence[int]) -> dict[int, float]:
-    """Tokens a forward with dynamic trees of each size."""
+    """Return tau with dynamic trees of each size."""
     levels = {id(answer): accepted_levels(answer, max(sizes))[0] for answer in observed}
 
     def with_size(size: int) -> Callable[[Observed, int], int]:
@@ -116,25 +130,32 @@ def tau_of_dynamic(observed: Sequence[Observed], sizes: Sequence[int]) -> dict[i
     return {size: _tau(observed, with_size(size)) for size in sizes}
 
 
-def rate_of_cut_trees(observed: Sequence[Observed], plan: TreeConfig, draft_cost: float) -> tuple[float, float]:
-    """Tokens a forward, and tokens per unit of the plan's cost, with dynamic trees cut in each step by their worth."""
+def rate_of_cut_trees(observed: Sequence[Observed], config: TreeConfig, draft_cost: float) -> tuple[float, float]:
+    """Return tau and tokens per unit of cost with dynamic trees that `TreeConfig.best_size` cuts in each step.
+
+    Args:
+        observed: The observed answers.
+        config: A dynamic tree with a cost curve.
+        draft_cost: Cost of one draft, in the unit of the cost curve.
+    """
     tokens = steps = 0
     cost = 0.0
     for answer in observed:
-        levels, values = accepted_levels(answer, plan.nodes)
+        levels, values = accepted_levels(answer, config.nodes)
         calibration, step = AcceptanceCalibration(), 0
         while step < len(answer):
             row = values[step].tolist()
-            nodes = plan.best_size([row], calibration.ratio)
+            nodes = config.best_size([row], calibration.ratio)
             accepted = int(levels[step, nodes - 1])
             calibration.learn(sum(row[1:nodes]), accepted)
             reached = min(accepted + 1, len(answer) - step)
             steps, tokens, step = steps + 1, tokens + reached, step + reached
-            cost += plan.cost.at(nodes) + draft_cost
+            cost += config.cost.at(nodes) + draft_cost
     return tokens / steps, tokens / cost
 
 
 def _tau(observed: Sequence[Observed], accepted: Callable[[Observed, int], int]) -> float:
+    """Replay all answers; `accepted(answer, step)` is the number of levels accepted in a step that starts there."""
     tokens = steps = 0
     for answer in observed:
         step = 0

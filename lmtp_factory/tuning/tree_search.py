@@ -1,4 +1,4 @@
-"""Choosing a tree: tokens a forward from replayed text, seconds a forward from the device, most tokens a second wins."""
+"""Choosing a tree: the option with the most tokens per second, from replayed text and the device's costs."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,13 +14,13 @@ SIZES = (2, 4, 8, 16, 32, 64)
 
 @dataclass(frozen=True)
 class Option:
-    """One way of drafting and what it promises.
+    """A kind and size of tree with its expected speed.
 
     Attributes:
-        kind: `none`, `chain`, `static`, `dynamic`, or `dynamic, cut` in each step where it pays most.
-        nodes: verified in a step, the root counted; the most of them where trees are cut.
-        tau: tokens a forward.
-        tokens_per_second: of decoding alone, without prefill.
+        kind: `none`, `chain`, `static`, `dynamic`, or `dynamic, cut` to the best size in each step.
+        nodes: Number of nodes verified per step, including the root; the maximum if trees are cut.
+        tau: Tokens per forward.
+        tokens_per_second: Speed of decoding without the prefill.
     """
 
     kind: str
@@ -29,30 +29,37 @@ class Option:
     tokens_per_second: float
 
 
-def weigh(observed: Sequence[Observed], costs: StepCosts) -> list[Option]:
-    """Every kind and size, on the second half of the answers; static trees are grown on the first half."""
+def rank_trees(observed: Sequence[Observed], costs: StepCosts) -> list[Option]:
+    """Evaluate every kind and size of tree.
+
+    Static trees are built from the first half of the answers. All trees are evaluated on the second half.
+
+    Args:
+        observed: The observed answers.
+        costs: Durations on the device.
+    """
     half = max(len(observed) // 2, 1)
-    grown_on, weighed_on = observed[:half], observed[half:] or observed
-    rates = accuracies(grown_on)
+    first, second = observed[:half], observed[half:] or observed
+    rates = accuracies(first)
     options = [Option("none", 1, 1.0, 1 / costs.verify.at(1))]
 
     def add(kind: str, nodes: int, tau: float) -> None:
         options.append(Option(kind, nodes, tau, tau / (costs.verify.at(nodes) + costs.draft)))
 
     for nodes in range(2, len(rates) + 2):
-        add("chain", nodes, tau_of_paths(weighed_on, chain_paths(nodes)))
+        add("chain", nodes, tau_of_paths(second, chain_paths(nodes)))
     for nodes in SIZES:
-        add("static", nodes, tau_of_paths(weighed_on, best_first_paths(rates, nodes)))
-    for nodes, tau in tau_of_dynamic(weighed_on, SIZES).items():
+        add("static", nodes, tau_of_paths(second, best_first_paths(rates, nodes)))
+    for nodes, tau in tau_of_dynamic(second, SIZES).items():
         add("dynamic", nodes, tau)
     for nodes in SIZES:
-        plan = TreeConfig("dynamic", nodes, cost=costs.verify)
-        options.append(Option("dynamic, cut", nodes, *rate_of_cut_trees(weighed_on, plan, costs.draft)))
+        config = TreeConfig("dynamic", nodes, cost=costs.verify)
+        options.append(Option("dynamic, cut", nodes, *rate_of_cut_trees(second, config, costs.draft)))
     return options
 
 
-def plan_of(option: Option, observed: Sequence[Observed], costs: StepCosts) -> TreeConfig:
-    """The plan that carries out an option."""
+def tree_config_of(option: Option, observed: Sequence[Observed], costs: StepCosts) -> TreeConfig:
+    """Return the tree configuration of an option."""
     if option.kind == "none":
         return TreeConfig("chain", 1)
     if option.kind == "static":
@@ -63,7 +70,7 @@ def plan_of(option: Option, observed: Sequence[Observed], costs: StepCosts) -> T
 
 
 def table(options: Sequence[Option]) -> str:
-    """A row an option, the best marked."""
+    """Format one line per option and mark the best."""
     best = max(options, key=lambda option: option.tokens_per_second)
     lines = [f"{'tree':<14} {'nodes':>5} {'tau':>6} {'tokens/s':>9}"]
     for option in options:
@@ -73,7 +80,7 @@ def table(options: Sequence[Option]) -> str:
 
 
 def measured(options: Sequence[Option], observed: Sequence[Observed], costs: StepCosts) -> dict:
-    """What a choice rests on, for `tree.json`."""
+    """Return the measurements behind the choice, for `tree.json`."""
     return {
         "accuracies": [[round(rate, 4) for rate in level] for level in accuracies(observed)],
         "verify_seconds": {str(size): round(seconds, 6) for size, seconds in costs.verify.seconds.items()},

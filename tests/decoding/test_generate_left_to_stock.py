@@ -270,7 +270,7 @@ def test_scores_of_rows_that_end_before_others(leap, name, caplog):
 
 def test_caches_that_cannot_go_back(leap, caplog):
     kind = type("Unknown", (DynamicCache,), {})
-    support.say_once.cache_clear()
+    support.warn_once.cache_clear()
     stats = DecodeStats()
     with caplog.at_level(logging.WARNING, logger="lmtp_factory"):
         kwargs = {"max_new_tokens": 8} | GREEDY

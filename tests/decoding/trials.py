@@ -156,7 +156,7 @@ def after_prompt(output, inputs) -> list[list[int]]:
 
 def left_to_stock(model, reason, caplog, *args, expected=None, **kwargs):
     """As stock, and the log says why, once for any number of calls."""
-    support.say_once.cache_clear()
+    support.warn_once.cache_clear()
     stats, outputs = DecodeStats(), []
     if expected is None:
         expected = stock(model, *args, **kwargs)

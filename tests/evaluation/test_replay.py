@@ -12,10 +12,10 @@ from lmtp_factory.cli import main
 from lmtp_factory.decoding.stats import DecodeStats
 from lmtp_factory.decoding.tree import best_first_paths, chain_paths
 from lmtp_factory.decoding.tree_config import Conditions, CostCurve, TreeConfig, read_tree
-from lmtp_factory.evaluation.self_generated import generate_greedy, write_own_text
+from lmtp_factory.evaluation.self_generated import generate_greedy, self_generated_rows
 from lmtp_factory.tuning.costs import StepCosts
 from lmtp_factory.tuning.replay import accuracies, observe, rate_of_cut_trees, tau_of_dynamic, tau_of_paths
-from lmtp_factory.tuning.tree_search import plan_of, weigh
+from lmtp_factory.tuning.tree_search import rank_trees, tree_config_of
 
 
 PROMPTS = [[30, 40, 50], [60, 61, 62, 63, 64, 65], [70]]
@@ -32,7 +32,7 @@ def model(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def observed(model):
-    return [observe(model, row, width=6) for row in write_own_text(model, PROMPTS, 40)]
+    return [observe(model, row, width=6) for row in self_generated_rows(model, PROMPTS, 40)]
 
 
 def decoded_tau(model, plan):
@@ -84,10 +84,10 @@ def test_accuracies_add_up_to_at_most_one(observed):
 @pytest.mark.parametrize(("curve", "kind"), [({1: 1.0, 2: 3.0, 64: 90.0}, "none"), ({1: 1.0, 64: 1.0}, None)])
 def test_the_device_decides(observed, curve, kind):
     costs = StepCosts(CostCurve(curve), draft=0.01)
-    options = weigh(observed, costs)
+    options = rank_trees(observed, costs)
     best = max(options, key=lambda option: option.tokens_per_second)
     assert (best.kind == "none") == (kind == "none")
-    plan = plan_of(best, observed, costs)
+    plan = tree_config_of(best, observed, costs)
     assert plan.nodes == best.nodes
 
 

@@ -3,8 +3,8 @@
     stage 1:  L = sum_{i>=1} w_i CE_i                          w_i = head_decay ** (i - 1)
     stage 2:  L = CE_0 + head_weight * sum_{i>=1} w_i CE_i
 
-Head `i` at position `s` is trained on `labels[s + offsets[i]]` (`targets.py`). Each head's loss is averaged over its own
-valid targets. Two implementations give the same numbers. The caller chooses one; neither falls back to the other:
+Head `i` at position `s` is trained on `labels[s + offsets[i]]` (`targets.py`). Each head's loss is averaged over its
+own valid targets. Two implementations give the same numbers. The caller chooses one; neither falls back to the other:
 
 ============= ================================ ===================================================
 module        peak memory of the logits        gradients
@@ -13,8 +13,8 @@ eager         heads x rows x vocabulary        autograd, in the backward
 chunked       one chunk x vocabulary           per chunk, in the forward, while its logits exist
 ============= ================================ ===================================================
 
-The chunked loss overwrites logits with their gradient. `rows.py` defines the loss of a row, `implementation.py` chooses the
-implementation, and `head_spec.py` describes a head to the loss.
+The chunked loss overwrites logits with their gradient. `rows.py` defines the loss of a row, `implementation.py` chooses
+the implementation, and `head_spec.py` describes a head to the loss.
 """
 
 from collections.abc import Sequence

@@ -1,9 +1,10 @@
 """Cross-entropy of all heads in one autograd function, one chunk of tokens at a time.
 
-Rows with masked targets are dropped first. The forward computes the gradients of each chunk while its logits exist. So a
-head costs three matmuls with its unembedding: logits, gradient of the features, gradient of the weight (two if the weight
-is frozen). Recomputing the logits in the backward would cost four. Weights are used in the forward only, where ZeRO-3 has
-gathered them. The price is memory: the gradient of every trained weight exists from the forward to the backward.
+Rows with masked targets are dropped first. The forward computes the gradients of each chunk while its logits exist. So
+a head costs three matmuls with its unembedding: logits, gradient of the features, gradient of the weight (two if the
+weight is frozen). Recomputing the logits in the backward would cost four. Weights are used in the forward only, where
+ZeRO-3 has gathered them. The price is memory: the gradient of every trained weight exists from the forward to the
+backward.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,9 +19,9 @@ from .rows import RowLoss
 from .targets import IGNORE_INDEX
 
 
-# Bytes of logits in one chunk. For each element of the unembedding a chunk does 6 * rows operations and moves 16 bytes in
-# fp32 (12 in bf16): it reads the element twice, and reads and writes its fp32 gradient. A chunk is bound by arithmetic from
-# about 30 rows on a CPU (200 GFLOP/s, 20 GB/s) and 400 rows on an H200 (990 TFLOP/s in bf16, 4.8 TB/s).
+# Bytes of logits in one chunk. For each element of the unembedding a chunk does 6 * rows operations and moves 16 bytes
+# in fp32 (12 in bf16): it reads the element twice, and reads and writes its fp32 gradient. A chunk is bound by
+# arithmetic from about 30 rows on a CPU (200 GFLOP/s, 20 GB/s) and 400 rows on an H200 (990 TFLOP/s in bf16, 4.8 TB/s).
 # Vocabulary 152,064: 256 MiB hold 441 fp32 rows and 1 GiB 3,530 bf16 rows. Vocabulary 262,144: 256 and 2,048 rows.
 LOGIT_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
 
@@ -115,7 +116,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def _stored(total: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast an accumulated gradient to `dtype` until the backward. fp16 waits for the loss scale, or it would underflow."""
+    """Cast an accumulated gradient to `dtype`, except fp16, which would underflow before the loss scale is applied."""
     return total if dtype == torch.float16 else total.to(dtype)
 
 
@@ -135,7 +136,7 @@ class _HeadRun:
         yield from (self.linear or self.head.unembedding).parameters()
 
     def chunks(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """Split `rows` into chunks of equal size: a small last chunk would read the whole unembedding for a few rows."""
+        """Split `rows` into chunks of equal size: a small last chunk would read the unembedding for a few rows."""
         if not len(rows):
             return ()
         dtype = compute_dtype(self.linear.weight) if self.linear else torch.float32
@@ -211,7 +212,7 @@ class _HeadRun:
 
 
 def _valid_rows(targets: Tensor) -> tuple[Tensor, ...]:
-    """Return each head's indices of rows with a valid target. The host waits for the device here, once for all heads."""
+    """Return each head's indices of rows with a valid target. The host waits for the device once for all heads."""
     heads, rows = (targets != IGNORE_INDEX).nonzero(as_tuple=True)  # two of shape (valid targets,), sorted by head
     return rows.split(torch.bincount(heads, minlength=len(targets)).tolist())
 

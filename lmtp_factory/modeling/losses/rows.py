@@ -1,7 +1,7 @@
 """Loss of a block of rows of logits. Another loss, such as a divergence, would be added here.
 
-A row loss has two forms. The reference form uses autograd. The in-place form returns the same numbers and overwrites the
-logits with their gradient; `softmax.py` implements it in torch and `softmax_triton.py` in Triton. Both forms take
+A row loss has two forms. The reference form uses autograd. The in-place form returns the same numbers and overwrites
+the logits with their gradient; `softmax.py` implements it in torch and `softmax_triton.py` in Triton. Both forms take
 `(logits, targets, softcap)` and return `(losses, hits)`:
 
     logits    (rows, vocabulary) raw, before the soft cap

@@ -1,7 +1,7 @@
 """Cross-entropy that overwrites the logits with their gradient, in plain torch.
 
-With `p = softmax(logits)` the loss of a row is `-log p[target]` and its gradient is `p - onehot(target)`. The gradient has
-the shape of the logits and is written over them. `softmax_triton.py` does the same in one CUDA kernel.
+With `p = softmax(logits)` the loss of a row is `-log p[target]` and its gradient is `p - onehot(target)`. The gradient
+has the shape of the logits and is written over them. `softmax_triton.py` does the same in one CUDA kernel.
 """
 
 import torch

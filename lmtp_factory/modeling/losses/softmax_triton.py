@@ -10,9 +10,9 @@ plain torch, fp32   5                           3
 plain torch, bf16   1 in bf16, 6 in fp32        1 in bf16, 4 in fp32
 =================== =========================== ===========================
 
-A soft cap adds nine reads and eight writes to plain torch and none to the kernel. The maximum and the sum of exponentials
-share one pass: the sum is rescaled when a larger maximum is found (online softmax, Milakov and Gimelshein, arXiv
-1805.02867). The gradient needs the final sum, hence the second pass.
+A soft cap adds nine reads and eight writes to plain torch and none to the kernel. The maximum and the sum of
+exponentials share one pass: the sum is rescaled when a larger maximum is found (online softmax, Milakov and Gimelshein,
+arXiv 1805.02867). The gradient needs the final sum, hence the second pass.
 
 Import this module only if implementation `triton` was chosen: torch installs Triton on Linux only.
 """
@@ -23,10 +23,11 @@ import triton.language as tl
 from torch import Tensor
 
 
-# One load of a block is 16 KB in bf16. By Little's law an H100 (3.35 TB/s, latency 0.6 us) needs 2 MB in flight, 15 KB for
-# each of its 132 multiprocessors; an A100 needs less. With 16 elements per thread ptxas uses 64 registers for bf16, so two
-# programs of 16 warps fill a multiprocessor: one reads while the other waits for its reduction. Smaller blocks would mean
-# more programs at once, and the L2 cache would hold less of each row for the second pass. (Derived, not measured.)
+# One load of a block is 16 KB in bf16. By Little's law an H100 (3.35 TB/s, latency 0.6 us) needs 2 MB in flight, 15 KB
+# for each of its 132 multiprocessors; an A100 needs less. With 16 elements per thread ptxas uses 64 registers for bf16,
+# so two programs of 16 warps fill a multiprocessor: one reads while the other waits for its reduction. Smaller blocks
+# would mean more programs at once, and the L2 cache would hold less of each row for the second pass. (Derived, not
+# measured.)
 _BLOCK = 8192
 _PER_THREAD = 16
 
@@ -75,16 +76,16 @@ def softmax_gradient_(logits: Tensor, targets: Tensor, softcap: float | None = N
 
 @triton.jit
 def _softmax_gradient(logits, targets, losses, hits, stride, softcap, VOCABULARY: tl.constexpr, BLOCK: tl.constexpr):
-    # VOCABULARY is a constexpr because loops of Triton 3.6's interpreter cannot end at an argument under numpy 2.4. This
-    # costs one compilation per model.
+    # VOCABULARY is a constexpr because loops of Triton 3.6's interpreter cannot end at an argument under numpy 2.4.
+    # This costs one compilation per model.
     row = tl.program_id(0).to(tl.int64)  # offsets of a few thousand rows of 262,144 logits exceed 32 bits
     logits += row * stride
     target = tl.load(targets + row).to(tl.int32)
     target_logit = _capped(tl.load(logits + target).to(tl.float32), softcap)
     columns = tl.arange(0, BLOCK)
 
-    # Each lane keeps its own maximum and sum, so the loop has no reduction. The initial maximum is the lowest finite fp32
-    # number, because (-inf) - (-inf) is NaN; the lane's first logit then rescales an empty sum.
+    # Each lane keeps its own maximum and sum, so the loop has no reduction. The initial maximum is the lowest finite
+    # fp32 number, because (-inf) - (-inf) is NaN; the lane's first logit then rescales an empty sum.
     top = tl.full((BLOCK,), -3.4028234663852886e38, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, VOCABULARY, BLOCK):

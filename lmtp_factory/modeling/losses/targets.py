@@ -27,9 +27,9 @@ def leap_targets(labels: Tensor, offset: int, position_ids: Tensor | None = None
     ahead = labels[:, offset:]
     if position_ids is not None:
         positions = position_ids[0] if position_ids.dim() == 3 else position_ids
-        # Within a document of text, positions increase by 1 per token. Across a boundary they cannot differ by `offset`:
-        # the later document has restarted at 0, so its position is less than `offset`. Image tokens may repeat a position;
-        # targets beyond an image are therefore masked too.
+        # Within a document of text, positions increase by 1 per token. Across a boundary they cannot differ by
+        # `offset`: the later document has restarted at 0, so its position is less than `offset`. Image tokens may
+        # repeat a position; targets beyond an image are therefore masked too.
         inside = positions[:, offset:] - positions[:, :-offset] == offset
         ahead = ahead.masked_fill(~inside, IGNORE_INDEX)
     targets[:, :-offset] = ahead
