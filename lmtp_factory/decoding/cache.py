@@ -103,7 +103,7 @@ class GrowingLayer(_Movable, CacheLayerMixin):
         Args:
             key_states: (batch, heads, nodes, head size).
             value_states: (batch, heads, nodes, head size).
-            args: Ignored, as are `kwargs`.
+            args, kwargs: Ignored.
 
         Returns:
             Keys and values of shape (batch, heads, visible columns, head size), views from `visible_from()` on.
@@ -114,8 +114,9 @@ class GrowingLayer(_Movable, CacheLayerMixin):
         if end - self.first > self.keys.shape[2]:
             self._make_room(end)
         written = slice(self.cursor - self.first, end - self.first)
-        self.keys[:, :, written] = key_states
+        self.keys[:, :, written] = key_states  # (batch, heads, nodes, head size)
         self.values[:, :, written] = value_states
+        # With a sliding window, columns before `visible_from` stay in the buffer until it grows; they are not returned.
         visible = slice(self.visible_from() - self.first, end - self.first)
         self.cursor = end
         return self.keys[:, :, visible], self.values[:, :, visible]
@@ -217,7 +218,7 @@ class TreeCache(Cache):
         Returns:
             (batch, 2 n) source columns, then target columns; n is 0 if every branch is already in place.
         """
-        # A branch is in place if its last node stands at the row's new end, since columns of a branch increase.
+        # A branch is in place if its last node is at the row's new end, because the columns of a branch increase.
         if not any(branch and branch[-1] != length + len(branch) - 1 for branch, length in zip(branches, lengths)):
             return [[] for _ in branches]
         longest, somewhere = max(map(len, branches)), max(lengths)
@@ -237,7 +238,7 @@ class TreeCache(Cache):
             lengths: Columns that each row owned before the step.
             moves: (batch, 2 n) result of `moves`, on a device.
         """
-        if moves.shape[1]:
+        if moves.shape[1]:  # a host-side shape, so the check does not wait for the device
             shared = _Moves(moves)
             for layer in self.layers:
                 layer.move(shared)
@@ -260,7 +261,7 @@ class TreeCache(Cache):
         """
         for ours, theirs in zip(self.layers, cache.layers):
             if isinstance(ours, FixedLayer):
-                theirs.__dict__.update(ours.__dict__)
+                theirs.__dict__.update(ours.__dict__)  # shares the buffers
                 if hasattr(theirs, "cumulative_length_int"):
                     theirs.cumulative_length_int = length
                 continue

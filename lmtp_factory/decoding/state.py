@@ -80,9 +80,10 @@ class DecodeState:
         for row in self.acceptor.rows:
             row.columns = start
         self.cache.set_cursor(start, start)
+        # Padding is on the left, so the last state is real in every row.
         logits = lm_logits(model, hidden[:, -1:])  # (batch, 1, vocabulary)
         self.device = logits.device
-        positions = kwargs["position_ids"][..., -1:]
+        positions = kwargs["position_ids"][..., -1:]  # (..., batch, 1), of the last prompt token
         self.shift = (positions + 1 - start).to(self.device)  # (..., batch, 1)
         self.prompt_mask = mask.bool().to(self.device) if padded else None
         self.last_position = int(positions.max()) + self.acceptor.remaining_tokens()
@@ -116,6 +117,7 @@ class DecodeState:
         rows = self.acceptor.rows
         parts = [[[row.last] for row in rows], [[row.columns] for row in rows], *numbers]
         widths = [len(part[0]) for part in parts]
+        # One flat tensor: several small transfers would cost more than their bytes.
         flat = [number for part in parts for row in part for number in row]
         sent = torch.tensor(flat).to(self.device, non_blocking=True).split([len(rows) * width for width in widths])
         roots, self.columns, *sent = (part.view(len(rows), width) for part, width in zip(sent, widths))

@@ -51,7 +51,7 @@ def generate(*inputs, model: nn.Module, **kwargs) -> Tensor:
     Args:
         inputs: Passed to `model.generate`.
         model: A model loaded from the export. Heads are attached at the first call.
-        kwargs: Passed to `model.generate`.
+        kwargs: Passed to `model.generate`. `lmtp_decode="off"` decodes without the heads.
 
     Raises:
         LMTPError: The model's directory has no heads, or heads of another model.

@@ -27,8 +27,7 @@ def softmax_gradient_(logits: Tensor, targets: Tensor, softcap: float | None = N
         softcap: The model's `final_logit_softcapping`. The gradient is with respect to the logits before the soft cap.
 
     Returns:
-        losses: (rows,) fp32.
-        hits: (rows,) bool, True if no logit is larger than the target's.
+        (rows,) fp32 losses; (rows,) bool hits, True if no logit is larger than the target's.
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     block = max(1, _BLOCK_BYTES.get(logits.device.type, _BLOCK_BYTES["cuda"]) // (logits.shape[1] * dtype.itemsize))

@@ -41,8 +41,7 @@ def softmax_gradient_(logits: Tensor, targets: Tensor, softcap: float | None = N
         softcap: The model's `final_logit_softcapping`. The gradient is with respect to the logits before the soft cap.
 
     Returns:
-        losses: (rows,) fp32.
-        hits: (rows,) bool, True if no logit is larger than the target's.
+        (rows,) fp32 losses; (rows,) bool hits, True if no logit is larger than the target's.
 
     Raises:
         TypeError: The logits have another dtype.
