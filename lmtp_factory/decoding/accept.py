@@ -151,7 +151,7 @@ class Acceptor:
             chosen = torch.stack([best[b, node] for b, node in walking])
         else:
             rows = _joined([logits[b : b + 1, node] for b, node in walking])  # (walking rows, vocabulary)
-            # A copy in fp32, as in generate: processors may write in place.
+            # A copy in fp32, as `generate` makes one.
             rows = rows.to(copy=True, dtype=torch.float32, device=self.device)
             # Each row is processed alone, because rows have different lengths.
             scores = _joined([self._processed(b, rows[i : i + 1]) for i, (b, _) in enumerate(walking)])

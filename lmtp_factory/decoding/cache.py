@@ -35,7 +35,7 @@ class _Movable:
         """Copy columns. Sources and targets may overlap, because the sources are read before anything is written."""
         for buffer in (self.keys, self.values):  # (batch, heads, columns, head size)
             source, target = moves.of(buffer, self.first)
-            # For one row, indexing whole columns is faster than gathering elements.
+            # One row needs (n,) indices only. Rows that move different columns need an index per element.
             if len(buffer) == 1:
                 buffer.index_copy_(2, target, buffer.index_select(2, source))
             else:
@@ -50,7 +50,7 @@ class _Moves:
     """
 
     def __init__(self, columns: Tensor):
-        self.on, self.made = {columns.device: columns}, {}
+        self.on, self.made = {columns.device: columns}, {}  # columns by device; indices by device and layout
 
     def of(self, buffer: Tensor, first: int) -> tuple[Tensor, Tensor]:
         """Return the source and target indices for a (batch, heads, columns, head size) buffer.
@@ -63,7 +63,7 @@ class _Moves:
         if key not in self.made:
             if device not in self.on:
                 self.on[device] = next(iter(self.on.values())).to(device)
-            columns = self.on[device] - first if first else self.on[device]
+            columns = self.on[device] - first if first else self.on[device]  # (batch, 2 n)
             both = columns.chunk(2, dim=1)  # two of (batch, n)
             if len(buffer) == 1:
                 self.made[key] = tuple(part[0] for part in both)
@@ -193,7 +193,7 @@ class TreeCache(Cache):
         if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
             return None
         growing = cls(layers=[GrowingLayer(getattr(layer, "sliding_window", None)) for layer in layers])
-        length = layers[0].get_seq_length()
+        length = layers[0].get_seq_length()  # not 0 if the user's cache holds an earlier part of the prompt
         for ours, theirs in zip(growing.layers, layers):
             if length:
                 # A sliding-window layer holds only the last columns, so its buffers start at column `first`.

@@ -117,7 +117,7 @@ class DecodeState:
         rows = self.acceptor.rows
         parts = [[[row.last] for row in rows], [[row.columns] for row in rows], *numbers]
         widths = [len(part[0]) for part in parts]
-        # One flat tensor: several small transfers would cost more than their bytes.
+        # One flat tensor, because each transfer has a fixed cost.
         flat = [number for part in parts for row in part for number in row]
         sent = torch.tensor(flat).to(self.device, non_blocking=True).split([len(rows) * width for width in widths])
         roots, self.columns, *sent = (part.view(len(rows), width) for part, width in zip(sent, widths))

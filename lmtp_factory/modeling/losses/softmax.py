@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 
-# Bytes of logits in one block. On a CPU five passes read each block, and a block of 4 MB stays in the L2 and L3 caches
-# between them: 6 rows of 152,064 fp32 logits. On a GPU each pass is a kernel launch, so blocks are larger.
+# Bytes of logits in one block. On a CPU five passes read each block, and a block of 4 MB stays in the caches between
+# them: 6 rows of 152,064 fp32 logits. On a GPU each pass is a kernel launch, so blocks are larger.
 _BLOCK_BYTES = {"cpu": 4 * 2**20, "cuda": 128 * 2**20}
 
 
