@@ -1,7 +1,7 @@
 """What a look-back step costs beyond the forward that it needs anyway.
 
 Baseline: the model's own forward (logits included) of as many tokens, with the same cache and weights, at the same context
-length. The phases of a step are timed inside ``generate``; rounds of both take turns.
+length. The phases of a step are timed inside `generate`; rounds of both take turns.
 
     python benchmarks/decode_step.py demo_run/export_heads
 """
@@ -68,7 +68,7 @@ def one_round(model, prompt: list[int], nodes: int, new_tokens: int) -> tuple[fl
 
 @torch.no_grad()
 def bare_forward(model, prompt: list[int], nodes: int, context: int, repeats: int) -> float:
-    """Seconds of a forward of ``nodes`` tokens behind ``context`` cached ones."""
+    """Seconds of a forward of `nodes` tokens behind `context` cached ones."""
     config = model.config.get_text_config()
     ids = torch.tensor([(prompt * 2)[:context]], device=model.device)
     cache = TreeCache.replacing(DynamicCache(config=config), config, columns=0)

@@ -1,4 +1,4 @@
-"""What :mod:`loss_memory` compares: the arms, the step that each of them does, and the arithmetic of its memory."""
+"""What `loss_memory` compares: the arms, the step that each of them does, and the arithmetic of its memory."""
 
 import importlib.util
 from dataclasses import dataclass
@@ -69,7 +69,7 @@ def open_because(arm: str, device: torch.device) -> str | None:
 
 
 def needed(arm: str, point: Point, device: torch.device) -> tuple[int, str]:
-    """Bytes above :attr:`Point.weights` at the peak of a step, and how they come about."""
+    """Bytes above `Point.weights` at the peak of a step, and how they come about."""
     n, rows, vocab, size = point.heads, point.tokens, point.vocab, point.itemsize
     features = rows * point.hidden * size  # of one head
     trained = (vocab if point.kind == "own" else 0) + point.hidden  # rows of a head's matrices with a gradient

@@ -1,7 +1,7 @@
 """Peak extra memory and time of the leap loss, forward and backward.
 
-Baseline, ratio 1.00: ``eager``, every head's logits at once and autograd. ``torch`` and ``triton`` are our chunked loss,
-``liger`` is Liger-Kernel's fused linear cross-entropy called for every head, and ``floor`` does nothing but the matmuls
+Baseline, ratio 1.00: `eager`, every head's logits at once and autograd. `torch` and `triton` are our chunked loss,
+`liger` is Liger-Kernel's fused linear cross-entropy called for every head, and `floor` does nothing but the matmuls
 that none can do without, in chunks. The heads are trained and the hidden states frozen, as in stage 1. Extra memory is
 what a step takes beyond weights and hidden states; gradients of trained weights count and have a column of their own.
 
@@ -150,7 +150,7 @@ def memory_of(row: dict) -> tuple[float | None, bool]:
 
 
 def measured(problem: Problem, arm: str) -> dict:
-    """One step. Gradients do not exist before it, as after ``zero_grad``."""
+    """One step. Gradients do not exist before it, as after `zero_grad`."""
     problem.heads.zero_grad(set_to_none=True)
     with PeakMemory(problem.device) as peak:
         started = time.perf_counter()

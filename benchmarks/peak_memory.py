@@ -10,10 +10,10 @@ MIB = 2**20
 
 
 class PeakMemory:
-    """Context manager; ``.bytes`` afterwards is the peak above what was held at the start, None where it is not known.
+    """Context manager; `.bytes` afterwards is the peak above what was held at the start, None where it is not known.
 
     On CUDA: torch's allocator. On a CPU, Linux only: the process's resident memory, whose high-water mark the kernel
-    resets when "5" is written to ``clear_refs``. A page that malloc kept from earlier is resident already and counts for
+    resets when "5" is written to `clear_refs`. A page that malloc kept from earlier is resident already and counts for
     nothing, so measure in a fresh process. Resolution: some 1 MiB.
     """
 

@@ -1,4 +1,4 @@
-"""What :mod:`stage_throughput` compares: one training step of every arm on the same documents."""
+"""What `stage_throughput` compares: one training step of every arm on the same documents."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -152,7 +152,7 @@ def run(step: Callable, batches: list[list[dict]], device: str) -> tuple[int | N
 
 
 def read_documents(path: str, cutoff: int, count: int) -> list[dict]:
-    """The first ``count`` rows, again from the start where there are fewer, prompts masked."""
+    """The first `count` rows, again from the start where there are fewer, prompts masked."""
     lines = Path(path).read_text(encoding="utf-8").splitlines()
     documents = []
     for i in range(count):

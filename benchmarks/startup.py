@@ -1,4 +1,4 @@
-"""What the autoload hook costs every torch program: the hook's time over that of ``import torch``, in the same processes.
+"""What the autoload hook costs every torch program: the hook's time over that of `import torch`, in the same processes.
 
     python benchmarks/startup.py [--repeats 15]
 
@@ -26,7 +26,7 @@ print(imported - started, time.perf_counter() - imported)
 
 
 def seconds() -> tuple[float, float]:
-    """Times of ``import torch`` and of the hook in a fresh process."""
+    """Times of `import torch` and of the hook in a fresh process."""
     environment = os.environ | {"LMTP_FACTORY_DISABLE": "1"}
     output = subprocess.run(
         [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True

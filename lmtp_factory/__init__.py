@@ -1,7 +1,7 @@
 """Leap multi-token prediction (L-MTP) for Hugging Face causal LMs and for LLaMA-Factory.
 
-Attributes are loaded on first use: this package is also imported by torch's extension autoload at the end of every
-``import torch``, where it has to cost nothing and must not import transformers.
+Attributes are loaded on first use. torch's extension autoload imports this package at the end of every `import torch`, so
+importing it must be fast and must not import transformers.
 """
 
 from importlib import import_module

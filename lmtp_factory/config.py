@@ -1,4 +1,4 @@
-"""Configuration of a set of leap heads, saved as ``lmtp/config.json``."""
+"""Configuration of a set of leap heads, saved as `lmtp/config.json`."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from .errors import LMTPError
 
 HEAD_KINDS = ("own", "shared")
 
-# What transformers' own configurations write, and what from_dict adds to it.
+# Keys that transformers' own configurations write or that `from_dict` adds; they are accepted and passed on.
 _OF_TRANSFORMERS = {
     *PretrainedConfig().to_dict(),
     *("name_or_path", "_commit_hash", "torch_dtype", "num_labels", "attn_implementation", "experts_implementation"),
@@ -18,21 +18,22 @@ _OF_TRANSFORMERS = {
 
 
 class LMTPConfig(PretrainedConfig):
-    """Geometry and shape of leap heads, and which base model they belong to.
+    """Geometry and shape of leap heads, and the base model that they belong to.
 
     Args:
-        num_heads: extra heads, the LM head not counted (the paper's n - 1). Default 3.
-        stride: tokens that one head leaps beyond the one before (the paper's k). Default 2.
-        offsets: instead of the two above, the extra heads' offsets, rising and above 1, e.g. ``(2, 3, 6)``.
-        head_layers: residual blocks in each head, with separate weights.
-        head_kind: ``own`` gives each head an unembedding matrix, ``shared`` reads the backbone's LM head.
-        hidden_size, vocab_size: of the base model; filled in when heads are attached.
-        base_model: name or path of the base model.
-        tokenizer_fingerprint: see :func:`lmtp_factory.modeling.checkpoint.tokenizer_fingerprint`.
+        num_heads: Number of extra heads, not counting the LM head (the paper's n - 1). Default 3.
+        stride: Number of tokens between the targets of neighbouring heads (the paper's k). Default 2.
+        offsets: Offsets of the extra heads, increasing and above 1, e.g. `(2, 3, 6)`. Replaces `num_heads` and `stride`.
+        head_layers: Number of residual blocks in each head. Blocks do not share weights.
+        head_kind: `own` gives each head its own unembedding matrix; `shared` uses the backbone's LM head.
+        hidden_size: Hidden size of the base model, set by `attach_heads`.
+        vocab_size: Vocabulary size of the base model, set by `attach_heads`.
+        base_model: Name or path of the base model.
+        tokenizer_fingerprint: Hash of the base model's tokenizer, see `modeling.checkpoint.tokenizer_fingerprint`.
 
     Raises:
-        LMTPError: impossible geometry, contradicting geometry, unknown head kind, no head layer, a value of another type,
-            or an argument that is neither here nor one of transformers' own.
+        LMTPError: The geometry is impossible or contradictory, the head kind is unknown, there is no head layer, a value
+            has the wrong type, or an argument is unknown here and to transformers.
     """
 
     model_type = "lmtp"
@@ -75,12 +76,12 @@ class LMTPConfig(PretrainedConfig):
 
     @property
     def num_heads(self) -> int:
-        """Extra heads, the LM head not counted."""
+        """Number of extra heads, not counting the LM head."""
         return len(self.offsets) - 1
 
     @property
     def stride(self) -> int | None:
-        """The constant leap, or None where the leaps differ."""
+        """The constant stride, or None if the offsets are not evenly spaced."""
         return geometry.stride(self.offsets)
 
 

@@ -1,10 +1,10 @@
-"""The one exception type for mistakes that the user can mend, and a help to word it."""
+"""The exception for mistakes that the user can fix."""
 
 
 class LMTPError(ValueError):
-    """A mistake of the user's, told in one sentence that says what to write instead."""
+    """A mistake that the user can fix. The message says in one sentence what is wrong and what to write instead."""
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's exception says, short enough for one of our sentences."""
+    """Return the first line of another library's error message, without the final full stop."""
     return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__

@@ -1,4 +1,4 @@
-"""Names of files, and writing them so that a crash, a kill or a full disk leaves nothing half-written to be read back."""
+"""File names of the checkpoint layout, and atomic writes that survive crashes and full disks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO
 
 
-# The sub-folder of a model, adapter or checkpoint directory that holds leap heads, and what is in it.
+# Leap heads are stored in this sub-folder of a model, adapter or checkpoint directory, in these files.
 HEADS_FOLDER = "lmtp"
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -19,15 +19,14 @@ TREE_FILE = "tree.json"
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO]:
-    """Open a temporary file beside `path` for writing; it takes the name `path` only when the block ends well.
+    """Open a temporary file for writing and rename it to `path` when the block ends without an exception.
 
     Args:
-        path: the file to make or replace. Its folder must exist.
-        mode: `"w"` (UTF-8 text, newlines as written) or `"wb"`.
+        path: File to create or replace. Its directory must exist.
+        mode: `"w"` (UTF-8 text, newlines unchanged) or `"wb"`.
 
     Raises:
-        OSError: what the operating system said (a full disk: ENOSPC). The temporary file is gone and whatever
-            `path` held before is untouched.
+        OSError: Writing failed, e.g. because the disk is full. The temporary file is deleted and `path` is unchanged.
     """
     path = Path(path)
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
@@ -37,7 +36,7 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes private files; a data set or a config should follow the umask like any other file
+        # mkstemp creates files with mode 0600; restore the mode that open() would have used.
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)

@@ -1,10 +1,10 @@
 """Which head predicts which token: the geometry of leap heads, written once (L-MTP, arXiv 2505.17505, section 3).
 
-Head ``i`` (0 is the LM head) reads the hidden state at position ``s`` and predicts token ``s + offsets[i]``, where
-``1 = offsets[0] < offsets[1] < ...``. A constant stride ``k`` is the special case ``offsets[i] = k * i + 1``.
+Head `i` (0 is the LM head) reads the hidden state at position `s` and predicts token `s + offsets[i]`, where
+`1 = offsets[0] < offsets[1] < ...`. A constant stride `k` is the special case `offsets[i] = k * i + 1`.
 
-Looking backward, the draft of depth ``d`` (token ``t + d``; ``t`` is the last position with a hidden state) comes from
-the first head that reaches so far, on the state ``back`` positions before ``t``:
+Look-back decoding drafts token `t + d` at depth `d`, where `t` is the last position with a hidden state. The draft comes
+from the first head whose offset is at least `d`, applied to the state `back = offset - d` positions before `t`:
 
 ====== =========================== ===========================
 depth  stride 2: head @ state      stride 3: head @ state
@@ -29,10 +29,10 @@ DEFAULT_STRIDE = 2
 
 
 def whole(name: str, value: object) -> int:
-    """``value``, refused under ``name`` unless it is a whole number.
+    """Return `value` as an `int`; the error message calls it `name`.
 
     Raises:
-        LMTPError: it is text, a fraction, a truth value or anything else.
+        LMTPError: `value` is not an integer. Strings, floats and booleans are refused too.
     """
     if not _is_whole(value):
         raise LMTPError(f"{name} is {value!r}, but it has to be a whole number: write for instance {name}: 2.")
@@ -40,13 +40,13 @@ def whole(name: str, value: object) -> int:
 
 
 def offsets(n: int, stride: int) -> tuple[int, ...]:
-    """Offsets of ``n`` heads, the LM head counted, that leap by ``stride`` tokens.
+    """Return the offsets of `n` heads with a constant stride; `n` counts the LM head.
 
     >>> offsets(4, 2)
     (1, 3, 5, 7)
 
     Raises:
-        LMTPError: ``n`` below 2 or ``stride`` below 1.
+        LMTPError: `n` is below 2 or `stride` is below 1.
     """
     if n < 2:
         raise LMTPError(f"num_heads is {n - 1}, but L-MTP needs at least one extra head: write num_heads: 1 or more.")
@@ -58,13 +58,13 @@ def offsets(n: int, stride: int) -> tuple[int, ...]:
 
 
 def check_offsets(extra: Sequence[int]) -> tuple[int, ...]:
-    """Full offsets, the LM head's 1 first, from those of the extra heads.
+    """Return the offsets of all heads, with the LM head's 1 first, from the offsets of the extra heads.
 
     >>> check_offsets([2, 3, 6])
     (1, 2, 3, 6)
 
     Raises:
-        LMTPError: ``extra`` is empty, does not rise, or holds an offset of 1 or less.
+        LMTPError: `extra` is empty, does not increase, or contains an offset of 1 or less.
     """
     full = (1, *extra)
     if len(full) < 2 or any(near >= far for near, far in zip(full, full[1:])):
@@ -76,43 +76,48 @@ def check_offsets(extra: Sequence[int]) -> tuple[int, ...]:
 
 
 def stride(offsets: Sequence[int]) -> int | None:
-    """The constant leap between neighbouring heads, or None where the leaps differ."""
+    """Return the constant stride between neighbouring heads, or None if the offsets are not evenly spaced."""
     leaps = {far - near for near, far in zip(offsets, offsets[1:])}
     return leaps.pop() if len(leaps) == 1 else None
 
 
 def lookback(depth: int, offsets: Sequence[int]) -> tuple[int, int]:
-    """``(head, back)``: the head that drafts token ``t + depth`` and how many states before ``t`` it reads.
+    """Return `(head, back)` for the draft of token `t + depth`: `head` reads the state at position `t - back`.
 
     Raises:
-        ValueError: ``depth`` lies outside ``1 .. reach(offsets)``.
+        ValueError: `depth` is outside `1 .. reach(offsets)`.
     """
     if not 1 <= depth <= reach(offsets):
-        raise ValueError(f"depth {depth} lies outside 1..{reach(offsets)}")
+        raise ValueError(
+            f"The depth is {depth}, but it is outside 1..{reach(offsets)}: draft no deeper than the last head."
+        )
     head = bisect_left(offsets, depth)
     return head, offsets[head] - depth
 
 
 def window(offsets: Sequence[int]) -> int:
-    """How many of the last hidden states looking backward needs: the largest leap."""
+    """Return the number of latest hidden states that look-back decoding reads: the largest gap between offsets."""
     return max(far - near for near, far in zip(offsets, offsets[1:]))
 
 
 def reach(offsets: Sequence[int]) -> int:
-    """The farthest depth that the heads draft."""
+    """Return the largest depth that the heads can draft."""
     return offsets[-1]
 
 
 def resolve(
     num_heads: int | None = None, leap_stride: int | None = None, leap_offsets: Sequence[int] | None = None
 ) -> tuple[int, ...]:
-    """Full offsets, the LM head's 1 first, from whichever way the geometry was written.
+    """Return the offsets of all heads, with the LM head's 1 first, from the user's or a saved configuration's values.
 
-    ``leap_offsets`` may carry the LM head's leading 1 (as in a saved config) or leave it out (as users write it).
+    Args:
+        num_heads: Number of extra heads. Default `DEFAULT_NUM_HEADS`.
+        leap_stride: Constant stride. Default `DEFAULT_STRIDE`.
+        leap_offsets: Offsets of the extra heads, with or without the LM head's leading 1.
 
     Raises:
-        LMTPError: the geometry is impossible or not of whole numbers, or ``leap_offsets`` contradicts ``num_heads`` or
-            ``leap_stride``.
+        LMTPError: The geometry is impossible or not made of integers, or `leap_offsets` contradicts `num_heads` or
+            `leap_stride`.
     """
     num_heads = num_heads if num_heads is None else whole("num_heads", num_heads)
     leap_stride = leap_stride if leap_stride is None else whole("leap_stride", leap_stride)

@@ -1,4 +1,4 @@
-"""``lmtp-cli``: what ``llamafactory-cli`` has no verb for."""
+"""`lmtp-cli`: what `llamafactory-cli` has no verb for."""
 
 import argparse
 import sys

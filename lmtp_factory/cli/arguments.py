@@ -4,7 +4,7 @@ import argparse
 
 
 def count(text: str) -> int:
-    """A whole number of 1 or more, for ``argparse``.
+    """A whole number of 1 or more, for `argparse`.
 
     Raises:
         argparse.ArgumentTypeError: anything else.

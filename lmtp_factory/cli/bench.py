@@ -1,4 +1,4 @@
-"""``lmtp-cli bench``: stock decoding, ours without heads, prompt lookup and the heads, side by side."""
+"""`lmtp-cli bench`: stock decoding, ours without heads, prompt lookup and the heads, side by side."""
 
 import argparse
 import json

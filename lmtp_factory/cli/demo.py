@@ -1,4 +1,4 @@
-"""``lmtp-cli demo``: distil, stage 1, stage 2, both exports, a report and faster decoding, on SmolLM2-135M-Instruct."""
+"""`lmtp-cli demo`: distil, stage 1, stage 2, both exports, a report and faster decoding, on SmolLM2-135M-Instruct."""
 
 import argparse
 import os
@@ -118,7 +118,7 @@ def _config(name: str) -> str:
 
 
 def _run(directory: Path, command: str, *arguments: str) -> None:
-    """Run a command of this environment in ``directory``, its output straight to the terminal."""
+    """Run a command of this environment in `directory`, its output straight to the terminal."""
     program = shutil.which(command, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     if program is None:
         raise LMTPError(f"{command} is not installed beside {sys.executable}: pip install . in the checkout.")

@@ -1,4 +1,4 @@
-"""``lmtp-cli distill``: the command line of self-distillation."""
+"""`lmtp-cli distill`: the command line of self-distillation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .arguments import count
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``distill`` to a parser."""
+    """Add the options of `distill` to a parser."""
     parser.add_argument("model", help="Hugging Face model directory or hub id; with --engine server, its tokenizer")
 
     group = parser.add_argument_group("prompts", "Without --prompts and --dataset an instruct model writes its own.")

@@ -1,4 +1,4 @@
-"""``lmtp-cli doctor``: versions, seams and device, and how to mend what is wrong."""
+"""`lmtp-cli doctor`: versions, seams and device, and how to mend what is wrong."""
 
 import argparse
 import os

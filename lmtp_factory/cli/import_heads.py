@@ -1,4 +1,4 @@
-"""``lmtp-cli import``: heads that other programs trained, as an ``lmtp/`` folder."""
+"""`lmtp-cli import`: heads that other programs trained, as an `lmtp/` folder."""
 
 import argparse
 import os
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_output(output: Path, base: str) -> None:
-    """Neither replace heads nor put these into another model, which :func:`load_model` would take for their base."""
+    """Neither replace heads nor put these into another model, which `load_model` would take for their base."""
     if output.exists() and not output.is_dir():
         raise LMTPError(f"--output {output} is a file: name a directory.")
     if (output / HEADS_FOLDER).exists():

@@ -1,4 +1,4 @@
-"""``lmtp-cli report``: per-head loss, accuracy and perplexity of several models on the same held-out rows."""
+"""`lmtp-cli report`: per-head loss, accuracy and perplexity of several models on the same held-out rows."""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""``lmtp-cli tree``: the tree that gives most tokens a second for this model on this device."""
+"""`lmtp-cli tree`: the tree that gives most tokens a second for this model on this device."""
 
 import argparse
 from pathlib import Path
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Let the model write, time the device, weigh the trees, write ``lmtp/tree.json`` and ``lmtp/tree.png``."""
+    """Let the model write, time the device, weigh the trees, write `lmtp/tree.json` and `lmtp/tree.png`."""
     from ..decoding.tree_config import DEFAULT_WIDTH, Conditions, write_tree
     from ..evaluation.report import load_for_scoring
     from ..evaluation.self_generated import read_prompts, write_own_text

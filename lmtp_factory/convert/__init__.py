@@ -1,1 +1,1 @@
-"""Heads that other programs trained, turned into an ``lmtp/`` folder."""
+"""Heads that other programs trained, turned into an `lmtp/` folder."""

@@ -1,4 +1,4 @@
-"""From a foreign checkpoint's tensors to :class:`LeapHeads`: found by name, checked by shape, and only then read."""
+"""From a foreign checkpoint's tensors to `LeapHeads`: found by name, checked by shape, and only then read."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,9 +25,9 @@ class ForeignHeads:
 
     Attributes:
         checkpoint: where they are.
-        format: whose; a module of :data:`FORMATS`.
-        tensors: names in the checkpoint by those in :class:`LeapHeads`, heads counted from 0. Biases may be missing.
-        num_heads, layers, kind: how many heads, residual blocks in each, and ``own`` or ``shared`` unembeddings.
+        format: whose; a module of `FORMATS`.
+        tensors: names in the checkpoint by those in `LeapHeads`, heads counted from 0. Biases may be missing.
+        num_heads, layers, kind: how many heads, residual blocks in each, and `own` or `shared` unembeddings.
     """
 
     checkpoint: Checkpoint
@@ -42,7 +42,7 @@ def find_heads(checkpoint: Checkpoint, format_name: str | None = None) -> Foreig
     """The heads in a checkpoint.
 
     Args:
-        format_name: a key of :data:`FORMATS`; None takes the first whose names are there.
+        format_name: a key of `FORMATS`; None takes the first whose names are there.
 
     Raises:
         LMTPError: no heads, or a tensor missing or there twice.
@@ -119,7 +119,7 @@ def read_heads(found: ForeignHeads, config: LMTPConfig, chosen: Sequence[int]) -
     """The chosen heads (counted from 0, as in the checkpoint), in their own dtype.
 
     Args:
-        config: as :func:`check_shapes` gave it, with as many offsets as heads are chosen.
+        config: as `check_shapes` gave it, with as many offsets as heads are chosen.
     """
     with torch.device("meta"):
         heads = LeapHeads(config)

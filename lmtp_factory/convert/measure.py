@@ -40,7 +40,7 @@ MARGIN = 3.0
 
 
 def read_text(path: str | Path, base: str, vocab_size: int) -> list[Row]:
-    """Rows of token ids: those of ``lmtp-cli distill``, or plain text in windows.
+    """Rows of token ids: those of `lmtp-cli distill`, or plain text in windows.
 
     Raises:
         LMTPError: the file cannot be read, or its rows were written with another vocabulary.
@@ -95,7 +95,7 @@ def decide(hits: Tensor) -> tuple[int, ...]:
     """The offset of each head, rising: each head's own best where all are clear, else the constant stride that is.
 
     Args:
-        hits: see :func:`measure`.
+        hits: see `measure`.
 
     Raises:
         LMTPError: too few positions, nothing that is clearly the best, or offsets that do not rise above 1.
@@ -140,7 +140,7 @@ def decide(hits: Tensor) -> tuple[int, ...]:
 
 
 def table(hits: Tensor, offsets: Sequence[int] = ()) -> str:
-    """Share of positions that each head hits at each offset; ``offsets``, one a head, are marked."""
+    """Share of positions that each head hits at each offset; `offsets`, one a head, are marked."""
     rates = hits.float().mean(-1)
     lines = [f"{'':<8}" + "".join(f"{f'+{offset}':>7} " for offset in range(1, rates.shape[1] + 1))]
     for head, of_head in enumerate(rates.tolist()):

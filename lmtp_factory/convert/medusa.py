@@ -3,13 +3,13 @@
 ============================== ====================================================== ===========================
 program                        block j of head i                                      unembedding of head i
 ============================== ====================================================== ===========================
-Medusa, text-generation-inf.   ``{i}.{j}.linear.weight``, ``.bias``                   ``{i}.{blocks}.weight``
-a model with its heads         the same behind ``medusa_head.``                       the same
-vLLM                           ``blocks.{i}.layers.{j}.weight``, perhaps ``.bias``    ``lm_heads.{i}.weight``
+Medusa, text-generation-inf.   `{i}.{j}.linear.weight`, `.bias`                   `{i}.{blocks}.weight`
+a model with its heads         the same behind `medusa_head.`                       the same
+vLLM                           `blocks.{i}.layers.{j}.weight`, perhaps `.bias`    `lm_heads.{i}.weight`
 ============================== ====================================================== ===========================
 
 Heads without an unembedding (Medusa's training script since version 2 writes such) read the base model's LM head. Head i,
-counted from 0, predicts token i + 2: 0 is not the LM head. ``config.json`` of the published checkpoints says two heads
+counted from 0, predicts token i + 2: 0 is not the LM head. `config.json` of the published checkpoints says two heads
 where the weights hold five, so they are counted in the weights.
 """
 
@@ -27,7 +27,7 @@ _VLLM_TENSOR = re.compile(r"(?:medusa_heads\.)?(?:blocks\.(\d+)\.layers\.(\d+)\.
 
 
 def locate(tensors: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Pairs of a tensor's name in :class:`LeapHeads` and in the checkpoint; what belongs to no head is left out."""
+    """Pairs of a tensor's name in `LeapHeads` and in the checkpoint; what belongs to no head is left out."""
     for theirs in tensors:
         if match := _TENSOR.fullmatch(theirs):
             head, block, leaf = match.groups()

@@ -7,7 +7,7 @@ from ..errors import LMTPError
 
 
 def parse_offsets(text: str) -> tuple[int, ...]:
-    """Offsets as they stand on the command line, e.g. ``3,5,7``.
+    """Offsets as they stand on the command line, e.g. `3,5,7`.
 
     Raises:
         ValueError: anything but whole numbers with commas between.

@@ -1,7 +1,7 @@
 """What the L-MTP authors' code writes in stage 1 (github.com/Xiaohao-Liu/L-MTP): the heads beside the whole backbone.
 
-Its own code sets ``skip_token`` anew whenever it builds a model, whatever the configuration says and whatever the heads
-were trained with, and takes the number of heads from an argument. So neither is read from ``config.json``: the heads are
+Its own code sets `skip_token` anew whenever it builds a model, whatever the configuration says and whatever the heads
+were trained with, and takes the number of heads from an argument. So neither is read from `config.json`: the heads are
 counted, and the leaps have to be asked for or measured.
 """
 
@@ -18,7 +18,7 @@ _TENSOR = re.compile(r"(?:.*\.)?heads\.heads\.(\d+)\.(?:resblock\.(\d+)\.l_proj\
 
 
 def locate(tensors: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Pairs of a tensor's name in :class:`LeapHeads` and in the checkpoint; what belongs to no head is left out."""
+    """Pairs of a tensor's name in `LeapHeads` and in the checkpoint; what belongs to no head is left out."""
     for theirs in tensors:
         if match := _TENSOR.fullmatch(theirs):
             head, block, leaf = match.groups()

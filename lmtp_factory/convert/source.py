@@ -28,7 +28,7 @@ class Checkpoint:
 
     Attributes:
         name: the directory or hub id, as the user wrote it.
-        config: of its ``config.json``; empty where it has none.
+        config: of its `config.json`; empty where it has none.
         files: the safetensors file of each tensor.
     """
 

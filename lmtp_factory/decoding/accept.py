@@ -2,7 +2,7 @@
 
 Greedy takes the argmax, sampling draws from the processed distribution; if a child carries that token the walk goes on
 there, else the token is the step's last. Either way tokens come from the model's own distribution, in order, each seen
-by the logits processors and stopping criteria exactly once, as in stock ``generate``.
+by the logits processors and stopping criteria exactly once, as in stock `generate`.
 """
 
 from collections.abc import Sequence
@@ -45,7 +45,7 @@ class Acceptor:
 
     Attributes:
         rows: state of each sequence.
-        sequences: (batch, capacity) int64 token ids on the host; row b is real below ``rows[b].length``.
+        sequences: (batch, capacity) int64 token ids on the host; row b is real below `rows[b].length`.
         on_device: the same on the model's device, where logits processors or custom criteria read them; else None.
     """
 
@@ -203,7 +203,7 @@ class Acceptor:
         return sequences.to(self.device)
 
     def stacked(self, name: str) -> tuple[Tensor, ...]:
-        """``scores`` or ``logits`` as stock returns them: (batch, vocabulary) a token; all rows have as many."""
+        """`scores` or `logits` as stock returns them: (batch, vocabulary) a token; all rows have as many."""
         return tuple(map(torch.cat, zip(*(getattr(row, name) for row in self.rows), strict=True)))
 
 

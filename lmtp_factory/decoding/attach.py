@@ -1,4 +1,4 @@
-"""Leap heads on a model, with the decoder that uses them: what ``from lmtp_factory import attach_heads`` gives."""
+"""Leap heads on a model, with the decoder that uses them: what `from lmtp_factory import attach_heads` gives."""
 
 import functools
 

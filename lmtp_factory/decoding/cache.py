@@ -1,6 +1,6 @@
 """Key-value caches that a tree can be written to and a branch of it kept in.
 
-A column is one place in the cache. Row ``b`` of the batch owns the columns below its own length; a step writes its
+A column is one place in the cache. Row `b` of the batch owns the columns below its own length; a step writes its
 nodes at a common cursor, the greatest length, and afterwards moves the accepted branch down to the row's end, in place.
 """
 
@@ -41,7 +41,7 @@ class _Moves:
         self.on, self.made = {columns.device: columns}, {}
 
     def of(self, buffer: Tensor, first: int) -> tuple[Tensor, Tensor]:
-        """Indices of what to copy from ``buffer`` (batch, heads, columns, head size) and where to."""
+        """Indices of what to copy from `buffer` (batch, heads, columns, head size) and where to."""
         device, heads, size = buffer.device, buffer.shape[1], buffer.shape[3]
         key = device, first, heads, size
         if key not in self.made:
@@ -82,7 +82,7 @@ class GrowingLayer(_Movable, CacheLayerMixin):
         return 0 if self.window is None else max(self.first, self.shortest - self.window + 1)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Write at the cursor; keys and values from :meth:`visible_from` to the end of what was written."""
+        """Write at the cursor; keys and values from `visible_from` to the end of what was written."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         end = self.cursor + key_states.shape[2]
@@ -96,7 +96,7 @@ class GrowingLayer(_Movable, CacheLayerMixin):
         return self.keys[:, :, visible], self.values[:, :, visible]
 
     def _make_room(self, end: int) -> None:
-        """New buffers for columns up to ``end`` and half as many again, without what is out of sight."""
+        """New buffers for columns up to `end` and half as many again, without what is out of sight."""
         first = self.visible_from()
         old = slice(first - self.first, self.cursor - self.first)
         columns = max((end - first) * 3 // 2, 64)
@@ -112,7 +112,7 @@ class GrowingLayer(_Movable, CacheLayerMixin):
         self.cursor, self.shortest = cursor, shortest
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Number of columns that :meth:`update` will return, and the first of them."""
+        """Number of columns that `update` will return, and the first of them."""
         return self.cursor + query_length - self.visible_from(), self.visible_from()
 
     def get_seq_length(self) -> int:
@@ -127,7 +127,7 @@ class GrowingLayer(_Movable, CacheLayerMixin):
 
 
 class FixedLayer(_Movable, StaticLayer):
-    """Buffers of one size and address for ``torch.compile`` and CUDA graphs; sliding windows are left to the mask."""
+    """Buffers of one size and address for `torch.compile` and CUDA graphs; sliding windows are left to the mask."""
 
     def set_cursor(self, cursor: int, shortest: int) -> None:
         """Where the next step writes."""
@@ -139,10 +139,10 @@ class TreeCache(Cache):
 
     @classmethod
     def replacing(cls, cache: Cache, config: PretrainedConfig, columns: int) -> "TreeCache | None":
-        """A cache with the layers and contents of ``cache``; None where its kind cannot hold trees.
+        """A cache with the layers and contents of `cache`; None where its kind cannot hold trees.
 
         Args:
-            cache: as ``generate`` prepared it or a user gave it.
+            cache: as `generate` prepared it or a user gave it.
             config: the text model's.
             columns: size of a static cache.
         """
@@ -179,7 +179,7 @@ class TreeCache(Cache):
         return isinstance(self.layers[0], FixedLayer)
 
     def moves(self, branches: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[list[int]]:
-        """(batch, 2 n) the columns of each row that :meth:`keep` copies, and then where to; n is 0 where none has to move.
+        """(batch, 2 n) the columns of each row that `keep` copies, and then where to; n is 0 where none has to move.
 
         Args:
             branches: columns of each row's branch, from the root down; empty for a finished row, which keeps what it
@@ -201,7 +201,7 @@ class TreeCache(Cache):
         """Keep one branch of the step's tree in each row, behind what the row had, and forget the others.
 
         Args:
-            moves: what :meth:`moves` says of ``branches`` and ``lengths``, on a device.
+            moves: what `moves` says of `branches` and `lengths`, on a device.
         """
         if moves.shape[1]:
             shared = _Moves(moves)
@@ -216,9 +216,9 @@ class TreeCache(Cache):
             layer.set_cursor(cursor, shortest)
 
     def hand_back(self, cache: Cache, length: int) -> None:
-        """Give the first ``length`` columns to the cache that this one replaced, as if it had been in use all along.
+        """Give the first `length` columns to the cache that this one replaced, as if it had been in use all along.
 
-        Only what rows hold behind their own end, where ``generate`` pads, is not what it would have been.
+        Only what rows hold behind their own end, where `generate` pads, is not what it would have been.
         """
         for ours, theirs in zip(self.layers, cache.layers):
             if isinstance(ours, FixedLayer):

@@ -62,10 +62,10 @@ def pad_token(config: GenerationConfig) -> int | None:
 
 
 def compiles(model: nn.Module, model_kwargs: dict, config: GenerationConfig) -> bool:
-    """Whether ``generate`` would compile the model's forward for this call."""
+    """Whether `generate` would compile the model's forward for this call."""
     return model._valid_auto_compile_criteria(model_kwargs, config)
 
 
 def attention_implementation(config: PretrainedConfig) -> str:
-    """``sdpa``, ``eager``, ``flash_attention_2``, ..."""
+    """`sdpa`, `eager`, `flash_attention_2`, ..."""
     return config._attn_implementation

@@ -7,9 +7,9 @@ to spare keeps its ordinary layers.
 
 Drafts need not be exact: their unembedding, most of a draft's time, is also kept in int8, a quarter of the bytes.
 
-A copy belongs to the memory of the weight that it was made of. It dies with that memory (``model.to(dtype)``, a replaced
-``.data``), and every call of ``generate`` compares the weight's bits with those that were packed, because an optimizer
-step, a merged adapter or a write through ``.data`` changes them in place and tells nobody. The comparison reads the weights
+A copy belongs to the memory of the weight that it was made of. It dies with that memory (`model.to(dtype)`, a replaced
+`.data`), and every call of `generate` compares the weight's bits with those that were packed, because an optimizer
+step, a merged adapter or a write through `.data` changes them in place and tells nobody. The comparison reads the weights
 once: it costs about as much as one forward.
 """
 
@@ -64,7 +64,7 @@ def available() -> bool:
 
 
 def can_prepack(model: nn.Module) -> bool:
-    """Whether ``model`` is an fp32 model on a CPU with memory for a second copy of its matrices."""
+    """Whether `model` is an fp32 model on a CPU with memory for a second copy of its matrices."""
     linears = _linears(model)
     if not linears or not available():
         return False
@@ -76,7 +76,7 @@ def can_prepack(model: nn.Module) -> bool:
 
 @contextmanager
 def prepacked(model: nn.Module) -> Iterator[None]:
-    """``model``'s linear layers compute with packed weights inside the context, in whichever thread.
+    """`model`'s linear layers compute with packed weights inside the context, in whichever thread.
 
     Copies are kept for the next time, and checked against the weights each time a context is entered.
     """
@@ -99,7 +99,7 @@ def prepacked(model: nn.Module) -> Iterator[None]:
 
 
 def int8_linear(layer: nn.Module) -> Callable[[Tensor], Tensor]:
-    """``layer`` with int8 weights where it computes with packed weights now; else the layer itself.
+    """`layer` with int8 weights where it computes with packed weights now; else the layer itself.
 
     Args:
         layer: maps (..., in) fp32 to (..., out).

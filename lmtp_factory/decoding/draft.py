@@ -41,7 +41,7 @@ class Window:
 
     @classmethod
     def of_prompt(cls, hidden: Tensor, lengths: list[int], size: int) -> "Window":
-        """From the prompt's (batch, length, hidden) states, padded on the left to the rows' ``lengths``."""
+        """From the prompt's (batch, length, hidden) states, padded on the left to the rows' `lengths`."""
         missing = size - hidden.shape[1]
         states = hidden[:, -size:]
         if missing > 0:
@@ -55,7 +55,7 @@ class Window:
 
     @classmethod
     def of_states(cls, states: Tensor, is_real: Tensor) -> "Window":
-        """From given (batch, size, hidden) states, of which those at the (batch, size) ``is_real`` exist."""
+        """From given (batch, size, hidden) states, of which those at the (batch, size) `is_real` exist."""
         filled = is_real.sum(1).tolist()
         return cls(states, filled, None if bool(is_real.all()) else is_real.to(states.device))
 
@@ -73,7 +73,7 @@ class Window:
 
         Args:
             hidden: (batch, nodes, hidden) of the step's tree.
-            places: what :meth:`places` says of ``branches``, on a device.
+            places: what `places` says of `branches`, on a device.
         """
         batch, size = self.states.shape[:2]
         places = places.to(hidden.device)
@@ -89,10 +89,10 @@ class Window:
 
 
 def propose_candidates(model: nn.Module, window: Window, levels: int, width: int) -> Candidates:
-    """Candidates for levels 1 to ``levels``, from the states that the last step left behind.
+    """Candidates for levels 1 to `levels`, from the states that the last step left behind.
 
-    Level ``l`` is depth ``d = l + 1``: head ``i``, the first with ``offsets[i] >= d``, reads the state
-    ``offsets[i] - d`` places before the last one. A level whose state is missing gets probability 0.
+    Level `l` is depth `d = l + 1`: head `i`, the first with `offsets[i] >= d`, reads the state
+    `offsets[i] - d` places before the last one. A level whose state is missing gets probability 0.
     """
     offsets, heads = model.leap_heads.config.offsets, model.leap_heads.heads
     size = window.states.shape[1]

@@ -1,7 +1,7 @@
 """When to draft: drafts may cost a generation a small share of its time and no more, whatever the text is.
 
-A plain step brings one token; its time is the unit here. A step with a draft brings ``accepted`` tokens more and takes
-longer, by the draft and the wider forward. It gains ``accepted - extra time`` tokens over plain steps. The balance adds up
+A plain step brings one token; its time is the unit here. A step with a draft brings `accepted` tokens more and takes
+longer, by the draft and the wider forward. It gains `accepted - extra time` tokens over plain steps. The balance adds up
 these gains. While it is used up, steps are plain. Each plain step adds a little to it, which pays for a draft now and then,
 and one that is accepted pays for the next.
 """

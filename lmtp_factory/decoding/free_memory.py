@@ -30,7 +30,7 @@ def free_in_cgroup(root: Path = _CGROUPS, membership: Path = Path("/proc/self/cg
 
     Args:
         root: where the groups are mounted.
-        membership: lines ``hierarchy:controllers:path``, the process's group in each hierarchy.
+        membership: lines `hierarchy:controllers:path`, the process's group in each hierarchy.
     """
     try:
         lines = [line.split(":", 2) for line in membership.read_text(encoding="utf-8").splitlines()]

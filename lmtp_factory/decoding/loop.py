@@ -1,7 +1,7 @@
 """Look-back decoding on a page: draft, verify, accept, advance, until every row has ended.
 
-``generate`` prepares processors, criteria, masks and caches as always and then calls ``_sample`` for greedy search and
-sampling; :func:`decode` stands in for that one method. All that ``generate`` promises therefore holds, and beams, assisted
+`generate` prepares processors, criteria, masks and caches as always and then calls `_sample` for greedy search and
+sampling; `decode` stands in for that one method. All that `generate` promises therefore holds, and beams, assisted
 and contrastive generation never come here.
 """
 
@@ -43,10 +43,10 @@ def decode(
 
     Args:
         input_ids: (batch, prompt length), padded on the left.
-        model_kwargs: the model's inputs as ``generate`` prepared them, with ``past_key_values``.
+        model_kwargs: the model's inputs as `generate` prepared them, with `past_key_values`.
 
     Returns:
-        What ``_sample`` would return; None where this call cannot be sped up, after saying why once.
+        What `_sample` would return; None where this call cannot be sped up, after saying why once.
 
     Raises:
         LMTPError: a static tree names candidates beyond the vocabulary.

@@ -1,4 +1,4 @@
-"""``generate`` of a model with leap heads."""
+"""`generate` of a model with leap heads."""
 
 from collections.abc import Callable
 
@@ -12,10 +12,10 @@ from .tree_config import TreeConfig, tree_config_for
 
 
 class LookBackDecoding:
-    """Mixin in front of a ``*ForCausalLM`` class with leap heads; see :func:`.attach.attach_heads`.
+    """Mixin in front of a `*ForCausalLM` class with leap heads; see `attach_heads`.
 
     Attributes:
-        decode_strategy: what :meth:`generate` does where its caller does not say, one of ``options.STRATEGIES``.
+        decode_strategy: what `generate` does where its caller does not say, one of `options.STRATEGIES`.
     """
 
     decode_strategy: str = "auto"
@@ -29,16 +29,16 @@ class LookBackDecoding:
         lmtp_stats: DecodeStats | None = None,
         **kwargs,
     ):
-        """Same output as ``GenerationMixin.generate``, in fewer forwards where the heads can help.
+        """Same output as `GenerationMixin.generate`, in fewer forwards where the heads can help.
 
         Args:
-            lmtp_decode: ``auto`` or ``backward`` (look-back), ``forward`` (the paper's F-MTP), ``off`` (stock); default the
-                model's ``decode_strategy``.
-            lmtp_tree: the tree to draft with; default :meth:`tree_config`.
+            lmtp_decode: `auto` or `backward` (look-back), `forward` (the paper's F-MTP), `off` (stock); default the
+                model's `decode_strategy`.
+            lmtp_tree: the tree to draft with; default `tree_config`.
             lmtp_stats: filled in with what was done.
 
         Raises:
-            LMTPError: an unknown ``lmtp_decode``; a tree that this vocabulary does not allow.
+            LMTPError: an unknown `lmtp_decode`; a tree that this vocabulary does not allow.
         """
         strategy = self.decode_strategy if lmtp_decode is None else lmtp_decode
         request = DecodeRequest(strategy, lmtp_tree, DecodeStats() if lmtp_stats is None else lmtp_stats)
@@ -55,17 +55,17 @@ class LookBackDecoding:
         streamer=None,
         **model_kwargs,
     ):
-        """The one method of ``generate`` that look-back decoding replaces."""
+        """The one method of `generate` that look-back decoding replaces."""
         prepared = (input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer)
         output = decode(self, *prepared, model_kwargs)
         return super()._sample(*prepared, **model_kwargs) if output is None else output
 
     def tree_config(self) -> TreeConfig:
-        """The tree that :meth:`generate` drafts with: ``lmtp/tree.json``'s or the device's default."""
+        """The tree that `generate` drafts with: `lmtp/tree.json`'s or the device's default."""
         return tree_config_for(self)
 
     def compiled_backbone(self, options: CompileConfig | None) -> Callable:
-        """The backbone's forward under ``torch.compile``, kept for the next call with the same options."""
+        """The backbone's forward under `torch.compile`, kept for the next call with the same options."""
         options = options or CompileConfig()
         if self._compiled_backbone is None or self._compiled_backbone[0] != options:
             self._compiled_backbone = options, torch.compile(self.base_model.__call__, **options.to_dict())

@@ -1,4 +1,4 @@
-"""What one call of ``generate`` asks of the heads, carried to ``_sample``, which takes no such argument."""
+"""What one call of `generate` asks of the heads, carried to `_sample`, which takes no such argument."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,11 +19,11 @@ class DecodeRequest:
     """How to decode.
 
     Attributes:
-        strategy: ``backward`` looks back, ``forward`` fills the window with plain steps first (the paper's F-MTP), ``off``
-            is stock; ``auto`` is ``backward``.
-        tree: to draft with; None takes the model's own, ``lmtp/tree.json`` or the device's default.
+        strategy: `backward` looks back, `forward` fills the window with plain steps first (the paper's F-MTP), `off`
+            is stock; `auto` is `backward`.
+        tree: to draft with; None takes the model's own, `lmtp/tree.json` or the device's default.
         stats: to add to.
-        arrived: whether the call came to ``_sample``.
+        arrived: whether the call came to `_sample`.
     """
 
     strategy: str = "auto"
@@ -36,13 +36,13 @@ _current: ContextVar[DecodeRequest | None] = ContextVar("lmtp_request", default=
 
 
 def current_request() -> DecodeRequest:
-    """The request of the innermost ``generate`` of this thread."""
+    """The request of the innermost `generate` of this thread."""
     return _current.get() or DecodeRequest()
 
 
 @contextmanager
 def requested(request: DecodeRequest, streamer: BaseStreamer | None) -> Iterator[None]:
-    """``_sample`` inside this context (and thread) sees ``request``; an error still ends the stream.
+    """`_sample` inside this context (and thread) sees `request`; an error still ends the stream.
 
     Raises:
         LMTPError: an unknown strategy.

@@ -23,14 +23,14 @@ def prompt_length(input_ids: Tensor, model_kwargs: dict) -> int:
 
 
 class DecodeState:
-    """What a generation knows between two steps. After the prefill, and after each :meth:`advance`, all of it agrees.
+    """What a generation knows between two steps. After the prefill, and after each `advance`, all of it agrees.
 
     Attributes:
         acceptor: the sequences, and which of them have ended.
         cache: keys and values of every accepted token but the roots.
         window: the last hidden states, from which the next draft is made.
-        roots: (batch,) the newest token of each row, on ``device``.
-        columns: (batch, 1) how many columns of the cache each row owns, on ``device``.
+        roots: (batch,) the newest token of each row, on `device`.
+        columns: (batch, 1) how many columns of the cache each row owns, on `device`.
         shift: (..., batch, 1) what a row's columns lack to the position of its root; padding and a user's own positions
             make it differ from 0.
         prompt_mask: (batch, prompt) bool, False where a row is padded; None where none is.
@@ -54,7 +54,7 @@ class DecodeState:
 
         Args:
             input_ids: (batch, prompt length), padded on the left.
-            model_kwargs: as ``generate`` prepared them.
+            model_kwargs: as `generate` prepared them.
         """
         kwargs = {**model_kwargs, "past_key_values": self.cache}
         known = int(self.cache.get_seq_length())
@@ -110,7 +110,7 @@ class DecodeState:
         self.window.push(hidden, branches, places)
 
     def _upload(self, *numbers: list[list[int]]) -> list[Tensor]:
-        """Roots, columns and lists of (batch, n) ``numbers``, sent to the device in one piece."""
+        """Roots, columns and lists of (batch, n) `numbers`, sent to the device in one piece."""
         rows = self.acceptor.rows
         parts = [[[row.last] for row in rows], [[row.columns] for row in rows], *numbers]
         widths = [len(part[0]) for part in parts]
@@ -121,7 +121,7 @@ class DecodeState:
         return sent
 
     def output(self, given, config: GenerationConfig, pad_token: int | None) -> GenerateDecoderOnlyOutput | Tensor:
-        """What ``_sample`` returns; ``given``, the cache that the caller knows, gets the contents of ours."""
+        """What `_sample` returns; `given`, the cache that the caller knows, gets the contents of ours."""
         sequences = self.acceptor.padded(pad_token)
         self.cache.hand_back(given, max(self.lengths()))
         if not config.return_dict_in_generate:
@@ -135,7 +135,7 @@ class DecodeState:
 
 
 def one_row_state(cache: TreeCache, length: int, last_position: int, device: torch.device) -> DecodeState:
-    """A state for trying or timing forwards over trees: one row whose ``length`` tokens are in the cache, no sequence."""
+    """A state for trying or timing forwards over trees: one row whose `length` tokens are in the cache, no sequence."""
     ids = torch.zeros(1, length, dtype=torch.long, device=device)
     state = DecodeState(Acceptor(ids, LogitsProcessorList(), StoppingCriteriaList(), GenerationConfig()), cache)
     cache.set_cursor(length, length)

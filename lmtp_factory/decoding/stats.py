@@ -1,4 +1,4 @@
-"""What one call of ``generate`` did: tokens, forwards, acceptance, and where the time went."""
+"""What one call of `generate` did: tokens, forwards, acceptance, and where the time went."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -13,18 +13,18 @@ PHASES = ("draft", "verify", "accept", "commit")
 
 @dataclass
 class DecodeStats:
-    """Counts of one or several calls; give one to ``model.generate(..., lmtp_stats=stats)``.
+    """Counts of one or several calls; give one to `model.generate(..., lmtp_stats=stats)`.
 
     Attributes:
-        strategy: ``backward``, ``forward`` or ``off``.
-        stock_reason: why stock ``generate`` decoded although heads were there and not switched off; else None.
+        strategy: `backward`, `forward` or `off`.
+        stock_reason: why stock `generate` decoded although heads were there and not switched off; else None.
         tokens: generated, over all rows.
         rows: sequences generated.
         steps: forwards after the prefill, each counted once for every row that it served.
         accepted: for each level of the trees, how many steps accepted it.
         nodes: verified, roots counted.
         advances: for each of the steps, how many tokens it brought; all but the last of them were drafted.
-        seconds: time of the whole generation, and of each of its phases; the device is waited for only with ``profile``.
+        seconds: time of the whole generation, and of each of its phases; the device is waited for only with `profile`.
         profile: wait for the device at every phase's end, so that phases on a GPU are timed and not just launched.
     """
 
@@ -54,7 +54,7 @@ class DecodeStats:
         return [accepted / self.steps for accepted in self.accepted]
 
     def count(self, nodes: int, branches: Sequence[Sequence[int]]) -> None:
-        """One step: trees of ``nodes`` nodes and the accepted branch of each row, empty where it was finished."""
+        """One step: trees of `nodes` nodes and the accepted branch of each row, empty where it was finished."""
         for branch in filter(None, branches):
             self.steps += 1
             self.nodes += nodes

@@ -6,7 +6,7 @@ from .accept import Acceptor
 
 
 class Stream:
-    """Puts one (batch,) tensor a place to the streamer, as stock ``generate`` does, once every row has got there."""
+    """Puts one (batch,) tensor a place to the streamer, as stock `generate` does, once every row has got there."""
 
     def __init__(self, streamer: BaseStreamer | None, acceptor: Acceptor, pad_token: int | None):
         self.streamer, self.acceptor, self.pad_token = streamer, acceptor, pad_token

@@ -1,4 +1,4 @@
-"""What look-back decoding leaves to stock ``generate``, and how the log says so."""
+"""What look-back decoding leaves to stock `generate`, and how the log says so."""
 
 import functools
 import logging
@@ -50,7 +50,7 @@ def unsupported_reason(
 
     Args:
         input_ids: (batch, prompt length).
-        model_kwargs: the model's inputs as ``generate`` prepared them.
+        model_kwargs: the model's inputs as `generate` prepared them.
     """
     return next(_reasons(model, input_ids, processors, criteria, config, synced_gpus, model_kwargs), None)
 
@@ -109,7 +109,7 @@ def _batch_reasons(
 
 
 def leave_to_stock(stats: DecodeStats, reason: str) -> None:
-    """Note that stock ``generate`` decodes, and why; the log says it once."""
+    """Note that stock `generate` decodes, and why; the log says it once."""
     stats.strategy, stats.stock_reason = "off", reason
     say_once(f"Decoding without leap heads: {reason}.")
 
@@ -166,7 +166,7 @@ def _agrees_on_a_tree(model: nn.Module) -> bool:
 
 
 def _checkpoints(model: nn.Module) -> bool:
-    """Whether some layer recomputes in the backward pass; such a layer drops ``past_key_values`` without an error."""
+    """Whether some layer recomputes in the backward pass; such a layer drops `past_key_values` without an error."""
     return any(module.training and getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 

@@ -1,7 +1,7 @@
 """Draft trees: which drafted token hangs below which (Medusa, arXiv 2401.10774, section 2.3; DDTree, arXiv 2604.12989).
 
 Node 0 is the root: the token that the last step decided, whose hidden state the next forward computes. A node of level
-``l`` drafts the token ``l`` places after the root (depth ``l + 1`` of the geometry) and takes one of the candidates that
+`l` drafts the token `l` places after the root (depth `l + 1` of the geometry) and takes one of the candidates that
 the heads name for that place. The candidates of a place do not depend on the path to it, so a node is its parent and
 the rank of its candidate. Parents stand before their children, and more valuable nodes before less valuable ones, so the
 first n nodes of a tree are the best tree of n nodes.
@@ -23,7 +23,7 @@ _LEAST = -50.0
 
 @dataclass(frozen=True)
 class Tree:
-    """The shape of one step's draft; ``batch`` is 1 where all rows share it.
+    """The shape of one step's draft; `batch` is 1 where all rows share it.
 
     Attributes:
         parents: (batch, nodes) int64; the root is its own parent.
@@ -46,7 +46,7 @@ class Tree:
         return self.parents.shape[1]
 
     def first(self, nodes: int) -> "Tree":
-        """The tree of the first ``nodes`` nodes."""
+        """The tree of the first `nodes` nodes."""
         if nodes == self.nodes:
             return self
         values = None if self.values is None else self.values[:, :nodes]
@@ -86,7 +86,7 @@ class Tree:
 
 
 def fixed(paths: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> Tree:
-    """A tree from its nodes' paths: the ranks taken at level 1, 2, ..., the node's own last. ``()`` is the root.
+    """A tree from its nodes' paths: the ranks taken at level 1, 2, ..., the node's own last. `()` is the root.
 
     Raises:
         ValueError: the root is missing, or a path's parent does not stand before it.
@@ -112,7 +112,7 @@ def chain_paths(nodes: int) -> list[tuple[int, ...]]:
 
 
 def best_first_paths(accuracies: Sequence[Sequence[float]], nodes: int) -> list[tuple[int, ...]]:
-    """The ``nodes`` paths of greatest value, the root first, where a path's value is the product of its accuracies.
+    """The `nodes` paths of greatest value, the root first, where a path's value is the product of its accuracies.
 
     Args:
         accuracies: for each level, how often the candidate of each rank is right, falling with the rank.
@@ -133,7 +133,7 @@ def best_first_paths(accuracies: Sequence[Sequence[float]], nodes: int) -> list[
 def grow(probabilities: Tensor, nodes: int) -> Tree:
     """The best-first tree over this step's own probabilities, level by level on their device.
 
-    No path outside a level's ``nodes - 1`` best can be among the ``nodes - 1`` best of all, because values only fall
+    No path outside a level's `nodes - 1` best can be among the `nodes - 1` best of all, because values only fall
     with depth; so each level extends at most that many.
 
     Args:

@@ -1,4 +1,4 @@
-"""Which tree a model drafts with, and how large: ``lmtp/tree.json``, or a default by device."""
+"""Which tree a model drafts with, and how large: `lmtp/tree.json`, or a default by device."""
 
 import json
 import os
@@ -30,7 +30,7 @@ class CostCurve:
     seconds: Mapping[int, float]
 
     def at(self, tokens: int) -> float:
-        """Cost of ``tokens`` tokens, interpolated; beyond the last point the last slope goes on."""
+        """Cost of `tokens` tokens, interpolated; beyond the last point the last slope goes on."""
         sizes = sorted(self.seconds)
         if tokens <= sizes[0] or len(sizes) == 1:
             return self.seconds[sizes[0]]
@@ -67,10 +67,10 @@ class TreeConfig:
     """How to draft.
 
     Attributes:
-        kind: ``chain``; ``static``, a fixed tree; ``dynamic``, the best tree by each step's own probabilities.
-        nodes: of a tree, the root counted; for ``dynamic`` the most it may have. 1 drafts nothing.
-        paths: of a static tree, see :func:`lmtp_factory.decoding.tree.fixed`.
-        width: candidates a level, for ``dynamic``.
+        kind: `chain`; `static`, a fixed tree; `dynamic`, the best tree by each step's own probabilities.
+        nodes: of a tree, the root counted; for `dynamic` the most it may have. 1 drafts nothing.
+        paths: of a static tree, see `lmtp_factory.decoding.tree.fixed`.
+        width: candidates a level, for `dynamic`.
         cost: with it, a dynamic tree is cut in each step where the expected tokens per second are greatest.
         always: draft in every step, also where that does not pay; for measurements and tests.
         source: where the plan comes from, for the log.
@@ -120,7 +120,7 @@ class TreeConfig:
 
         Args:
             values: each row's node values, root first.
-            calibration: the ratio of :class:`AcceptanceCalibration`.
+            calibration: the ratio of `AcceptanceCalibration`.
         """
         if self.cost is None:
             return len(values[0])
@@ -138,9 +138,9 @@ class Conditions:
     """What a tree's size depends on beside the model: with other costs another tree is the fastest.
 
     Attributes:
-        device: type of the device, ``cpu`` or ``cuda``.
-        dtype: that forwards compute in, ``float32`` or ``bfloat16``.
-        prepacked: whether linear layers compute with prepacked weights (:mod:`.cpu_prepacked`).
+        device: type of the device, `cpu` or `cuda`.
+        dtype: that forwards compute in, `float32` or `bfloat16`.
+        prepacked: whether linear layers compute with prepacked weights (`cpu_prepacked.py`).
     """
 
     device: str
@@ -149,7 +149,7 @@ class Conditions:
 
     @classmethod
     def of(cls, model: nn.Module) -> "Conditions":
-        """Those that ``model`` decodes under here."""
+        """Those that `model` decodes under here."""
         return cls(model.device.type, str(model.dtype).removeprefix("torch."), can_prepack(model))
 
     def __str__(self) -> str:
@@ -172,7 +172,7 @@ def default_tree(conditions: Conditions) -> TreeConfig:
 
 
 def tree_config_for(model: nn.Module) -> TreeConfig:
-    """The tree that ``model.generate`` drafts with: ``lmtp/tree.json`` where it was measured under these conditions.
+    """The tree that `model.generate` drafts with: `lmtp/tree.json` where it was measured under these conditions.
 
     Raises:
         LMTPError: the file is damaged.
@@ -190,7 +190,7 @@ def tree_config_for(model: nn.Module) -> TreeConfig:
 
 
 def write_tree(plan: TreeConfig, folder: str | os.PathLike, conditions: Conditions, measured: Mapping) -> Path:
-    """``tree.json`` in an ``lmtp/`` folder.
+    """`tree.json` in an `lmtp/` folder.
 
     Args:
         conditions: that it was measured under; it is used under these alone.
@@ -207,7 +207,7 @@ def write_tree(plan: TreeConfig, folder: str | os.PathLike, conditions: Conditio
 
 
 def read_tree(folder: str | os.PathLike) -> tuple[TreeConfig, Conditions | None] | None:
-    """The plan in an ``lmtp/`` folder and what it was measured under; None where there is no plan.
+    """The plan in an `lmtp/` folder and what it was measured under; None where there is no plan.
 
     Conditions are None in files of versions that did not write all of them.
 

@@ -26,7 +26,7 @@ class Arm:
     """One way of decoding, and what it did.
 
     Attributes:
-        options: of ``generate``.
+        options: of `generate`.
         around: context that its calls run in.
         outputs: (1, length) of every prompt.
         seconds: of every prompt, the best of the repeats.

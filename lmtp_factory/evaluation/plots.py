@@ -19,7 +19,7 @@ def draw_head_curves(curves: Mapping[str, Sequence[tuple[int, float]]], path: st
     """Losses on the left, top-1 accuracies on the right, a colour a head; evaluation dashed with dots.
 
     Args:
-        curves: metric name (``loss_head_1``, ``eval_acc_head_2``, ...) to (step, value) points.
+        curves: metric name (`loss_head_1`, `eval_acc_head_2`, ...) to (step, value) points.
         path: of the PNG file to write.
     """
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -48,7 +48,7 @@ def draw_curves(curves: Mapping[str, Sequence[tuple[int, float]]], panels: Seque
 
 
 def draw_head_bars(scores: Mapping[str, "HeadScores"], path: str | os.PathLike) -> None:
-    """Loss and top-1 accuracy of every head as bars, a colour a model; ``path`` is the PNG file to write."""
+    """Loss and top-1 accuracy of every head as bars, a colour a model; `path` is the PNG file to write."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2)
@@ -68,7 +68,7 @@ def draw_head_bars(scores: Mapping[str, "HeadScores"], path: str | os.PathLike) 
 
 
 def draw_bench(rows: Sequence["ArmResult"], path: str | os.PathLike) -> None:
-    """Tokens per second as bars, tau beside them; ``path`` is the PNG file to write."""
+    """Tokens per second as bars, tau beside them; `path` is the PNG file to write."""
     figure = Figure(figsize=(9, 0.45 * len(rows) + 1.2), layout="constrained")
     FigureCanvasAgg(figure)
     panel = figure.subplots()

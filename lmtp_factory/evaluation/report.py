@@ -20,9 +20,9 @@ REPORT_FILE, PLOT_FILE = "report.json", "report.png"
 
 
 def load_for_scoring(path: str, offsets: tuple[int, ...] | None = None, dtype: torch.dtype | None = None) -> nn.Module:
-    """A model with heads: its own, or untrained ones at ``offsets`` (identity blocks on the LM head) where it has none.
+    """A model with heads: its own, or untrained ones at `offsets` (identity blocks on the LM head) where it has none.
 
-    Weights are fp32 on a CPU, where bf16 arithmetic is slow, unless ``dtype`` says otherwise.
+    Weights are fp32 on a CPU, where bf16 arithmetic is slow, unless `dtype` says otherwise.
     """
     has_gpu = torch.cuda.is_available()
     kwargs = {"dtype": dtype or ("auto" if has_gpu else torch.float32), "device_map": "cuda" if has_gpu else None}
@@ -46,13 +46,13 @@ def table(scores: Mapping[str, HeadScores]) -> str:
 
 
 def print_table(scores: Mapping[str, HeadScores]) -> None:
-    """:func:`table` on stdout, with what has to be known to read it."""
+    """`table` on stdout, with what has to be known to read it."""
     print(table(scores))
     print("Models without heads are scored with untrained ones: identity blocks on their own LM head.")
 
 
 def write_report(scores: Mapping[str, HeadScores], output_dir: Path) -> None:
-    """``report.json`` and ``report.png`` in ``output_dir``."""
+    """`report.json` and `report.png` in `output_dir`."""
     output_dir.mkdir(parents=True, exist_ok=True)
     with atomic_write(output_dir / REPORT_FILE) as file:
         json.dump({label: score.to_dict() for label, score in scores.items()}, file, indent=2)

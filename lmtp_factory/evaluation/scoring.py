@@ -48,7 +48,7 @@ class HeadScores:
 
 
 def read_rows(path: str | Path, limit: int | None = None) -> list[Row]:
-    """Rows of token ids that ``lmtp-cli distill`` wrote.
+    """Rows of token ids that `lmtp-cli distill` wrote.
 
     Raises:
         LMTPError: a line is no such row; the sentence names it.

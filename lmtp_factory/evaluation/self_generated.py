@@ -14,7 +14,7 @@ from .scoring import Row
 
 
 def read_prompts(model_path: str, file: str, limit: int | None) -> tuple[PreTrainedTokenizerBase, list[list[int]]]:
-    """The tokenizer of a model with heads, and the first ``limit`` prompts of a file as its chat template writes them.
+    """The tokenizer of a model with heads, and the first `limit` prompts of a file as its chat template writes them.
 
     Raises:
         LMTPError: no tokenizer, or a malformed prompt; the sentence names the line.

@@ -1,10 +1,10 @@
-"""``custom_generate/`` of a heads export: lets transformers alone decode with the heads, where this package is installed.
+"""`custom_generate/` of a heads export: lets transformers alone decode with the heads, where this package is installed.
 
     model = AutoModelForCausalLM.from_pretrained(path)
     model.generate(**inputs, custom_generate=path, trust_remote_code=True)
 
-The folder is written on ``lmtp_export: custom_generate`` only. It holds an import of this module and the name of the
-package, which ``pip install --no-deps lmtp_factory`` brings beside torch and transformers.
+The folder is written on `lmtp_export: custom_generate` only. It holds an import of this module and the name of the
+package, which `pip install --no-deps lmtp_factory` brings beside torch and transformers.
 """
 
 import os
@@ -34,7 +34,7 @@ __all__ = ["generate"]
 
 
 def write_custom_generate(directory: str | os.PathLike) -> None:
-    """Write ``custom_generate/`` into the directory of a heads export.
+    """Write `custom_generate/` into the directory of a heads export.
 
     Raises:
         OSError: as the file system says.
@@ -46,7 +46,7 @@ def write_custom_generate(directory: str | os.PathLike) -> None:
 
 
 def generate(*inputs, model: nn.Module, **kwargs) -> Tensor:
-    """As ``model.generate``, in fewer forwards; ``lmtp_decode="off"`` is stock.
+    """As `model.generate`, in fewer forwards; `lmtp_decode="off"` is stock.
 
     Args:
         model: loaded from the export, with heads attached or without.

@@ -1,4 +1,4 @@
-"""Leap heads on a causal LM: the modules, the loss, attaching, saving and loading. Needs torch and transformers only."""
+"""Leap heads for a causal LM: modules, loss, attaching, saving and loading. Depends on torch and transformers only."""
 
 from transformers import AutoConfig, AutoModel
 

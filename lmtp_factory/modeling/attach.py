@@ -1,4 +1,4 @@
-"""Giving leap heads to a model that is loaded."""
+"""Attaching leap heads to a loaded model."""
 
 import copy
 from contextlib import AbstractContextManager, nullcontext
@@ -30,25 +30,25 @@ def attach_heads(
     dtype: torch.dtype | None = None,
     mixins: tuple[type, ...] = (),
 ) -> nn.Module:
-    """Give leap heads to a loaded causal LM, in place.
+    """Attach leap heads to a loaded causal LM, in place.
 
     Args:
-        model: a transformers causal LM (or image-text model with an LM head), or a PEFT model around one.
-        config: geometry and kind of fresh heads; default :class:`LMTPConfig`.
-        stage: 1 freezes everything but the heads and trains them alone; 2 trains the heads together with whatever of
-            the backbone requires gradients; None attaches them for inference.
-        heads: trained heads to attach instead of fresh ones.
-        head_weight: beta of stage 2.
-        head_decay: w_i = head_decay ** (i - 1).
-        dtype: of the heads' parameters; default the LM head's.
-        mixins: classes to put in front of the model's, see :mod:`lmtp_factory.decoding`.
+        model: A transformers causal LM (or image-text model with an LM head), or a PEFT model around one.
+        config: Geometry and kind of new heads. Default `LMTPConfig()`.
+        stage: 1 trains only the heads and freezes the rest. 2 trains the heads and every backbone parameter that requires
+            gradients. None attaches the heads for inference.
+        heads: Trained heads to attach instead of new ones.
+        head_weight: The paper's beta, used in stage 2.
+        head_decay: `w_i = head_decay ** (i - 1)`.
+        dtype: Dtype of the heads' parameters. Default: the LM head's.
+        mixins: Classes to place before the model's class, see `lmtp_factory.decoding`.
 
     Returns:
-        ``model``. Given ``labels`` its forward returns a :class:`LeapOutput` with the stage's ``loss``.
+        `model`. With `labels`, its forward returns a `LeapOutput` with the stage's `loss`.
 
     Raises:
-        LMTPError: heads of another base model; a base whose logits are not its LM head on its final hidden states, see
-            :func:`~.logits_proof.prove_logits`; an LM head that cannot be copied.
+        LMTPError: The heads belong to another base model, the base model's logits are not its LM head applied to its final
+            hidden states (see `prove_logits`), or the LM head cannot be copied.
     """
     base = base_of(model)
     if isinstance(base, LeapModel):
@@ -78,7 +78,11 @@ def attach_heads(
 
 
 def fresh_heads(base: PreTrainedModel, config: LMTPConfig) -> LeapHeads:
-    """Untrained heads for ``base``: identity blocks and, for ``own``, copies of its LM head."""
+    """Return untrained heads for `base`: identity blocks and, for kind `own`, copies of its LM head.
+
+    Raises:
+        LMTPError: There is no LM head, or its weights cannot be copied.
+    """
     text_config, lm_head = base.config.get_text_config(), base.get_output_embeddings()
     if lm_head is None:
         raise LMTPError(f"{type(base).__name__} has no LM head to predict tokens with: load a *ForCausalLM class.")
@@ -101,7 +105,7 @@ def fresh_heads(base: PreTrainedModel, config: LMTPConfig) -> LeapHeads:
 
 
 def _loaded(layer: nn.Module) -> AbstractContextManager:
-    """Inside the context a layer that accelerate keeps in host memory or on disk has its weights."""
+    """Load the weights of a layer that accelerate has offloaded to host memory or disk, inside the context."""
     if not hasattr(layer, "_hf_hook"):
         return nullcontext()
     from accelerate.utils import align_module_device

@@ -1,7 +1,7 @@
-"""Leap heads on disk: the sub-folder ``lmtp/`` of a model, adapter or checkpoint directory.
+"""Saving and loading leap heads in `lmtp/`, a sub-folder of a model, adapter or checkpoint directory.
 
-``lmtp/config.json`` and ``lmtp/model.safetensors``, nothing else is ever read. The folder is written beside its final
-name and renamed, so a crash or a full disk leaves the old heads or none, never half of the new ones.
+Heads are read from `lmtp/config.json` and `lmtp/model.safetensors` only. A new folder is written under a temporary name and
+then renamed, so a crash or a full disk leaves the old heads or none, but no partial heads.
 """
 
 import hashlib
@@ -26,20 +26,22 @@ from ..files import CONFIG_FILE, HEADS_FOLDER, WEIGHTS_FILE
 from .heads import LeapHeads
 
 
-# What heads mean: never left to a default when it is read back.
+# Keys that change what the weights mean. They must be in a saved config.json; defaults are not applied.
 _FACTS = ("offsets", "head_kind", "head_layers", "hidden_size", "vocab_size")
-# safetensors' names of the dtypes that a head can compute in.
+# safetensors' names of the dtypes that heads can be loaded in.
 _DTYPES = ("F16", "BF16", "F32", "F64")
 
 
 def save_heads(heads: LeapHeads, folder: str | os.PathLike, state_dict: Mapping[str, Tensor] | None = None) -> None:
-    """Write ``heads`` to ``folder`` (a path that ends in ``lmtp``), replacing what is there only when all is written.
+    """Write `heads` to `folder`. Older heads there are replaced after everything is written.
 
     Args:
-        state_dict: tensors to write instead of the heads' own, e.g. those gathered from ZeRO-3 shards.
+        heads: Heads to save.
+        folder: Directory to write to, usually `<directory>/lmtp`.
+        state_dict: Tensors to write instead of `heads.state_dict()`, e.g. gathered from ZeRO-3 shards.
 
     Raises:
-        OSError: as the file system says; the old heads, if any, are still there.
+        OSError: Writing failed. Older heads are unchanged.
     """
     folder = Path(folder)
     fresh, stale = folder.with_name(f"{folder.name}.writing"), folder.with_name(f"{folder.name}.replaced")
@@ -64,7 +66,11 @@ def save_heads(heads: LeapHeads, folder: str | os.PathLike, state_dict: Mapping[
 
 
 def find_heads(path: str | os.PathLike) -> Path | None:
-    """The ``lmtp/`` folder of ``path``, a local directory or a hub id; None where it has none."""
+    """Return the `lmtp/` folder of a local directory or hub id, or None if it has none.
+
+    Raises:
+        LMTPError: The hub cannot be reached.
+    """
     if os.path.isdir(path):
         folder = Path(path, HEADS_FOLDER)
         return folder if folder.is_dir() else None
@@ -73,30 +79,28 @@ def find_heads(path: str | os.PathLike) -> Path | None:
     except (RepositoryNotFoundError, HFValidationError, LocalEntryNotFoundError):
         return None
     except HfHubHTTPError as error:
-        raise LMTPError(
-            f"The hub could not be asked for {path} ({error}): try again or name a local directory."
-        ) from None
+        raise LMTPError(f"The hub request for {path} failed ({error}): try again or name a local directory.") from None
     folder = Path(snapshot, HEADS_FOLDER)
     return folder if folder.is_dir() else None
 
 
 def read_config(folder: str | os.PathLike) -> LMTPConfig:
-    """The configuration in an ``lmtp/`` folder.
+    """Read the configuration in an `lmtp/` folder.
 
     Raises:
-        LMTPError: it is missing, unreadable or impossible; it lacks a fact without which heads mean something else, or holds
-            one that this version does not know.
+        LMTPError: The file is missing, unreadable or inconsistent, lacks a required key, or has a key that this version
+            does not know.
     """
     path = Path(folder, CONFIG_FILE)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise LMTPError(f"{path} is missing: give the directory whose lmtp/ folder stage 1 or stage 2 wrote.") from None
+        raise LMTPError(f"{path} is missing: name a directory whose lmtp/ folder stage 1 or stage 2 wrote.") from None
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise LMTPError(f"{path} is damaged ({error}): copy or train the leap heads again.") from None
     if not isinstance(values, dict) or values.pop("model_type", None) != LMTPConfig.model_type:
         raise LMTPError(
-            f"{path} does not describe leap heads (its model_type is not {LMTPConfig.model_type}): give a directory whose "
+            f"{path} does not describe leap heads (its model_type is not {LMTPConfig.model_type}): name a directory whose "
             "lmtp/ folder stage 1 or stage 2 wrote."
         )
     missing = [name for name in _FACTS if values.get(name) is None]
@@ -109,18 +113,19 @@ def read_config(folder: str | os.PathLike) -> LMTPConfig:
 
 
 def validate_checkpoint(folder: str | os.PathLike) -> LMTPConfig:
-    """The configuration of an ``lmtp/`` folder whose weights are there, whole, and of the shapes it describes.
+    """Check that the weights in an `lmtp/` folder are complete and match its configuration; return the configuration.
 
-    Reads the header of the weights only, so it is cheap enough to run before a model loads.
+    Reads only the header of the weights, so the check is fast enough to run before a model is loaded.
 
     Raises:
-        LMTPError: a file is missing, damaged or truncated, the two do not fit each other, or weights are no floats.
+        LMTPError: A file is missing, damaged or truncated, the weights do not match the configuration, or they are not
+            floating-point numbers.
     """
     folder, config = Path(folder), read_config(folder)
     path = folder / WEIGHTS_FILE
     try:
-        with safe_open(path, framework="pt") as weights:  # refuses a file shorter than its header says
-            tensors = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118  no dict
+        with safe_open(path, framework="pt") as weights:  # raises if the file is shorter than its header says
+            tensors = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118  safe_open is not a dict
             found = {name: tuple(tensor.get_shape()) for name, tensor in tensors.items()}
             dtypes = {name: tensor.get_dtype() for name, tensor in tensors.items()}
     except FileNotFoundError:
@@ -137,30 +142,30 @@ def validate_checkpoint(folder: str | os.PathLike) -> LMTPConfig:
     odd = sorted(name for name, dtype in dtypes.items() if dtype not in _DTYPES)
     if odd:
         raise LMTPError(
-            f"{path} holds {odd[0]} as {dtypes[odd[0]]}, but leap heads are read as {', '.join(_DTYPES)} only: write them "
-            "in one of these."
+            f"{path} holds {odd[0]} as {dtypes[odd[0]]}, but leap heads are read as {', '.join(_DTYPES)} only: save them "
+            "in one of these dtypes."
         )
     return config
 
 
 def load_heads(path: str | os.PathLike) -> LeapHeads:
-    """Leap heads from a directory or hub id that has an ``lmtp/`` folder, on the CPU, in the dtype they were saved in.
+    """Load leap heads from the `lmtp/` folder of a directory or hub id, on the CPU, in the dtype of the file.
 
     Raises:
-        LMTPError: no heads there, or damaged, truncated or incomplete ones, or weights that are not finite.
+        LMTPError: There are no heads, or they are damaged, truncated, incomplete or not finite.
     """
     folder = find_heads(path)
     if folder is None:
-        raise LMTPError(f"{path} has no lmtp/ folder, so no leap heads: give the output directory of an L-MTP stage.")
+        raise LMTPError(f"{path} has no lmtp/ folder, so no leap heads: name the output directory of an L-MTP stage.")
     config = validate_checkpoint(folder)
-    with torch.device("meta"):  # no random numbers for matrices that are about to be read
+    with torch.device("meta"):  # skips the initialisation of weights that are loaded below
         heads = LeapHeads(config)
     tensors = load_file(folder / WEIGHTS_FILE)
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise LMTPError(
                 f"{folder / WEIGHTS_FILE} holds NaN or infinity in {name}: train the leap heads again, with a lower "
-                "learning rate if that is how they came about."
+                "learning rate if the training diverged."
             )
     heads.load_state_dict(tensors, assign=True)
     heads.folder = folder
@@ -168,26 +173,26 @@ def load_heads(path: str | os.PathLike) -> LeapHeads:
 
 
 def tokenizer_fingerprint(tokenizer) -> str:
-    """Hash of a tokenizer's vocabulary (token and id pairs): equal where token ids mean the same."""
+    """Return a hash of a tokenizer's (token, id) pairs. Equal hashes mean equal token ids."""
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     return hashlib.sha256(json.dumps(vocabulary, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
 def state_size(text_config: PretrainedConfig) -> int:
-    """Width of the final hidden states, as the LM head reads them: OPT projects them to that of its embeddings."""
+    """Return the width of the LM head's inputs. OPT projects its hidden states to the width of the embeddings."""
     return getattr(text_config, "word_embed_proj_dim", None) or text_config.hidden_size
 
 
 def check_base(config: LMTPConfig, base: PretrainedConfig, fingerprint: str | None = None) -> None:
-    """Refuse heads on a base model that they were not trained on.
+    """Check that heads were trained on a base model.
 
     Args:
-        config: the heads'.
-        base: the base model's configuration.
-        fingerprint: of the base model's tokenizer; not compared where either side has none.
+        config: Configuration of the heads.
+        base: Configuration of the base model.
+        fingerprint: Fingerprint of the base model's tokenizer. Compared only if both sides have one.
 
     Raises:
-        LMTPError: hidden size, vocabulary size or tokenizer differ; the sentence names both models.
+        LMTPError: Hidden size, vocabulary size or tokenizer differ.
     """
     text_config = base.get_text_config()
     facts = [
@@ -204,15 +209,24 @@ def check_base(config: LMTPConfig, base: PretrainedConfig, fingerprint: str | No
 
 
 def check_base_files(config: LMTPConfig, base: str, **hub_options: Any) -> None:
-    """:func:`check_base` from a base model's files, without its weights; ``hub_options`` as ``from_pretrained``'s."""
+    """Run `check_base` on a model directory or hub id without loading its weights.
+
+    Args:
+        config: Configuration of the heads.
+        base: Model directory or hub id.
+        hub_options: Passed to `from_pretrained`, e.g. `token` or `revision`.
+
+    Raises:
+        LMTPError: Hidden size, vocabulary size or tokenizer differ.
+    """
     fingerprint = base_fingerprint(base, **hub_options) if config.tokenizer_fingerprint else None
     check_base(config, AutoConfig.from_pretrained(base, **hub_options), fingerprint)
 
 
 def base_fingerprint(base: str, **hub_options: Any) -> str | None:
-    """Fingerprint of the tokenizer in a model directory or hub id; None where it has none.
+    """Return the fingerprint of the tokenizer in a model directory or hub id, or None if it has none.
 
-    Read from the files, not taken from a tokenizer in use: LLaMA-Factory's templates may have added tokens to that.
+    The tokenizer is read from the files because LLaMA-Factory's templates may add tokens to a loaded tokenizer.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(base, **hub_options)

@@ -14,11 +14,11 @@ from .losses.softmax import softcapped
 
 
 class ResidualBlock(nn.Module):
-    """``z + SiLU(W z + b)``; with W and b zero it starts as the identity."""
+    """`z + SiLU(W z + b)`. W and b are initialised to zero, so the block starts as the identity."""
 
     def __init__(self, hidden_size: int):
         super().__init__()
-        # The leaf name is our own: upstream's rules for LoRA targets and multimodal freezing match on names.
+        # The name must be unique to this package: LLaMA-Factory chooses LoRA targets and frozen modules by leaf name.
         self.leap_proj = nn.Linear(hidden_size, hidden_size)
         nn.init.zeros_(self.leap_proj.weight)
         nn.init.zeros_(self.leap_proj.bias)
@@ -29,22 +29,22 @@ class ResidualBlock(nn.Module):
 
 
 def unembed(features: Tensor, unembedding: nn.Module, softcap: float | None = None) -> Tensor:
-    """(..., hidden) -> (..., vocabulary) logits."""
+    """Map (..., hidden) features to (..., vocabulary) logits."""
     return softcapped(unembedding(cast_like(features, unembedding)), softcap)
 
 
 def softcap_of(base: PreTrainedModel) -> float | None:
-    """The base model's ``final_logit_softcapping``, which applies to every head that predicts tokens."""
+    """Return the base model's `final_logit_softcapping` or None. It applies to the leap heads' logits too."""
     return getattr(base.config.get_text_config(), "final_logit_softcapping", None)
 
 
 def lm_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """(..., hidden) final hidden states -> (..., vocabulary), the LM head's logits."""
+    """Map (..., hidden) final hidden states to the LM head's (..., vocabulary) logits."""
     return unembed(hidden, model.get_output_embeddings(), softcap_of(model))
 
 
 class LeapHead(nn.Module):
-    """One head: residual blocks, then its own unembedding or the LM head's."""
+    """One leap head: residual blocks, then its own unembedding or the LM head."""
 
     def __init__(self, hidden_size: int, vocab_size: int, layers: int, own_unembedding: bool):
         super().__init__()
@@ -52,28 +52,28 @@ class LeapHead(nn.Module):
         self.unembed = nn.Linear(hidden_size, vocab_size, bias=False) if own_unembedding else None
 
     def features(self, hidden: Tensor) -> Tensor:
-        """(..., hidden) final hidden states -> (..., hidden) what the unembedding reads."""
+        """Map (..., hidden) final hidden states to the unembedding's (..., hidden) inputs."""
         for block in self.blocks:
             hidden = block(hidden)
         return hidden
 
     def logits(self, hidden: Tensor, lm_head: nn.Module, softcap: float | None = None) -> Tensor:
-        """(..., hidden) final hidden states -> (..., vocabulary) logits."""
+        """Map (..., hidden) final hidden states to (..., vocabulary) logits."""
         return unembed(self.features(hidden), self.unembedding(lm_head), softcap)
 
     def unembedding(self, lm_head: nn.Module) -> nn.Module:
-        """The layer that this head's features go to: its own, or the backbone's LM head."""
+        """Return the head's own unembedding layer, or `lm_head` if the head has none."""
         return lm_head if self.unembed is None else self.unembed
 
     def spec(self, lm_head: nn.Module, vocab_size: int) -> HeadSpec:
-        """This head as a loss sees it."""
+        """Return what the loss needs to know about this head."""
         return HeadSpec(self.features, self.unembedding(lm_head), vocab_size, tuple(self.blocks.parameters()))
 
 
 class LeapHeads(PreTrainedModel):
-    """The extra heads of one base model: what ``lmtp/`` holds.
+    """The leap heads of one base model, saved as `lmtp/`.
 
-    ``heads[i - 1]`` is head ``i`` of the geometry; head 0 is the base model's LM head and is not stored here.
+    `heads[i - 1]` is head `i` of the geometry. Head 0 is the base model's LM head and is not stored here.
     """
 
     config_class = LMTPConfig
@@ -82,7 +82,7 @@ class LeapHeads(PreTrainedModel):
 
     def __init__(self, config: LMTPConfig):
         super().__init__(config)
-        self.folder: Path | None = None  # that they were read from
+        self.folder: Path | None = None  # directory that the heads were loaded from
         self.heads = nn.ModuleList(
             LeapHead(config.hidden_size, config.vocab_size, config.head_layers, config.head_kind == "own")
             for _ in range(config.num_heads)
@@ -90,10 +90,10 @@ class LeapHeads(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: blocks start as the identity, and unembeddings as copies of the LM head or from a checkpoint."""
+        """Do nothing: blocks start as the identity, and `attach_heads` or a checkpoint sets the unembeddings."""
 
     def logits(self, hidden: Tensor, lm_head: nn.Module, softcap: float | None = None) -> Tensor:
-        """(..., hidden) final hidden states -> (heads, ..., vocabulary) logits of the extra heads."""
+        """Map (..., hidden) final hidden states to (heads, ..., vocabulary) logits of the leap heads."""
         return torch.stack([head.logits(hidden, lm_head, softcap) for head in self.heads])
 
     def forward(
@@ -106,19 +106,21 @@ class LeapHeads(PreTrainedModel):
         softcap: float | None = None,
         implementation: str = "torch",
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The training loss, not the logits: under ZeRO-3 a module's weights exist only while its ``forward`` runs.
+        """Compute the training loss.
+
+        The loss is computed here because ZeRO-3 gathers a module's weights only while its `forward` runs.
 
         Args:
             hidden: (rows, hidden) final hidden states.
-            targets: (heads, rows) token ids, -100 where masked; with one row more than there are extra heads the first
-                is the LM head's.
-            scales: (heads,) what each head's loss sum is multiplied by.
-            lm_head: the backbone's LM head, read by heads without an unembedding of their own.
-            softcap: the base model's ``final_logit_softcapping``.
-            implementation: ``torch``, ``triton`` or ``eager``, see :mod:`.losses`.
+            targets: (heads, rows) token ids, -100 where masked. If there is one more row than leap heads, the first row
+                belongs to the LM head.
+            scales: (heads,) factors of the heads' loss sums.
+            lm_head: The backbone's LM head. Heads of kind `shared` use it as their unembedding.
+            softcap: The base model's `final_logit_softcapping`.
+            implementation: `torch`, `triton` or `eager`, see `losses/`.
 
         Returns:
-            Scalar loss; (heads,) loss sums, not scaled; (heads,) top-1 hits.
+            Scalar loss; (heads,) unscaled loss sums; (heads,) top-1 hits.
         """
         vocab_size = self.config.vocab_size
         specs = [head.spec(lm_head, vocab_size) for head in self.heads]
@@ -128,5 +130,5 @@ class LeapHeads(PreTrainedModel):
 
 
 def _identity(hidden: Tensor) -> Tensor:
-    """What the LM head reads."""
+    """Return `hidden`: the LM head has no residual blocks."""
     return hidden

@@ -1,4 +1,4 @@
-"""A model with leap heads in one call."""
+"""Loading a model with leap heads in one call."""
 
 import os
 from collections.abc import Callable
@@ -14,26 +14,29 @@ from .vocabulary import new_tokens
 
 
 def load_model(path: str, *, attach: Callable = attach_heads, **from_pretrained_kwargs) -> nn.Module:
-    """A model with leap heads, ready for inference, in one call.
+    """Load a model with leap heads for inference.
 
     Args:
-        path: a heads export, an adapter directory with heads (its base is loaded and the adapter put on), or a stage-1
-            output directory (its ``lmtp/config.json`` names the base). Local or a hub id.
-        attach: what attaches the heads.
-        from_pretrained_kwargs: passed to the base model's ``from_pretrained``, e.g. ``dtype`` or ``device_map``.
+        path: Local directory or hub id of a heads export, of an adapter with heads (its base model is loaded, then the
+            adapter), or of a stage-1 output (`lmtp/config.json` names the base model).
+        attach: Function that attaches the heads, with the signature of `attach_heads`.
+        from_pretrained_kwargs: Passed to the base model's `from_pretrained`, e.g. `dtype` or `device_map`.
+
+    Returns:
+        The model in eval mode, without gradients.
 
     Raises:
-        LMTPError: no heads at ``path``, or heads that do not fit the model.
+        LMTPError: `path` has no heads, or they do not fit the model.
     """
     hub_options = {k: v for k, v in from_pretrained_kwargs.items() if k in ("token", "revision", "cache_dir")}
     if not os.path.isdir(path):
         path = snapshot_download(path, **hub_options)
-        from_pretrained_kwargs.pop("revision", None)  # it names a version of `path`, not of its base model
+        from_pretrained_kwargs.pop("revision", None)  # a revision of `path`, not of its base model
     heads = load_heads(path)
     is_adapter = os.path.isfile(os.path.join(path, "adapter_config.json"))
     is_model = os.path.isfile(os.path.join(path, "config.json"))
     if is_adapter:
-        from peft import PeftConfig, PeftModel  # an export needs transformers alone
+        from peft import PeftConfig, PeftModel  # imported here because an export needs transformers only
 
         base_path = PeftConfig.from_pretrained(path).base_model_name_or_path
     else:
@@ -50,7 +53,7 @@ def load_model(path: str, *, attach: Callable = attach_heads, **from_pretrained_
     auto_class = AutoModelForImageTextToText if is_image_text else AutoModelForCausalLM
     model = auto_class.from_pretrained(base_path, **from_pretrained_kwargs)
     if has_new_tokens and heads.config.vocab_size > config.get_text_config().vocab_size:
-        model.resize_token_embeddings(heads.config.vocab_size, mean_resizing=False)  # the adapter holds all of them
+        model.resize_token_embeddings(heads.config.vocab_size, mean_resizing=False)  # the adapter overwrites every row
     if is_adapter:
         model = PeftModel.from_pretrained(model, path)
     attach(model, heads=heads)

@@ -1,8 +1,8 @@
-"""Proof that a base model's logits are its LM head on its final hidden states, soft-capped, and nothing else.
+"""Check that a base model's logits are its LM head applied to its final hidden states, with a soft cap at most.
 
-Leap heads read those states and predict through that LM head or a copy of it. A model that scales its logits (Cohere,
-Granite, Falcon-H1) or projects its states on the way would train them on another scale than its own logits have. Names of
-such options differ from model to model, so the model is run instead.
+Leap heads read these states and use the LM head or a copy of it. On a model that also scales its logits (Cohere, Granite,
+Falcon-H1) or projects its states, leap heads would be trained at another scale than the model's logits. The options for
+this have a different name in every model, so the check runs the model.
 """
 
 import inspect
@@ -18,21 +18,22 @@ from .trial import trial, trial_tokens
 
 
 _TOKENS = 7
-# Logits that the LM head is made to say. Beyond every soft cap in use, so that one of which the configuration says nothing
-# shows; real logits of an untrained model are so small that no cap would.
+# The check replaces the LM head's output by logits up to this size. They exceed every soft cap in use, so a cap that the
+# configuration does not declare changes them. The small logits of an untrained model would not reveal it.
 _LARGEST_LOGIT = 64.0
-# Both sides run the same kernels on the same shapes and agree to the last bit. Left to rounding are kernels that add up in
-# no fixed order and a soft cap computed in another dtype: two units in the last place, and never less than TF32's.
+# Both sides run the same kernels on the same shapes, so they usually agree to the last bit. Kernels with a varying order of
+# summation and a soft cap in another dtype cause rounding errors: allow two ulps, and at least the precision of TF32.
 _ULPS, _LEAST_TOLERANCE = 2, 1e-3
 
 
 @dataclass(frozen=True)
 class BackboneFacts:
-    """What the proof sees beside the logits.
+    """Facts about the backbone that the check finds.
 
     Attributes:
-        device: of the final hidden states.
-        token_types: arguments of which the backbone wants zeros to train on text, e.g. Gemma 3's ``token_type_ids``.
+        device: Device of the final hidden states.
+        token_types: Names of arguments that must be zeros when the backbone is trained on text, e.g. Gemma 3's
+            `token_type_ids`.
     """
 
     device: torch.device
@@ -40,12 +41,12 @@ class BackboneFacts:
 
 
 def prove_logits(base: PreTrainedModel) -> BackboneFacts:
-    """Run ``base`` on seven tokens: do its logits come from its final hidden states by the LM head and the soft cap?
+    """Run `base` on seven tokens and check that its logits are the LM head's output, soft-capped at most.
 
-    The model is afterwards as it was, and no random number is drawn. Under ZeRO-3 every rank has to call it.
+    The model's state and the random number generators are unchanged. Under ZeRO-3 every rank must call this.
 
     Raises:
-        LMTPError: they do not, or the model cannot run.
+        LMTPError: The logits differ, or the model cannot run.
     """
     name, lm_head = type(base).__name__, base.get_output_embeddings()
     if lm_head is None:
@@ -55,19 +56,19 @@ def prove_logits(base: PreTrainedModel) -> BackboneFacts:
             f"{name} has no backbone under the name that its base_model_prefix gives ({base.base_model_prefix!r}), and leap "
             "heads read the backbone's last_hidden_state: use another base model."
         )
-    # accelerate's hooks bring weights that it keeps elsewhere.
+    # accelerate's hooks load offloaded weights when a module runs.
     if base.device.type == "meta" and not any(hasattr(module, "_hf_hook") for module in base.modules()):
         raise LMTPError(
-            f"{name} has no weights yet, they are on the meta device: load them before attaching leap heads."
+            f"{name} has no weights yet (they are on the meta device): load them before attaching leap heads."
         )
     ids = trial_tokens(base, 1, _TOKENS)
-    read: list[Tensor] = []
-    said: list[Tensor] = []
+    inputs: list[Tensor] = []  # of the LM head
+    replaced: list[Tensor] = []  # its output, as the rest of the model sees it
 
     def replace(module, args, output):
-        read.append(args[0])
-        said.append(torch.linspace(-_LARGEST_LOGIT, _LARGEST_LOGIT, output.numel()).view(output.shape).to(output))
-        return said[-1].clone()  # some models scale in place
+        inputs.append(args[0])
+        replaced.append(torch.linspace(-_LARGEST_LOGIT, _LARGEST_LOGIT, output.numel()).view(output.shape).to(output))
+        return replaced[-1].clone()  # some models scale in place
 
     try:
         with trial(base):
@@ -89,21 +90,24 @@ def prove_logits(base: PreTrainedModel) -> BackboneFacts:
         raise LMTPError(
             f"The backbone of {name} gives no last_hidden_state, which leap heads read: use another base model."
         )
-    if not read or not _same(read[-1], states):
+    if not inputs or not _same(inputs[-1], states):
         raise LMTPError(
             f"What the LM head of {name} reads is not its backbone's last_hidden_state, which leap heads read: use another "
             "base model."
         )
-    if not _same(logits, softcapped(said[-1], softcap_of(base))):
+    if not _same(logits, softcapped(replaced[-1], softcap_of(base))):
         raise LMTPError(
-            f"{name} changes its LM head's logits (by a multiplier, say), which leap heads do not support: use another base "
-            "model."
+            f"{name} changes its LM head's logits (for example by a multiplier), which leap heads do not support: use "
+            "another base model."
         )
     return BackboneFacts(states.device, token_types)
 
 
 def _same(mine: Tensor, theirs: Tensor) -> bool:
-    """Equal up to rounding, judged by the largest number; NaN, in a model whose weights are yet to come, equals NaN."""
+    """Return whether tensors agree up to rounding relative to the largest element; NaN equals NaN.
+
+    A model whose weights are not loaded yet may compute NaN.
+    """
     if mine.numel() != theirs.numel():
         return False
     tolerance = max(_LEAST_TOLERANCE, *(_ULPS * torch.finfo(side.dtype).eps for side in (mine, theirs)))
@@ -112,15 +116,15 @@ def _same(mine: Tensor, theirs: Tensor) -> bool:
 
 
 def _needed_token_types(base: PreTrainedModel, ids: Tensor) -> tuple[str, ...]:
-    """Arguments for kinds of tokens without which the backbone refuses to train, and with zeros in which it does not.
+    """Return the names of token-type arguments without which the backbone raises an error in train mode.
 
-    Others do not get them: GPT-2 would add an embedding to every token.
+    Models that run without them do not get them, because GPT-2 would add an embedding to every token.
     """
     backbone, zeros = base.base_model, torch.zeros_like(ids)
     names = [name for name in inspect.signature(type(backbone).forward).parameters if name.endswith("token_type_ids")]
     if not names:
         return ()
-    # The topmost module alone, which is where models look: nothing drops out.
+    # Set train mode on the outermost module only, which is where models check it, so that dropout stays off.
     backbone.training = True
     with torch.random.fork_rng([ids.device] if ids.device.type == "cuda" else []):
         for given in ((), tuple(names)):

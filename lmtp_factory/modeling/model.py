@@ -1,7 +1,7 @@
-"""A causal LM with leap heads: the loaded model's instance gets a subclass that knows the leap-MTP loss.
+"""A causal LM with leap heads: the class of a loaded model is replaced by a subclass that computes the leap-MTP loss.
 
-The subclass keeps the base's name and ``config.model_type``, so that everything that keys on them (Liger, gradient
-checkpointing, LLaMA-Factory's tables, ``save_pretrained``'s ``architectures``) goes on as before.
+The subclass keeps the name of the base class and `config.model_type`. Code that looks these up (Liger, gradient
+checkpointing, LLaMA-Factory's tables, `architectures` in `save_pretrained`) therefore works unchanged.
 """
 
 import functools
@@ -28,18 +28,20 @@ from .zero3 import ensure_backward_hook
 
 
 HEADS_PREFIX = "leap_heads."
-# Arguments of the language-model wrapper that its backbone does not take.
+# Arguments of `*ForCausalLM.forward` that the backbone does not accept.
 _WRAPPER_ONLY = ("labels", "num_items_in_batch", "logits_to_keep", "use_cache", "output_hidden_states", "return_dict")
 
 
 @dataclass
 class LeapOutput(CausalLMOutputWithPast):
-    """Output of a training or evaluation forward; every tensor is (heads,), head 0 first in stage 2.
+    """Output of a forward with labels. Heads are in the order of the objective: head 0 comes first in stage 2.
 
     Attributes:
-        loss: scalar, the stage's weighted loss.
-        losses: unweighted mean loss of every head trained.
-        loss_sums, hits, counts: summed loss, top-1 hits and valid targets, for exact averages over batches and ranks.
+        loss: Scalar, the objective's weighted loss.
+        losses: (heads,) unweighted mean losses.
+        loss_sums: (heads,) unweighted loss sums. With `counts` they give exact averages over batches and ranks.
+        hits: (heads,) numbers of top-1 hits.
+        counts: (heads,) numbers of valid targets.
     """
 
     losses: Tensor | None = None
@@ -49,18 +51,31 @@ class LeapOutput(CausalLMOutputWithPast):
 
 
 class LeapModel:
-    """Mixin in front of a ``*ForCausalLM`` class; see :func:`~.attach.attach_heads`."""
+    """Mixin placed before a `*ForCausalLM` class by `attach_heads`.
 
-    plain_class: type[PreTrainedModel]  # without heads
-    mixins: tuple[type, ...]  # in front of this one
+    Attributes:
+        plain_class: The model's class without heads.
+        mixins: Further mixins placed before this one.
+        leap_heads: The heads.
+        objective: The training objective; None for inference.
+        token_types: Names of arguments that the backbone needs as zeros, see `BackboneFacts`.
+        loss_implementation: One of `losses.implementation.IMPLEMENTATIONS`.
+        after_export: Called with the directory of a model that was saved for inference.
+    """
+
+    plain_class: type[PreTrainedModel]
+    mixins: tuple[type, ...]
     leap_heads: LeapHeads
-    objective: Objective | None = None  # of training; None for inference
-    token_types: tuple[str, ...] = ()  # see BackboneFacts
-    loss_implementation: str = AUTO  # see losses/implementation.py
-    after_export: Callable[[str], None] | None = None  # called with the directory of a model saved for inference
+    objective: Objective | None = None
+    token_types: tuple[str, ...] = ()
+    loss_implementation: str = AUTO
+    after_export: Callable[[str], None] | None = None
 
     def train(self, mode: bool = True) -> "LeapModel":
-        """Like `nn.Module.train`, but a frozen backbone neither drops out nor checkpoints what needs no gradient."""
+        """Set the mode as `nn.Module.train` does, but keep a frozen backbone in eval mode.
+
+        Eval mode disables dropout and gradient checkpointing, which a backbone without gradients does not need.
+        """
         super().train(mode)
         if self.trains_heads_only:
             self.base_model.eval()
@@ -68,11 +83,11 @@ class LeapModel:
 
     @property
     def trains_heads_only(self) -> bool:
-        """Whether the backbone is frozen by the objective."""
+        """Whether the objective freezes the backbone."""
         return self.objective is not None and not self.objective.trains_backbone
 
     def final_hidden_states(self, **inputs) -> Tensor:
-        """(batch, length, hidden) what the LM head reads, from the backbone alone; without a graph where it is frozen."""
+        """Run the backbone and return the (batch, length, hidden) inputs of the LM head; no graph if it is frozen."""
         for name in self.token_types:
             if name not in inputs and "input_ids" in inputs:
                 inputs[name] = torch.zeros_like(inputs["input_ids"])
@@ -87,15 +102,17 @@ class LeapModel:
         objective: Objective | None = None,
         **inputs,
     ) -> LeapOutput:
-        """Losses of the objective's heads; a mixture-of-experts backbone that is trained adds its own auxiliary loss.
+        """Compute the losses of the objective's heads.
+
+        A trained mixture-of-experts backbone adds its auxiliary router loss.
 
         Args:
             labels: (batch, length), -100 where masked.
-            num_items_in_batch: what each head's loss sum is divided by: (heads,) valid targets of the whole
-                accumulated and distributed batch, or one number for all heads. None: this batch's own counts.
-            hidden_states: (batch, length, hidden) final hidden states, where they are known; the backbone does not run.
-            objective: default the model's own.
-            inputs: the backbone's arguments; ``position_ids`` that restart mark packed documents.
+            num_items_in_batch: Divisors of the loss sums: the (heads,) valid targets of the whole accumulated and
+                distributed batch, or one number for all heads. None uses the counts of this batch.
+            hidden_states: (batch, length, hidden) precomputed final hidden states. The backbone is then not run.
+            objective: Heads and weights. Default `self.objective`.
+            inputs: The backbone's arguments. `position_ids` that restart at 0 mark packed documents.
         """
         objective, offsets = objective or self.objective, self.leap_heads.config.offsets
         auxiliary, coefficient = None, router_coefficient(self) if self.training and objective.trains_backbone else 0.0
@@ -103,13 +120,13 @@ class LeapModel:
             hidden_states, auxiliary = states_and_router_loss(self, super().forward, inputs)
         elif hidden_states is None:
             hidden_states = self.final_hidden_states(**inputs)
-        hidden = ensure_backward_hook(hidden_states.flatten(0, 1))
+        hidden = ensure_backward_hook(hidden_states.flatten(0, 1))  # (rows, hidden), rows = batch * length
 
         positions = inputs.get("position_ids")
         targets = torch.stack(
             [leap_targets(labels, offset, positions).flatten() for offset in objective.offsets(offsets)]
-        )
-        counts = (targets != IGNORE_INDEX).sum(-1)
+        )  # (heads, rows)
+        counts = (targets != IGNORE_INDEX).sum(-1)  # (heads,)
         items = torch.as_tensor(counts if num_items_in_batch is None else num_items_in_batch, device=counts.device)
         loss, sums, hits = self.leap_heads(
             hidden,
@@ -124,9 +141,14 @@ class LeapModel:
         return LeapOutput(loss=loss, losses=sums / counts.clamp(min=1), loss_sums=sums, hits=hits, counts=counts)
 
     def save_pretrained(self, save_directory, state_dict: dict | None = None, **kwargs) -> None:
-        """The base model as it always is saved (none of it in stage 1: it is frozen), and the heads in ``lmtp/``.
+        """Save the base model as `PreTrainedModel.save_pretrained` does, and the heads in `lmtp/`.
 
-        With a ``state_dict`` only what it holds is written: no heads in it, no ``lmtp/``.
+        In stage 1 the base model is frozen and only the heads are saved.
+
+        Args:
+            save_directory: Directory to write to.
+            state_dict: Tensors to save instead of `self.state_dict()`. Without head tensors, no `lmtp/` is written.
+            kwargs: Passed on to `PreTrainedModel.save_pretrained`.
         """
         state_dict = self.state_dict() if state_dict is None else state_dict
         heads = {k.removeprefix(HEADS_PREFIX): v for k, v in state_dict.items() if k.startswith(HEADS_PREFIX)}
@@ -149,13 +171,13 @@ class LeapModel:
         return _new_leap_model, (self.plain_class, self.mixins), self.__getstate__()
 
     def _copy_tree(self, directory) -> None:
-        """The measured tree goes with the heads."""
+        """Copy the measured draft tree beside the heads."""
         tree = self.leap_heads.folder and Path(self.leap_heads.folder, TREE_FILE)
         if tree and tree.is_file():
             shutil.copy(tree, Path(directory, HEADS_FOLDER, TREE_FILE))
 
     def load_state_dict(self, state_dict, strict: bool = True, **kwargs):
-        """As always, but a checkpoint of stage 1 holds no backbone, and that is no error."""
+        """Load as `nn.Module.load_state_dict` does, but accept that a stage-1 checkpoint has no backbone weights."""
         if self.trains_heads_only and any(key.startswith(HEADS_PREFIX) for key in state_dict):
             strict = False
         return super().load_state_dict(state_dict, strict=strict, **kwargs)
@@ -163,10 +185,10 @@ class LeapModel:
 
 @functools.cache
 def leap_class(base: type[PreTrainedModel], mixins: tuple[type, ...] = ()) -> type:
-    """``base`` with ``mixins`` and :class:`LeapModel` in front, under its own name."""
+    """Return a subclass of `mixins`, `LeapModel` and `base`, in this order, with the name of `base`."""
     parameters = list(inspect.signature(base.forward).parameters)[1:]
 
-    @functools.wraps(base.forward)  # generate() reads the signature to see what the model takes
+    @functools.wraps(base.forward)  # generate() inspects the signature for accepted arguments
     def forward(self, *args, **kwargs):
         kwargs.update(zip(parameters, args))
         if self.objective is None or kwargs.get("labels") is None:
@@ -186,16 +208,16 @@ def leap_class(base: type[PreTrainedModel], mixins: tuple[type, ...] = ()) -> ty
 
 
 def _new_leap_model(base: type[PreTrainedModel], mixins: tuple[type, ...]) -> LeapModel:
-    """An empty instance for pickle to fill in."""
+    """Return an uninitialised instance, whose state pickle then restores."""
     leap = leap_class(base, mixins)
     return leap.__new__(leap)
 
 
 def base_of(model: nn.Module) -> nn.Module:
-    """The transformers model inside PEFT wrappers, or ``model`` itself."""
+    """Return the transformers model inside a PEFT wrapper, or `model` itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def heads_of(model: nn.Module) -> LeapHeads | None:
-    """The leap heads of ``model``, or None where it has none."""
+    """Return the leap heads of `model`, or None if it has none."""
     return getattr(base_of(model), "leap_heads", None)

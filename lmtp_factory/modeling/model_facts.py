@@ -1,4 +1,4 @@
-"""What decides a model's hidden states, as facts that two runs can compare and an error message can repeat."""
+"""Facts that identify the model whose hidden states are cached, in a form that an error message can show."""
 
 import hashlib
 import json
@@ -8,19 +8,19 @@ from pathlib import Path
 from transformers import PretrainedConfig
 
 
-# Of each weight file. Reading all of a large model takes minutes.
+# Samples read from each weight file. Reading all of a large model would take minutes.
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
 def model_facts(base: str, config: PretrainedConfig) -> dict[str, str]:
-    """Configuration, commit on the hub, and every weight file's size, time of change and samples of its content.
+    """Return the configuration's hash, the hub commit, and the size, modification time and samples of each weight file.
 
-    Size and time see what the samples miss, an edited norm for instance. A copy that does not keep times (`cp` without
-    `-p`, a new download) counts as another model.
+    Size and modification time detect changes that the samples miss, such as an edited norm. A copy that does not preserve
+    times (`cp` without `-p`, a new download) counts as another model.
 
     Args:
-        base: model directory or hub id; an id has its commit instead of files.
-        config: of the model, as loaded from there.
+        base: Model directory or hub id. A hub id has a commit and no files.
+        config: The model's configuration, loaded from `base`.
     """
     values = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     facts = {"configuration": _digest(json.dumps(values, sort_keys=True, default=str).encode())}
@@ -28,7 +28,7 @@ def model_facts(base: str, config: PretrainedConfig) -> dict[str, str]:
     if commit is not None:
         facts["commit"] = commit
     for path in sorted(Path(base).glob("*.safetensors")) or sorted(Path(base).glob("*.bin")):
-        status = path.stat()  # of the blob behind a hub snapshot's link
+        status = path.stat()  # follows the symbolic links of a hub snapshot
         seconds, nanoseconds = divmod(status.st_mtime_ns, 10**9)
         facts[path.name] = (
             f"{status.st_size:,} bytes, changed {datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S}."

@@ -1,4 +1,4 @@
-"""The auxiliary loss of mixture-of-experts models, which keeps the router from favouring few experts."""
+"""The auxiliary load-balancing loss of mixture-of-experts models."""
 
 from typing import Any
 
@@ -7,10 +7,10 @@ from transformers import PreTrainedModel
 
 
 def router_coefficient(base: PreTrainedModel) -> float:
-    """The weight of the auxiliary loss in the model's own training loss; 0 where that has none.
+    """Return the weight of the auxiliary loss in the model's training loss, or 0 if the model does not add it.
 
-    transformers adds the loss where `output_router_logits` is set, and a model that keeps the coefficient itself reads
-    its own attribute, else its configuration.
+    transformers adds the loss if `output_router_logits` is set. The coefficient is an attribute of the model or of its
+    configuration.
     """
     config = base.config.get_text_config()
     if not (getattr(base.config, "output_router_logits", False) or getattr(config, "output_router_logits", False)):
@@ -21,17 +21,18 @@ def router_coefficient(base: PreTrainedModel) -> float:
 
 
 def states_and_router_loss(base: PreTrainedModel, forward: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """Final hidden states and the model's own auxiliary loss, from one forward.
+    """Compute the final hidden states and the auxiliary loss in one forward.
 
-    The loss comes from the model's own forward, because every architecture has its own formula; logits are computed at a
-    single position, since that forward insists on some.
+    The forward is the model's, because every architecture has its own formula for the loss. It also computes logits; to
+    save memory it does so at one position only.
 
     Args:
-        forward: the model's forward without leap heads.
-        inputs: its arguments, no labels among them.
+        base: The model.
+        forward: The model's forward without leap heads.
+        inputs: Arguments of `forward`, without labels.
 
     Returns:
-        (batch, length, hidden) states; the unweighted scalar loss, None where this class computes none.
+        (batch, length, hidden) final hidden states; the unweighted scalar loss, or None if the class computes none.
     """
     states: list[Tensor] = []
     hook = base.base_model.register_forward_hook(lambda module, args, output: states.append(output.last_hidden_state))

@@ -1,4 +1,4 @@
-"""Running a model on a few tokens to learn what it does, and leaving it as it was."""
+"""Trial forwards: running a model on a few tokens to test a property, without changing its state."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,14 +12,14 @@ from .zero3 import gathered_as_it_runs
 
 @contextmanager
 def trial(model: nn.Module) -> Iterator[None]:
-    """``model`` in eval mode and without gradients, able to run before training has set it up.
+    """Put `model` into eval mode without gradients, and make it runnable before the Trainer has prepared it.
 
-    Attributes of every module are afterwards what they were: training flags, and what a forward notes on itself (Qwen-VL
-    its last positions). Under ZeRO-3 a forward is a collective operation: every rank has to run it.
+    On exit the attributes of every module are restored: training flags, and values that a forward stores on the module
+    (Qwen-VL stores positions). Under ZeRO-3 a forward is a collective operation: every rank must run it.
     """
     before = [(module, dict(vars(module))) for module in model.modules()]
     try:
-        model.eval()  # no dropout, hence no random numbers
+        model.eval()  # without dropout no random numbers are drawn
         with torch.no_grad(), _autocast(model), gathered_as_it_runs(model):
             yield
     finally:
@@ -29,19 +29,19 @@ def trial(model: nn.Module) -> Iterator[None]:
 
 
 def trial_tokens(base: PreTrainedModel, rows: int, length: int) -> Tensor:
-    """(rows, length) token ids, different ones as far as the vocabulary goes, where ``base`` takes its input."""
+    """Return (rows, length) consecutive token ids, modulo the vocabulary size, on the model's device."""
     count = torch.arange(1, 1 + rows * length) % base.config.get_text_config().vocab_size
     return count.view(rows, length).to("cpu" if base.device.type == "meta" else base.device)
 
 
-def other_words(base: PreTrainedModel, ids: Tensor) -> Tensor:
-    """A different token in place of each of ``ids``. A vocabulary of two words is enough."""
+def other_tokens(base: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Replace each token id by a different one. A vocabulary of two tokens is enough."""
     size = base.config.get_text_config().vocab_size
     return (ids + size // 2) % size
 
 
 def _autocast(model: nn.Module) -> torch.autocast:
-    """On where trainable fp32 layers stand in a half-precision model: their forward needs it, and the Trainer's has it."""
+    """Return an autocast context, enabled if a half-precision model has fp32 layers, as under the Trainer."""
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
     half = dtypes & {torch.bfloat16, torch.float16}
     device = next((p.device.type for p in model.parameters() if p.device.type != "meta"), "cpu")

@@ -1,4 +1,4 @@
-"""Vocabularies that grow: heads for tokens that stage 2 has added, and the check that nothing else has changed."""
+"""Vocabulary growth: extending heads by tokens that stage 2 adds, and checking that all other tokens are unchanged."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +16,11 @@ from .zero3 import gathered
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What token ids mean to a model, and how many of them it has embeddings for.
+    """A model's number of embeddings and the fingerprint of its tokenizer.
 
     Attributes:
-        size: rows of the embeddings, padding included.
-        fingerprint: of the tokenizer; None where there is none.
+        size: Number of rows of the embeddings, padding included.
+        fingerprint: Fingerprint of the tokenizer, or None if there is no tokenizer.
     """
 
     size: int
@@ -28,12 +28,12 @@ class Vocabulary:
 
     @classmethod
     def of_files(cls, base: str, **hub_options: Any) -> "Vocabulary":
-        """That of a model directory or hub id."""
+        """Read the vocabulary of a model directory or hub id."""
         config = AutoConfig.from_pretrained(base, **hub_options).get_text_config()
         return cls(config.vocab_size, base_fingerprint(base, **hub_options))
 
     def fits(self, config: LMTPConfig) -> bool:
-        """Whether heads were trained on it, by the rules of :func:`~.checkpoint.check_base`."""
+        """Return whether heads were trained with this vocabulary, by the rules of `check_base`."""
         same_tokens = None in (self.fingerprint, config.tokenizer_fingerprint) or (
             self.fingerprint == config.tokenizer_fingerprint
         )
@@ -41,10 +41,10 @@ class Vocabulary:
 
 
 def grow_heads(heads: LeapHeads, base: PreTrainedModel) -> None:
-    """Give heads the words that `base` has beyond theirs, in place; nothing where it has none.
+    """Extend heads in place by the tokens that `base` has and they lack.
 
-    An unembedding of a head's own takes the LM head's new rows, as all of its rows once were copies of the LM head's.
-    Under ZeRO-3 a collective operation.
+    New rows of a head's own unembedding are copies of the LM head's rows, as all rows are when heads are created. This is
+    a collective operation under ZeRO-3.
     """
     lm_head, size = base.get_output_embeddings(), base.config.get_text_config().vocab_size
     known = heads.config.vocab_size
@@ -53,7 +53,7 @@ def grow_heads(heads: LeapHeads, base: PreTrainedModel) -> None:
     with gathered([lm_head.weight]), torch.no_grad():
         for head in heads.heads:
             if head.unembed is not None:
-                rows = head.unembed.weight  # (known words, hidden)
+                rows = head.unembed.weight  # (known tokens, hidden)
                 new = lm_head.weight[known:].to(rows.device, rows.dtype)
                 head.unembed.weight = nn.Parameter(torch.cat([rows, new]))
                 head.unembed.out_features = size
@@ -61,16 +61,17 @@ def grow_heads(heads: LeapHeads, base: PreTrainedModel) -> None:
 
 
 def new_tokens(folder: str | Path, config: LMTPConfig, base: str, **hub_options: Any) -> list[str]:
-    """Tokens that heads know and their base model does not, as the tokenizer saved beside the heads tells.
+    """Return the tokens that were added to the base model's tokenizer before the heads were trained.
 
     Args:
-        folder: directory that holds `lmtp/` and the tokenizer of the training.
-        config: the heads'.
-        base: model directory or hub id; `hub_options` are for it.
+        folder: Directory with `lmtp/` and the tokenizer of the training run.
+        config: Configuration of the heads.
+        base: Model directory or hub id of the base model.
+        hub_options: Passed to `from_pretrained` for `base`.
 
     Returns:
-        The tokens in the order of their ids. Empty where the heads were not trained with that tokenizer, or it is not the
-        base model's own with tokens added: then heads and base do not belong together.
+        The tokens in the order of their ids. The list is empty if the heads were trained with another tokenizer, or if
+        the tokenizer is not the base model's with added tokens: the heads then do not belong to the base model.
     """
     try:
         grown, own = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(base, **hub_options)

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO-3: parameters that exist only in shards until they are gathered."""
+"""Helpers for DeepSpeed ZeRO-3, which shards parameters over ranks and gathers them when a module runs."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -9,7 +9,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 
 def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
-    """Whole parameters inside the context, on every rank. A collective operation; does nothing without ZeRO-3."""
+    """Gather parameters on every rank inside the context. A collective operation; does nothing without ZeRO-3."""
     partitioned = [p for p in parameters if hasattr(p, "ds_id")] if is_deepspeed_zero3_enabled() else []
     if not partitioned:
         return nullcontext()
@@ -20,10 +20,10 @@ def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
 
 @contextmanager
 def gathered_as_it_runs(model: nn.Module) -> Iterator[None]:
-    """Inside the context ``model``'s forward gathers what it comes to, layer by layer, as DeepSpeed's engine will later.
+    """Let `model`'s forward gather parameters layer by layer, as DeepSpeed's engine does once it exists.
 
-    A layer of a module list is gathered whole while it runs, of all other modules their own parameters. A collective
-    operation: every rank has to run the same forward. Does nothing without ZeRO-3, or once the engine is there.
+    Each element of a module list is gathered as a whole while it runs; other modules gather their direct parameters. A
+    collective operation: every rank must run the same forward. Does nothing without ZeRO-3 or if the engine exists.
     """
     if not is_deepspeed_zero3_enabled() or _has_engine(model):
         yield
@@ -41,13 +41,13 @@ def gathered_as_it_runs(model: nn.Module) -> Iterator[None]:
                 running.pop(module, nullcontext()).__exit__(None, None, None)
 
             hooks.callback(module.register_forward_pre_hook(gather).remove)
-            # Called after an error too, so that a model which refuses its input is sharded again.
+            # always_call: a forward that raises must release its parameters too.
             hooks.callback(module.register_forward_hook(release, always_call=True).remove)
         yield
 
 
 def _units(module: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
-    """Modules with the parameters that their forward needs."""
+    """Yield modules with the parameters that must be gathered while their forward runs."""
     yield module, list(module.parameters(recurse=False))
     for child in module.children():
         if isinstance(module, nn.ModuleList) and not isinstance(child, nn.ModuleList):
@@ -63,10 +63,10 @@ def _has_engine(model: nn.Module) -> bool:
 
 
 def ensure_backward_hook(hidden: Tensor) -> Tensor:
-    """``hidden`` such that ZeRO-3's hook after a head's backward runs after it.
+    """Make `hidden` require a gradient under ZeRO-3, so that ZeRO-3's post-backward hook fires at the right time.
 
-    The hook hangs on the gradient of the module's input. Where the input needs none (stage 1: the backbone is frozen)
-    it would fire before the weights' gradients are there, reduce zeros and shard the weights away.
+    The hook is attached to the gradient of the module's input. If the input requires no gradient (stage 1, where the
+    backbone is frozen), the hook fires before the weights' gradients exist, reduces zeros and releases the weights.
     """
     if is_deepspeed_zero3_enabled() and torch.is_grad_enabled() and not hidden.requires_grad:
         return hidden.requires_grad_()
@@ -74,10 +74,10 @@ def ensure_backward_hook(hidden: Tensor) -> Tensor:
 
 
 def fetch_together(module: nn.Module, external: Iterable[nn.Parameter] = ()) -> None:
-    """Let ZeRO-3 fetch ``module``'s whole subtree, and ``external`` parameters it reads, when its forward runs.
+    """Let ZeRO-3 gather all parameters of `module` and its `external` parameters when its forward runs.
 
-    By default each layer is fetched on its own call. The leap loss uses its layers once a chunk and takes gradients right
-    there, and the number of chunks differs from step to step.
+    By default ZeRO-3 gathers each layer when it is called. The leap loss uses its layers once per chunk, computes gradients
+    in the forward, and the number of chunks changes from step to step.
     """
     if not is_deepspeed_zero3_enabled():
         return

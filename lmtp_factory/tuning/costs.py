@@ -42,7 +42,7 @@ class StepCosts:
 def measure_costs(
     model: nn.Module, sizes: Sequence[int] = SIZES, context: int = 256, repeats: int = 9, nodes: int = 32
 ) -> StepCosts:
-    """Time forwards of ``sizes`` tokens behind ``context`` cached ones, in turn, and drafts of ``nodes`` nodes."""
+    """Time forwards of `sizes` tokens behind `context` cached ones, in turn, and drafts of `nodes` nodes."""
     device, config = model.device, model.config.get_text_config()
     offsets = model.leap_heads.config.offsets
     generator = torch.Generator().manual_seed(0)

@@ -24,7 +24,7 @@ def draw_tree(
     options: Sequence["Option"],
     path: str | os.PathLike,
 ) -> None:
-    """The tree, the device's cost curve and what each option promises; ``path`` is the PNG file to write.
+    """The tree, the device's cost curve and what each option promises; `path` is the PNG file to write.
 
     A dynamic tree has another shape in each step; the one drawn is the best on average.
     """

@@ -26,7 +26,7 @@ class Observed:
 
     Attributes:
         probabilities: (steps, levels, width) of each level's candidates.
-        ranks: (steps, levels) int64: which candidate the text goes on with; ``width`` where none does.
+        ranks: (steps, levels) int64: which candidate the text goes on with; `width` where none does.
     """
 
     probabilities: Tensor
@@ -40,7 +40,7 @@ class Observed:
 def observe(model: nn.Module, row: Row, width: int) -> Observed:
     """Candidates and truth for every step of one answer.
 
-    Candidates are those that decoding would propose: :func:`.draft.propose_candidates` on each step's window of states.
+    Candidates are those that decoding would propose: `propose_candidates` on each step's window of states.
     """
     prompt, answer = row
     ids = torch.tensor([prompt + answer], device=model.device)
@@ -76,7 +76,7 @@ def accuracies(observed: Sequence[Observed]) -> list[list[float]]:
 
 
 def tau_of_paths(observed: Sequence[Observed], paths: Sequence[Sequence[int]]) -> float:
-    """Tokens a forward with a fixed tree (:func:`lmtp_factory.decoding.tree.fixed`)."""
+    """Tokens a forward with a fixed tree (`lmtp_factory.decoding.tree.fixed`)."""
     known = {tuple(path) for path in paths}
 
     def accepted(answer: Observed, step: int) -> int:

@@ -17,7 +17,7 @@ class Option:
     """One way of drafting and what it promises.
 
     Attributes:
-        kind: ``none``, ``chain``, ``static``, ``dynamic``, or ``dynamic, cut`` in each step where it pays most.
+        kind: `none`, `chain`, `static`, `dynamic`, or `dynamic, cut` in each step where it pays most.
         nodes: verified in a step, the root counted; the most of them where trees are cut.
         tau: tokens a forward.
         tokens_per_second: of decoding alone, without prefill.
@@ -73,7 +73,7 @@ def table(options: Sequence[Option]) -> str:
 
 
 def measured(options: Sequence[Option], observed: Sequence[Observed], costs: StepCosts) -> dict:
-    """What a choice rests on, for ``tree.json``."""
+    """What a choice rests on, for `tree.json`."""
     return {
         "accuracies": [[round(rate, 4) for rate in level] for level in accuracies(observed)],
         "verify_seconds": {str(size): round(seconds, 6) for size, seconds in costs.verify.seconds.items()},

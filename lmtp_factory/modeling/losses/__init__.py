@@ -3,18 +3,18 @@
     stage 1:  L = sum_{i>=1} w_i CE_i                          w_i = head_decay ** (i - 1)
     stage 2:  L = CE_0 + head_weight * sum_{i>=1} w_i CE_i
 
-Head ``i`` at position ``s`` is trained on ``labels[s + offsets[i]]`` (:mod:`.targets`); each head is averaged over its own
-valid targets. Two implementations give the same numbers; callers choose one, neither falls back to the other:
+Head `i` at position `s` is trained on `labels[s + offsets[i]]` (`targets.py`). Each head's loss is averaged over its own
+valid targets. Two implementations give the same numbers. The caller chooses one; neither falls back to the other:
 
 ============= ================================ ===================================================
 module        peak memory of the logits        gradients
 ============= ================================ ===================================================
 eager         heads x rows x vocabulary        autograd, in the backward
-chunked       one chunk x vocabulary           of each chunk while its logits exist, in the forward
+chunked       one chunk x vocabulary           per chunk, in the forward, while its logits exist
 ============= ================================ ===================================================
 
-The chunked one turns logits into their gradient in place. :mod:`.rows` says what a row costs, :mod:`.implementation` which
-implementation runs, :mod:`.head_spec` what a loss knows of a head.
+The chunked loss overwrites logits with their gradient. `rows.py` defines the loss of a row, `implementation.py` chooses the
+implementation, and `head_spec.py` describes a head to the loss.
 """
 
 from collections.abc import Sequence
@@ -39,9 +39,18 @@ def leap_loss(
     softcap: float | None = None,
     implementation: str = "torch",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss of all heads by the implementation asked for: ``torch``, ``triton`` or ``eager``.
+    """Compute the loss of all heads.
 
-    Args and returns are those of :func:`.eager.eager_loss`.
+    Args:
+        hidden: (rows, hidden) final hidden states.
+        targets: (heads, rows) token ids, -100 where masked.
+        scales: (heads,) factors of the heads' loss sums.
+        heads: Heads in the order of `targets`.
+        softcap: The model's `final_logit_softcapping`.
+        implementation: `torch` or `triton` (chunked), or `eager`.
+
+    Returns:
+        Scalar fp32 loss with gradient; (heads,) unscaled fp32 loss sums; (heads,) int64 top-1 hits.
     """
     if implementation == "eager":
         return eager_loss(hidden, targets, scales, heads, softcap=softcap)

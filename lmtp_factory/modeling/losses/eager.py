@@ -1,4 +1,4 @@
-"""The readable twin of :mod:`.chunked`: every head's logits at once, gradients by autograd."""
+"""Reference implementation of the leap loss: each head's logits for all rows, gradients by autograd."""
 
 from collections.abc import Sequence
 
@@ -14,24 +14,26 @@ from .targets import IGNORE_INDEX
 def eager_loss(
     hidden: Tensor, targets: Tensor, scales: Tensor, heads: Sequence[HeadSpec], *, softcap: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss of all heads.
+    """Compute the loss of all heads.
 
     Args:
         hidden: (rows, hidden) final hidden states.
         targets: (heads, rows) token ids, -100 where masked.
-        scales: (heads,) what each head's loss sum is multiplied by.
-        heads: in the order of the targets.
-        softcap: the model's ``final_logit_softcapping``.
+        scales: (heads,) factors of the heads' loss sums.
+        heads: Heads in the order of `targets`.
+        softcap: The model's `final_logit_softcapping`.
 
     Returns:
-        Scalar fp32 loss with gradient; (heads,) fp32 loss sums, not scaled; (heads,) int64 top-1 hits.
+        Scalar fp32 loss with gradient; (heads,) unscaled fp32 loss sums; (heads,) int64 top-1 hits.
     """
     sums, hits = [], []
     for head, head_targets in zip(heads, targets, strict=True):
-        logits = head.unembedding(cast_like(head.features(hidden), head.unembedding))  # (rows, vocabulary)
+        features = head.features(hidden)  # (rows, hidden)
+        logits = head.unembedding(cast_like(features, head.unembedding))  # (rows, vocabulary)
+        # Masked targets become token 0, a valid index. `where` then removes their losses and their gradients.
         losses, is_hit = cross_entropy(logits, head_targets.clamp(min=0), softcap)  # (rows,), (rows,)
-        is_valid = head_targets != IGNORE_INDEX
+        is_valid = head_targets != IGNORE_INDEX  # (rows,)
         sums.append(losses.where(is_valid, 0.0).sum())
         hits.append((is_hit & is_valid).sum())
-    sums = torch.stack(sums)
+    sums = torch.stack(sums)  # (heads,)
     return (sums * scales).sum(), sums.detach(), torch.stack(hits)

@@ -1,4 +1,4 @@
-"""One head as a loss sees it."""
+"""The interface between a head and the loss."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """What a loss needs to know of one head; the LM head is one whose features are the hidden states themselves.
+    """What the loss needs to know about one head. The LM head is a head whose `features` is the identity.
 
     Attributes:
-        features: (rows, hidden) final hidden states -> (rows, hidden) what the unembedding reads.
-        unembedding: (rows, hidden) -> (rows, vocabulary) raw logits; heads may share one.
-        vocab_size: of the unembedding.
-        parameters: what ``features`` computes with.
+        features: Maps (rows, hidden) final hidden states to the unembedding's (rows, hidden) inputs.
+        unembedding: Maps (rows, hidden) to (rows, vocabulary) raw logits. Heads may share it.
+        vocab_size: Output size of the unembedding.
+        parameters: Parameters that `features` uses.
     """
 
     features: Callable[[Tensor], Tensor]

@@ -1,4 +1,4 @@
-"""Which implementation of the leap loss runs: asked for by name, or chosen by what the device allows."""
+"""Choice of the leap loss's implementation, by name or by device."""
 
 import importlib.util
 
@@ -13,10 +13,10 @@ IMPLEMENTATIONS = (AUTO, "triton", "torch", "eager")
 
 
 def resolve_implementation(name: str, device: torch.device) -> str:
-    """``triton``, ``torch`` or ``eager``.
+    """Resolve `auto` to `triton` or `torch`; return other names unchanged.
 
     Raises:
-        LMTPError: an unknown name; Triton asked for where it cannot run.
+        LMTPError: The name is unknown, or `triton` is requested without CUDA or Triton.
     """
     if name not in IMPLEMENTATIONS:
         raise LMTPError(f"lmtp_loss is {name!r}, but it has to be one of {', '.join(IMPLEMENTATIONS)}.")
@@ -29,11 +29,11 @@ def resolve_implementation(name: str, device: torch.device) -> str:
 
 
 def as_plain_linear(unembedding: nn.Module) -> nn.Linear | None:
-    """The plain linear layer that ``unembedding`` is; None where its weights are quantised or carry LoRA.
+    """Return the plain linear layer behind `unembedding`, or None if its weights are quantised or have LoRA adapters.
 
-    Without one the loss falls back to autograd, which recomputes the gradient per chunk.
+    For None the chunked loss falls back to autograd in each chunk.
     """
-    if getattr(unembedding, "modules_to_save", None):  # PEFT's copy of a layer that is tuned in full
+    if getattr(unembedding, "modules_to_save", None):  # PEFT trains a full copy of the layer
         if unembedding.disable_adapters or len(unembedding.active_adapters) != 1:
             return None
         unembedding = unembedding.modules_to_save[unembedding.active_adapters[0]]
