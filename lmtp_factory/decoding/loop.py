@@ -93,7 +93,7 @@ def run(
 ) -> None:
     """The loop, from the prefill to the end of the last row."""
     offsets = model.leap_heads.config.offsets
-    builder = TreeBuilder(model, tree_config, constant=state.cache.is_fixed)
+    builder = TreeBuilder(model, tree_config, constant=state.cache.is_fixed, device=state.device)
     # Looking forward fills the window with plain steps instead of past states (F-MTP in the paper's appendix).
     plain_before_draft = geometry.window(offsets) - 1 if stats.strategy == "forward" else 0
     plain_steps = 0

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from .. import geometry
@@ -18,17 +19,18 @@ class TreeBuilder:
     Args:
         config: kind and size of the trees.
         constant: every tree has the same number of nodes, as compiled forwards need.
+        device: of the roots.
     """
 
-    def __init__(self, model: nn.Module, config: TreeConfig, constant: bool):
+    def __init__(self, model: nn.Module, config: TreeConfig, constant: bool, device: torch.device):
         self.model, self.config, self.constant = model, config, constant
         self.reach = geometry.reach(model.leap_heads.config.offsets) - 1  # levels that the heads draft
-        device = model.get_output_embeddings().weight.device
         self.root = fixed([()], device)
         paths = config.fixed_paths()
         self.shape = None if paths is None else fixed([path for path in paths if len(path) <= self.reach], device)
         self.calibration, self.budget = AcceptanceCalibration(), DraftBudget()
-        self.drafted = False  # whether the step at hand made a draft, though its tree may have been cut to the root
+        self.drafted = False  # whether this step made a draft, though its tree may have been cut to the root
+        self.predicted: list[float] = []  # accepted tokens of each active row in this step, as the heads predict them
 
     def plain(self, roots: Tensor) -> tuple[Tree, Tensor]:
         """The tree of the roots alone, and its (batch, 1) tokens."""
@@ -40,7 +42,7 @@ class TreeBuilder:
         window, roots = state.window, state.roots
         if self.config.nodes == 1 or not (self.config.always or self.budget.allows_draft()):
             return self.plain(roots)
-        self.drafted = True
+        self.drafted, self.predicted = True, []
         if self.shape is not None:
             candidates = propose_candidates(
                 self.model, window, self.shape.height, width=int(max(self.config.ranks())) + 1
@@ -55,6 +57,7 @@ class TreeBuilder:
         if self.config.cost is not None and not self.constant:
             values = [values for values, row in zip(tree.values.tolist(), state.acceptor.rows) if not row.done]
             tree = tree.first(self.config.best_size(values, self.calibration.ratio))
+            self.predicted = [sum(row[1 : tree.nodes]) for row in values]
         return tree, tree.tokens(roots, candidates.tokens)
 
     def learn(self, tree: Tree, branches: Sequence[Sequence[int]], seconds: float) -> None:
@@ -71,7 +74,6 @@ class TreeBuilder:
                 self.budget.record_draft(seconds, tree.nodes, sum(accepted) / max(len(accepted), 1))
             else:
                 self.budget.record_plain(seconds)
-        if self.drafted and tree.values is not None and self.config.cost is not None:
-            for values, branch in zip(tree.values.tolist(), branches):
-                if branch:
-                    self.calibration.learn(sum(values[1:]), len(branch) - 1)
+        if self.drafted:
+            for predicted, count in zip(self.predicted, accepted):  # no predictions where nothing was cut
+                self.calibration.learn(predicted, count)

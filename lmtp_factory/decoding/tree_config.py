@@ -158,8 +158,8 @@ class Conditions:
 
 # Relative cost of a forward of n tokens where nothing was measured. Packed: rounded from what lmtp-cli tree measured in
 # the demo (benchmarks/README.md). Plain: a conservative (high) estimate. A GPU's is taken to be flat as far as trees go.
-_PACKED_CPU = CostCurve({1: 1.0, 16: 1.4, 32: 2.0, 64: 3.2})
-_PLAIN_CPU = CostCurve({1: 1.0, 2: 1.5, 4: 1.6, 8: 1.6, 16: 1.8, 32: 2.6, 64: 4.6})
+PACKED_CPU = CostCurve({1: 1.0, 16: 1.4, 32: 2.0, 64: 3.2})
+PLAIN_CPU = CostCurve({1: 1.0, 2: 1.5, 4: 1.6, 8: 1.6, 16: 1.8, 32: 2.6, 64: 4.6})
 _GPU_NODES, _CPU_NODES = 32, 16
 
 
@@ -168,7 +168,7 @@ def default_tree(conditions: Conditions) -> TreeConfig:
     source = f"default for {conditions.device}"
     if conditions.device != "cpu":
         return TreeConfig("dynamic", _GPU_NODES, source=source)
-    return TreeConfig("dynamic", _CPU_NODES, cost=_PACKED_CPU if conditions.prepacked else _PLAIN_CPU, source=source)
+    return TreeConfig("dynamic", _CPU_NODES, cost=PACKED_CPU if conditions.prepacked else PLAIN_CPU, source=source)
 
 
 def tree_config_for(model: nn.Module) -> TreeConfig:

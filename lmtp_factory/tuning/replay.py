@@ -116,21 +116,31 @@ def tau_of_dynamic(observed: Sequence[Observed], sizes: Sequence[int]) -> dict[i
     return {size: _tau(observed, with_size(size)) for size in sizes}
 
 
-def rate_of_cut_trees(observed: Sequence[Observed], plan: TreeConfig, draft_cost: float) -> tuple[float, float]:
-    """Tokens a forward, and tokens per unit of the plan's cost, with dynamic trees cut in each step by their worth."""
+def rate_of_cut_trees(
+    observed: Sequence[Observed],
+    config: TreeConfig,
+    draft_cost: float,
+    calibration_class: type[AcceptanceCalibration] = AcceptanceCalibration,
+) -> tuple[float, float]:
+    """Tokens per forward, and per unit of the tree's cost curve, with dynamic trees that are cut in each step.
+
+    Args:
+        draft_cost: of a draft, in the unit of the cost curve.
+        calibration_class: of the heads' probabilities, one for each answer.
+    """
     tokens = steps = 0
     cost = 0.0
     for answer in observed:
-        levels, values = accepted_levels(answer, plan.nodes)
-        calibration, step = AcceptanceCalibration(), 0
+        levels, values = accepted_levels(answer, config.nodes)
+        calibration, step = calibration_class(), 0
         while step < len(answer):
             row = values[step].tolist()
-            nodes = plan.best_size([row], calibration.ratio)
+            nodes = config.best_size([row], calibration.ratio)
             accepted = int(levels[step, nodes - 1])
             calibration.learn(sum(row[1:nodes]), accepted)
             reached = min(accepted + 1, len(answer) - step)
             steps, tokens, step = steps + 1, tokens + reached, step + reached
-            cost += plan.cost.at(nodes) + draft_cost
+            cost += config.cost.at(nodes) + draft_cost
     return tokens / steps, tokens / cost
 
 
