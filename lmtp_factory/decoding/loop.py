@@ -98,7 +98,7 @@ def run(
 ) -> None:
     """Run the loop from the first token after the prefill to the end of the last row."""
     offsets = model.leap_heads.config.offsets
-    builder = TreeBuilder(model, tree_config, constant=state.cache.is_fixed)
+    builder = TreeBuilder(model, tree_config, constant=state.cache.is_fixed, device=state.device)
     # F-MTP (the paper's appendix) takes plain steps to fill the window instead of reusing past states.
     plain_before_draft = geometry.window(offsets) - 1 if stats.strategy == "forward" else 0
     plain_steps = 0

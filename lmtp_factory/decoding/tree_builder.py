@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from .. import geometry
@@ -19,17 +20,20 @@ class TreeBuilder:
         model: A model with leap heads.
         config: Kind and size of the trees.
         constant: Give every draft tree the same number of nodes, for compiled forwards.
+        device: Device of the roots.
     """
 
-    def __init__(self, model: nn.Module, config: TreeConfig, constant: bool):
+    def __init__(self, model: nn.Module, config: TreeConfig, constant: bool, device: torch.device):
         self.model, self.config, self.constant = model, config, constant
         self.reach = geometry.reach(model.leap_heads.config.offsets) - 1  # number of levels that the heads can draft
-        device = model.get_output_embeddings().weight.device
         self.root = fixed([()], device)
         paths = config.fixed_paths()
         self.shape = None if paths is None else fixed([path for path in paths if len(path) <= self.reach], device)
         self.calibration, self.budget = AcceptanceCalibration(), DraftBudget()
         self.drafted = False  # whether the current step made a draft, even if its tree was cut to the root
+        self.predicted: list[
+            float
+        ] = []  # expected accepted tokens of each active row in this step; empty without a cut
 
     def plain(self, roots: Tensor) -> tuple[Tree, Tensor]:
         """Return the tree that has only the root, and its (batch, 1) tokens."""
@@ -41,7 +45,7 @@ class TreeBuilder:
         window, roots = state.window, state.roots
         if self.config.nodes == 1 or not (self.config.always or self.budget.allows_draft()):
             return self.plain(roots)
-        self.drafted = True
+        self.drafted, self.predicted = True, []
         if self.shape is not None:
             candidates = propose_candidates(
                 self.model, window, self.shape.height, width=int(max(self.config.ranks())) + 1
@@ -56,6 +60,7 @@ class TreeBuilder:
         if self.config.cost is not None and not self.constant:
             values = [values for values, row in zip(tree.values.tolist(), state.acceptor.rows) if not row.done]
             tree = tree.first(self.config.best_size(values, self.calibration.ratio))
+            self.predicted = [sum(row[1 : tree.nodes]) for row in values]
         return tree, tree.tokens(roots, candidates.tokens)
 
     def learn(self, tree: Tree, branches: Sequence[Sequence[int]], seconds: float) -> None:
@@ -72,7 +77,6 @@ class TreeBuilder:
                 self.budget.record_draft(seconds, tree.nodes, sum(accepted) / max(len(accepted), 1))
             else:
                 self.budget.record_plain(seconds)
-        if self.drafted and tree.values is not None and self.config.cost is not None:
-            for values, branch in zip(tree.values.tolist(), branches):
-                if branch:
-                    self.calibration.learn(sum(values[1:]), len(branch) - 1)
+        if self.drafted:
+            for predicted, count in zip(self.predicted, accepted):  # no predictions where nothing was cut
+                self.calibration.learn(predicted, count)

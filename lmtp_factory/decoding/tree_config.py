@@ -168,8 +168,8 @@ class Conditions:
 # Relative cost of a forward by its number of tokens, used if nothing was measured. Prepacked: rounded from the demo's
 # lmtp-cli tree (benchmarks/README.md). Plain: a conservative (high) estimate. On a GPU the cost is assumed to be
 # constant.
-_PREPACKED_CPU = CostCurve({1: 1.0, 16: 1.4, 32: 2.0, 64: 3.2})
-_PLAIN_CPU = CostCurve({1: 1.0, 2: 1.5, 4: 1.6, 8: 1.6, 16: 1.8, 32: 2.6, 64: 4.6})
+PREPACKED_CPU = CostCurve({1: 1.0, 16: 1.4, 32: 2.0, 64: 3.2})
+PLAIN_CPU = CostCurve({1: 1.0, 2: 1.5, 4: 1.6, 8: 1.6, 16: 1.8, 32: 2.6, 64: 4.6})
 _GPU_NODES, _CPU_NODES = 32, 16
 
 
@@ -178,7 +178,7 @@ def default_tree(conditions: Conditions) -> TreeConfig:
     source = f"default for {conditions.device}"
     if conditions.device != "cpu":
         return TreeConfig("dynamic", _GPU_NODES, source=source)
-    return TreeConfig("dynamic", _CPU_NODES, cost=_PREPACKED_CPU if conditions.prepacked else _PLAIN_CPU, source=source)
+    return TreeConfig("dynamic", _CPU_NODES, cost=PREPACKED_CPU if conditions.prepacked else PLAIN_CPU, source=source)
 
 
 def tree_config_for(model: nn.Module) -> TreeConfig:

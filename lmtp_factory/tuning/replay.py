@@ -130,19 +130,25 @@ def tau_of_dynamic(observed: Sequence[Observed], sizes: Sequence[int]) -> dict[i
     return {size: _tau(observed, with_size(size)) for size in sizes}
 
 
-def rate_of_cut_trees(observed: Sequence[Observed], config: TreeConfig, draft_cost: float) -> tuple[float, float]:
+def rate_of_cut_trees(
+    observed: Sequence[Observed],
+    config: TreeConfig,
+    draft_cost: float,
+    calibration_class: type[AcceptanceCalibration] = AcceptanceCalibration,
+) -> tuple[float, float]:
     """Return tau and tokens per unit of cost with dynamic trees that `TreeConfig.best_size` cuts in each step.
 
     Args:
         observed: The observed answers.
         config: A dynamic tree with a cost curve.
         draft_cost: Cost of one draft, in the unit of the cost curve.
+        calibration_class: Calibration of the heads' probabilities. Each answer gets a new instance.
     """
     tokens = steps = 0
     cost = 0.0
     for answer in observed:
         levels, values = accepted_levels(answer, config.nodes)
-        calibration, step = AcceptanceCalibration(), 0
+        calibration, step = calibration_class(), 0
         while step < len(answer):
             row = values[step].tolist()
             nodes = config.best_size([row], calibration.ratio)
