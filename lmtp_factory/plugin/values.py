@@ -1,4 +1,4 @@
-"""What the values of the L-MTP keys have to be, whatever YAML, command line or a caller made of them."""
+"""Types and ranges of the L-MTP keys' values, whether they come from YAML, the command line or Python."""
 
 import math
 import os
@@ -11,13 +11,13 @@ from ..errors import LMTPError
 
 @dataclass(frozen=True)
 class Kind:
-    """The values that a key takes.
+    """Values that a key accepts.
 
     Attributes:
-        fits: whether a value is one of them.
-        words: what they are, after "it has to be".
-        example: one of them, as it is written in YAML.
-        optional: whether null leaves the key out.
+        fits: Whether a value is accepted.
+        words: What the value has to be, as a message says it after "it has to be".
+        example: An accepted value, as YAML spells it.
+        optional: Whether null is accepted too; it leaves the key out.
     """
 
     fits: Callable[[Any], bool]
@@ -27,7 +27,7 @@ class Kind:
 
 
 def is_whole(value: Any) -> bool:
-    """Whether ``value`` is a whole number; ``true`` is none, although Python counts it as 1."""
+    """Whether `value` is a whole number. `True` is not, although Python treats it as 1."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -39,7 +39,7 @@ def _is_path(value: Any) -> bool:
     return isinstance(value, (str, os.PathLike)) and bool(os.fspath(value).strip())
 
 
-# Whole numbers that are too small are refused by the geometry, which knows why; unknown words by those who read them.
+# `geometry` refuses whole numbers that are too small, with the reason. Unknown words are refused where they are read.
 KINDS = {
     "num_heads": Kind(is_whole, "a whole number", "3"),
     "leap_stride": Kind(is_whole, "a whole number", "2"),
@@ -53,13 +53,13 @@ KINDS = {
 
 
 def check_values(written: Mapping[str, Any]) -> None:
-    """Refuse a key's value that is of another kind.
+    """Check the type and range of every value.
 
     Args:
-        written: values by their keys; keys without a kind are left alone.
+        written: Key to value. Keys that `KINDS` lacks are not checked.
 
     Raises:
-        LMTPError: what the first such value has to be.
+        LMTPError: A value is not accepted; the message says what the first such value has to be.
     """
     for key, kind in KINDS.items():
         value = written[key]
@@ -70,10 +70,10 @@ def check_values(written: Mapping[str, Any]) -> None:
 
 
 def read_offsets(written: Any) -> list[int]:
-    """The extra heads' offsets from what stands behind ``leap_offsets``: text like ``2,3,6``, a list, or one number.
+    """Offsets of the extra heads from the value of `leap_offsets`: text like `2,3,6`, a list, or one number.
 
     Raises:
-        LMTPError: something in it is no whole number.
+        LMTPError: A part is not a whole number.
     """
     parts = written.split(",") if isinstance(written, str) else written
     parts = list(parts) if isinstance(parts, (list, tuple)) else [parts]
