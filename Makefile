@@ -28,6 +28,7 @@ test-browser: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 clean:
 	rm -rf build dist *.egg-info demo_run .pytest_cache .ruff_cache .hypothesis

@@ -46,6 +46,7 @@ setup(
             "pytest>=8",
             "hypothesis>=6",
             "ruff>=0.8",
+            "import-linter>=2.3",
             "gguf>=0.10",
             "tensorboard",
             "bitsandbytes",

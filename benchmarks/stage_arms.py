@@ -134,17 +134,18 @@ def padded(batch: Sequence[dict], pad: int) -> dict[str, Tensor]:
 
 def naive_loss(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """Heads as one would add them first: the model's own output with every hidden state, and logits of all in one tensor."""
-    labels, stage = inputs["labels"], model.leap_stage
-    model.leap_stage = None  # the base class's forward
+    labels, objective = inputs["labels"], model.objective
+    model.objective = None  # the base class's forward
     output = model(**inputs, output_hidden_states=True, use_cache=False)
-    model.leap_stage = stage
+    model.objective = objective
     heads = model.leap_heads.logits(output.hidden_states[-1], model.get_output_embeddings(), softcap_of(model))
     logits = torch.cat([output.logits.unsqueeze(0), heads.to(output.logits.dtype)])
     losses = []
     for head_logits, offset in zip(logits, model.leap_heads.config.offsets, strict=True):
         shifted = head_logits[:, :-offset].float().flatten(0, 1)
         losses.append(F.cross_entropy(shifted, labels[:, offset:].flatten(), ignore_index=IGNORE_INDEX))
-    return sum(losses[1:]) if stage == 1 else losses[0] + 0.1 * sum(losses[1:])
+    trained = losses[objective.first_head :]
+    return sum(weight * loss for weight, loss in zip(objective.weights, trained, strict=True))
 
 
 def _moved(inputs: dict[str, Tensor], device: str) -> dict[str, Tensor]:

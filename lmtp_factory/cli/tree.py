@@ -21,12 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Let the model write, time the device, weigh the trees, write ``lmtp/tree.json`` and ``lmtp/tree.png``."""
     from ..decoding.tree_config import DEFAULT_WIDTH, Conditions, write_tree
-    from ..evaluation.plots import draw_tree
     from ..evaluation.report import load_for_scoring
     from ..evaluation.self_generated import read_prompts, write_own_text
     from ..modeling.checkpoint import find_heads
     from ..modeling.model import base_of
     from ..tuning.costs import measure_costs
+    from ..tuning.plots import draw_tree
     from ..tuning.replay import accuracies, observe
     from ..tuning.tree_search import measured, plan_of, table, weigh
 

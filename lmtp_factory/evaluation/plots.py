@@ -8,14 +8,10 @@ from typing import TYPE_CHECKING
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..decoding.tree import best_first_paths
-
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from ..decoding.tree_config import TreeConfig
-    from ..tuning.tree_search import Option
     from .bench import ArmResult
     from .scoring import HeadScores
 
@@ -80,60 +76,6 @@ def draw_head_bars(scores: Mapping[str, "HeadScores"], path: str | os.PathLike) 
         panel.grid(axis="y", alpha=0.3)
     panels[0].legend()
     figure.savefig(path, dpi=100)
-
-
-def draw_tree(
-    plan: "TreeConfig",
-    accuracies: Sequence[Sequence[float]],
-    seconds: Mapping[int, float],
-    options: Sequence["Option"],
-    path: str | os.PathLike,
-) -> None:
-    """The tree, the device's cost curve and what each option promises; ``path`` is the PNG file to write.
-
-    A dynamic tree has another shape in each step; the one drawn is the best on average.
-    """
-    figure = Figure(figsize=(15, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    tree, curve, choice = figure.subplots(1, 3)
-    paths = plan.fixed_paths() or best_first_paths(accuracies, plan.nodes)
-    _draw_paths(tree, paths)
-    what = "on average" if plan.kind == "dynamic" and plan.nodes > 1 else plan.kind
-    tree.set(title=f"the tree, {what}: {len(paths)} nodes", ylabel="tokens after the root", xticks=[])
-
-    curve.plot(list(seconds), [1e3 * value for value in seconds.values()], marker="o")
-    curve.set_xscale("log", base=2)
-    curve.set(title="a forward on this device", xlabel="tokens verified", ylabel="ms", ylim=(0, None))
-    curve.set_xticks(list(seconds), list(map(str, seconds)))
-    curve.grid(alpha=0.3)
-
-    for kind in dict.fromkeys(option.kind for option in options):
-        points = [(option.nodes, option.tokens_per_second) for option in options if option.kind == kind]
-        choice.plot(*zip(*points), marker="o", label=kind)
-    choice.set_xscale("log", base=2)
-    choice.set(title="expected", xlabel="nodes, the root counted", ylabel="tokens/s", ylim=(0, None))
-    choice.grid(alpha=0.3)
-    choice.legend()
-    figure.savefig(path, dpi=100)
-
-
-def _draw_paths(panel: "Axes", paths: Sequence[Sequence[int]]) -> None:
-    """Nodes in columns by level, each level from its best path at the top to its least."""
-    levels: dict[int, list[tuple[int, ...]]] = {}
-    for path in sorted(map(tuple, paths)):
-        levels.setdefault(len(path), []).append(path)
-    places = {
-        path: (-(index + 1) / (len(row) + 1), -level) for level, row in levels.items() for index, path in enumerate(row)
-    }
-    for path, (across, down) in places.items():
-        if path:
-            above = places[path[:-1]]
-            panel.plot([-above[0], -across], [above[1], down], color="0.6", linewidth=0.8, zorder=1)
-    panel.scatter([-x for x, _ in places.values()], [y for _, y in places.values()], s=260, color="C0", zorder=2)
-    for path, (across, down) in places.items():
-        label = str(path[-1] + 1) if path else "root"
-        panel.annotate(label, (-across, down), ha="center", va="center", fontsize=7, color="white", zorder=3)
-    panel.set_yticks([-level for level in levels], list(map(str, levels)))
 
 
 def draw_bench(rows: Sequence["ArmResult"], path: str | os.PathLike) -> None:

@@ -15,6 +15,7 @@ from ..distill.rows import PROMPT_COLUMN, RESPONSE_COLUMN, parse_ids
 from ..errors import LMTPError
 from ..modeling.losses.targets import IGNORE_INDEX
 from ..modeling.model import base_of
+from ..modeling.objective import Objective
 
 
 Row = tuple[list[int], list[int]]  # prompt ids, output ids
@@ -73,16 +74,15 @@ def score_heads(model: nn.Module, rows: Sequence[Row], batch_size: int = 4, labe
     base = base_of(model)
     config = base.leap_heads.config
     sums = torch.zeros(3, len(config.offsets), dtype=torch.float64)
-    stage, was_training = base.leap_stage, model.training
-    base.leap_stage = 2  # all heads, the LM head's first
+    objective, was_training = Objective.of_evaluation(config.num_heads), model.training
     model.eval()
     try:
         ordered = sorted(rows, key=lambda row: len(row[0]) + len(row[1]))
         for start in tqdm(range(0, len(ordered), batch_size), desc=label, leave=False):
-            outputs = model(**_batch(ordered[start : start + batch_size], base.device))
+            batch = _batch(ordered[start : start + batch_size], base.device)
+            outputs = base.leap_loss(objective=objective, **batch)
             sums += torch.stack([sum_.cpu().double() for sum_ in (outputs.loss_sums, outputs.hits, outputs.counts)])
     finally:
-        base.leap_stage = stage
         model.train(was_training)
     losses, accuracies = (sums[:2] / sums[2].clamp(min=1)).tolist()
     return HeadScores(config.offsets, tuple(losses), tuple(accuracies), tuple(int(n) for n in sums[2]))

@@ -15,6 +15,7 @@ from .heads import LeapHeads
 from .logits_proof import prove_logits
 from .losses.implementation import as_plain_linear
 from .model import LeapModel, base_of, leap_class
+from .objective import Objective
 from .zero3 import fetch_together, gathered
 
 
@@ -58,15 +59,17 @@ def attach_heads(
     if heads is None:
         heads = fresh_heads(base, config or LMTPConfig())
 
+    num_heads = heads.config.num_heads
+    objective = None if stage is None else Objective.of_stage(stage, num_heads, head_weight, head_decay)
     weight = base.get_output_embeddings().weight
     device = weight.device if weight.device.type != "meta" else backbone.device
     base.__class__ = leap_class(type(base), mixins)
     base.leap_heads = heads.to(device=device, dtype=dtype or (weight.dtype if weight.is_floating_point() else None))
     base.token_types = backbone.token_types
-    base.leap_stage, base.head_weight, base.head_decay = stage, head_weight, head_decay
-    if stage == 1:
+    base.objective = objective
+    if base.trains_heads_only:
         base.requires_grad_(False)
-    base.leap_heads.requires_grad_(stage is not None)
+    base.leap_heads.requires_grad_(objective is not None)
     base.train(model.training)
 
     lm_head = base.get_output_embeddings()

@@ -48,7 +48,6 @@ class LeapHead(nn.Module):
 
     def __init__(self, hidden_size: int, vocab_size: int, layers: int, own_unembedding: bool):
         super().__init__()
-        self.vocab_size = vocab_size
         self.blocks = nn.ModuleList(ResidualBlock(hidden_size) for _ in range(layers))
         self.unembed = nn.Linear(hidden_size, vocab_size, bias=False) if own_unembedding else None
 
@@ -66,9 +65,9 @@ class LeapHead(nn.Module):
         """The layer that this head's features go to: its own, or the backbone's LM head."""
         return lm_head if self.unembed is None else self.unembed
 
-    def spec(self, lm_head: nn.Module) -> HeadSpec:
+    def spec(self, lm_head: nn.Module, vocab_size: int) -> HeadSpec:
         """This head as a loss sees it."""
-        return HeadSpec(self.features, self.unembedding(lm_head), self.vocab_size, tuple(self.blocks.parameters()))
+        return HeadSpec(self.features, self.unembedding(lm_head), vocab_size, tuple(self.blocks.parameters()))
 
 
 class LeapHeads(PreTrainedModel):
@@ -121,9 +120,10 @@ class LeapHeads(PreTrainedModel):
         Returns:
             Scalar loss; (heads,) loss sums, not scaled; (heads,) top-1 hits.
         """
-        specs = [head.spec(lm_head) for head in self.heads]
+        vocab_size = self.config.vocab_size
+        specs = [head.spec(lm_head, vocab_size) for head in self.heads]
         if len(targets) > len(specs):
-            specs.insert(0, HeadSpec(_identity, lm_head, self.config.vocab_size))
+            specs.insert(0, HeadSpec(_identity, lm_head, vocab_size))
         return leap_loss(hidden, targets, scales, specs, softcap=softcap, implementation=implementation)
 
 

@@ -21,7 +21,8 @@ from ..files import HEADS_FOLDER, TREE_FILE
 from .checkpoint import save_heads
 from .heads import LeapHeads, softcap_of
 from .losses.implementation import AUTO, resolve_implementation
-from .losses.targets import IGNORE_INDEX, head_weights, leap_targets
+from .losses.targets import IGNORE_INDEX, leap_targets
+from .objective import Objective
 from .router import router_coefficient, states_and_router_loss
 from .zero3 import ensure_backward_hook
 
@@ -53,31 +54,29 @@ class LeapModel:
     plain_class: type[PreTrainedModel]  # without heads
     mixins: tuple[type, ...]  # in front of this one
     leap_heads: LeapHeads
-    leap_stage: int | None
-    head_weight: float
-    head_decay: float
+    objective: Objective | None = None  # of training; None for inference
     token_types: tuple[str, ...] = ()  # see BackboneFacts
     loss_implementation: str = AUTO  # see losses/implementation.py
     after_export: Callable[[str], None] | None = None  # called with the directory of a model saved for inference
 
-    def leap_offsets(self) -> tuple[int, ...]:
-        """Offsets of the heads that this stage trains, in the order of the losses."""
-        offsets = self.leap_heads.config.offsets
-        return offsets[1:] if self.leap_stage == 1 else offsets
-
     def train(self, mode: bool = True) -> "LeapModel":
-        """As always, but a frozen backbone neither drops out nor checkpoints what needs no gradient."""
+        """Like `nn.Module.train`, but a frozen backbone neither drops out nor checkpoints what needs no gradient."""
         super().train(mode)
-        if self.leap_stage == 1:
+        if self.trains_heads_only:
             self.base_model.eval()
         return self
 
+    @property
+    def trains_heads_only(self) -> bool:
+        """Whether the backbone is frozen by the objective."""
+        return self.objective is not None and not self.objective.trains_backbone
+
     def final_hidden_states(self, **inputs) -> Tensor:
-        """(batch, length, hidden) what the LM head reads, from the backbone alone; in stage 1 without a graph."""
+        """(batch, length, hidden) what the LM head reads, from the backbone alone; without a graph where it is frozen."""
         for name in self.token_types:
             if name not in inputs and "input_ids" in inputs:
                 inputs[name] = torch.zeros_like(inputs["input_ids"])
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.leap_stage != 1):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.trains_heads_only):
             return self.base_model(**inputs, use_cache=False).last_hidden_state
 
     def leap_loss(
@@ -85,18 +84,21 @@ class LeapModel:
         labels: Tensor,
         num_items_in_batch: Tensor | None = None,
         hidden_states: Tensor | None = None,
+        objective: Objective | None = None,
         **inputs,
     ) -> LeapOutput:
-        """Losses of the stage's heads; in stage 2's training also a mixture-of-experts model's own auxiliary loss.
+        """Losses of the objective's heads; a mixture-of-experts backbone that is trained adds its own auxiliary loss.
 
         Args:
             labels: (batch, length), -100 where masked.
             num_items_in_batch: what each head's loss sum is divided by: (heads,) valid targets of the whole
                 accumulated and distributed batch, or one number for all heads. None: this batch's own counts.
             hidden_states: (batch, length, hidden) final hidden states, where they are known; the backbone does not run.
+            objective: default the model's own.
             inputs: the backbone's arguments; ``position_ids`` that restart mark packed documents.
         """
-        auxiliary, coefficient = None, router_coefficient(self) if self.training and self.leap_stage == 2 else 0.0
+        objective, offsets = objective or self.objective, self.leap_heads.config.offsets
+        auxiliary, coefficient = None, router_coefficient(self) if self.training and objective.trains_backbone else 0.0
         if hidden_states is None and coefficient:
             hidden_states, auxiliary = states_and_router_loss(self, super().forward, inputs)
         elif hidden_states is None:
@@ -104,14 +106,15 @@ class LeapModel:
         hidden = ensure_backward_hook(hidden_states.flatten(0, 1))
 
         positions = inputs.get("position_ids")
-        targets = torch.stack([leap_targets(labels, offset, positions).flatten() for offset in self.leap_offsets()])
+        targets = torch.stack(
+            [leap_targets(labels, offset, positions).flatten() for offset in objective.offsets(offsets)]
+        )
         counts = (targets != IGNORE_INDEX).sum(-1)
         items = torch.as_tensor(counts if num_items_in_batch is None else num_items_in_batch, device=counts.device)
-        weights = head_weights(self.leap_heads.config.num_heads, self.leap_stage, self.head_weight, self.head_decay)
         loss, sums, hits = self.leap_heads(
             hidden,
             targets,
-            torch.tensor(weights, device=counts.device) / items.clamp(min=1),
+            torch.tensor(objective.weights, device=counts.device) / items.clamp(min=1),
             self.get_output_embeddings(),
             softcap=softcap_of(self),
             implementation=resolve_implementation(self.loss_implementation, hidden.device),
@@ -127,12 +130,12 @@ class LeapModel:
         """
         state_dict = self.state_dict() if state_dict is None else state_dict
         heads = {k.removeprefix(HEADS_PREFIX): v for k, v in state_dict.items() if k.startswith(HEADS_PREFIX)}
-        if self.leap_stage != 1:
+        if not self.trains_heads_only:
             base = {k: v for k, v in state_dict.items() if not k.startswith(HEADS_PREFIX)}
             super().save_pretrained(save_directory, state_dict=base, **kwargs)
         if heads and kwargs.get("is_main_process", True):
             save_heads(self.leap_heads, os.path.join(save_directory, HEADS_FOLDER), heads)
-            if self.leap_stage is None:
+            if self.objective is None:
                 self._copy_tree(save_directory)
                 if self.after_export is not None:
                     self.after_export(save_directory)
@@ -153,7 +156,7 @@ class LeapModel:
 
     def load_state_dict(self, state_dict, strict: bool = True, **kwargs):
         """As always, but a checkpoint of stage 1 holds no backbone, and that is no error."""
-        if self.leap_stage == 1 and any(key.startswith(HEADS_PREFIX) for key in state_dict):
+        if self.trains_heads_only and any(key.startswith(HEADS_PREFIX) for key in state_dict):
             strict = False
         return super().load_state_dict(state_dict, strict=strict, **kwargs)
 
@@ -166,7 +169,7 @@ def leap_class(base: type[PreTrainedModel], mixins: tuple[type, ...] = ()) -> ty
     @functools.wraps(base.forward)  # generate() reads the signature to see what the model takes
     def forward(self, *args, **kwargs):
         kwargs.update(zip(parameters, args))
-        if self.leap_stage is None or kwargs.get("labels") is None:
+        if self.objective is None or kwargs.get("labels") is None:
             return base.forward(self, **kwargs)
         labels, items = kwargs["labels"], kwargs.get("num_items_in_batch")
         inputs = {name: value for name, value in kwargs.items() if name not in _WRAPPER_ONLY and value is not None}

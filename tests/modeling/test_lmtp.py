@@ -65,7 +65,7 @@ def test_copies(how, stage):
     model._compiled_backbone = ("options", lambda: None)  # which pickle cannot write
     other = COPIES[how](model)
     assert isinstance(other, LeapModel) and type(other) is type(model)
-    assert (other.leap_stage, other.head_weight, other.training) == (stage, 0.3, model.training)
+    assert (other.objective, other.training) == (model.objective, model.training)
     assert other._compiled_backbone is None and model._compiled_backbone is not None
     inputs = batch()
     assert torch.equal(other(**inputs).loss, model(**inputs).loss)

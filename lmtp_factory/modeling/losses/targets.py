@@ -39,9 +39,3 @@ def leap_targets(labels: Tensor, offset: int, position_ids: Tensor | None = None
 def count_targets(labels: Tensor, offsets: Sequence[int], position_ids: Tensor | None = None) -> Tensor:
     """Valid targets of every head, (heads,)."""
     return torch.stack([(leap_targets(labels, o, position_ids) != IGNORE_INDEX).sum() for o in offsets])
-
-
-def head_weights(num_extra: int, stage: int, head_weight: float, head_decay: float) -> list[float]:
-    """Weights of the heads trained: the extra ones in stage 1; the LM head first, weight 1, in stage 2."""
-    leap = [head_decay**i for i in range(num_extra)]
-    return leap if stage == 1 else [1.0, *(head_weight * w for w in leap)]

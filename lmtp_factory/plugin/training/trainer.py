@@ -14,7 +14,7 @@ from ...errors import LMTPError
 from ...files import HEADS_FOLDER
 from ...modeling import heads_of, load_heads, save_heads
 from ...modeling.checkpoint import validate_checkpoint
-from ...modeling.losses.targets import count_targets, head_weights
+from ...modeling.losses.targets import count_targets
 from ...modeling.model import HEADS_PREFIX, base_of
 from ...modeling.zero3 import gathered
 from .. import log
@@ -43,9 +43,9 @@ class LeapTrainer(CustomSeq2SeqTrainer):
         self.leap_model = base_of(self.model)
         if isinstance(self.train_dataset, CachedDocuments):
             self.add_callback(FillCache(self, self.train_dataset))
-        first = 1 if self.leap_model.leap_stage == 1 else 0
-        self.train_metrics = HeadMetrics(first, len(self.leap_model.leap_offsets()))
-        self.eval_metrics = HeadMetrics(first, len(self.leap_model.leap_offsets()))
+        self.objective = self.leap_model.objective
+        first, heads = self.objective.first_head, len(self.objective.weights)
+        self.train_metrics, self.eval_metrics = HeadMetrics(first, heads), HeadMetrics(first, heads)
 
     # Loss -------------------------------------------------------------------------------------------------------
 
@@ -53,7 +53,7 @@ class LeapTrainer(CustomSeq2SeqTrainer):
         """Number of valid targets of every head over the accumulated batches of all ranks, (heads,)."""
         if not batch_samples or "labels" not in batch_samples[0]:
             return None
-        offsets = self.leap_model.leap_offsets()
+        offsets = self.objective.offsets(self.leap_model.leap_heads.config.offsets)
         counts = sum(count_targets(batch["labels"], offsets, batch.get("position_ids")) for batch in batch_samples)
         return self.accelerator.reduce(counts.to(device), reduction="sum")
 
@@ -78,11 +78,9 @@ class LeapTrainer(CustomSeq2SeqTrainer):
         losses = self.eval_metrics.losses(self.accelerator)
         if losses is not None:
             # Upstream averages batch means, but batches differ in their number of targets.
-            model = self.leap_model
-            weights = head_weights(
-                model.leap_heads.config.num_heads, model.leap_stage, model.head_weight, model.head_decay
+            output.metrics[f"{metric_key_prefix}_loss"] = sum(
+                weight * loss for weight, loss in zip(self.objective.weights, losses, strict=True)
             )
-            output.metrics[f"{metric_key_prefix}_loss"] = sum(w * loss for w, loss in zip(weights, losses, strict=True))
             output.metrics.update(self.eval_metrics.pop(self.accelerator, f"{metric_key_prefix}_"))
         return output
 
@@ -98,7 +96,7 @@ class LeapTrainer(CustomSeq2SeqTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the heads in `lmtp/`, and in stage 2 the adapter or model as upstream does."""
         output_dir = output_dir or self.args.output_dir
-        if self.leap_model.leap_stage == 2:
+        if self.objective.trains_backbone:
             super().save_model(output_dir, _internal_call)
         elif self.args.should_save:
             self._save(output_dir, state_dict={})  # tokenizer and arguments; the frozen backbone is not written again
@@ -141,7 +139,7 @@ class LeapTrainer(CustomSeq2SeqTrainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        if self.leap_model.leap_stage == 2:
+        if self.objective.trains_backbone:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_heads(resume_from_checkpoint)
 
@@ -152,7 +150,7 @@ class LeapTrainer(CustomSeq2SeqTrainer):
         except LMTPError as error:  # training is complete: keep its result
             log.warning(f"The best checkpoint cannot be loaded: {error} The heads of the last step are kept.")
             return
-        if self.is_deepspeed_enabled or self.leap_model.leap_stage == 2:
+        if self.is_deepspeed_enabled or self.objective.trains_backbone:
             super()._load_best_model()
         if not self.is_deepspeed_enabled:  # DeepSpeed's own checkpoint holds the heads
             self._load_heads(best)
@@ -169,7 +167,7 @@ class LeapTrainer(CustomSeq2SeqTrainer):
         self.leap_model.leap_heads.load_state_dict(load_heads(checkpoint).state_dict())
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_deepspeed_enabled and self.leap_model.leap_stage == 1:
+        if self.is_deepspeed_enabled and not self.objective.trains_backbone:
             # Upstream leaves frozen parameters out for PEFT models only. The frozen backbone has its own directory.
             engine, save = self.model_wrapped, self.model_wrapped.save_checkpoint
             engine.save_checkpoint = lambda folder, **kwargs: save(folder, exclude_frozen_parameters=True, **kwargs)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmtp_factory.modeling.losses.targets import IGNORE_INDEX, count_targets, head_weights, leap_targets
+from lmtp_factory.modeling.losses.targets import IGNORE_INDEX, count_targets, leap_targets
 
 
 @st.composite
@@ -51,8 +51,3 @@ def test_multimodal_positions_count_by_their_first_axis():
 def test_counts_are_per_head():
     labels = torch.tensor([[IGNORE_INDEX, 1, 2, 3, 4]])
     assert count_targets(labels, (1, 3, 5)).tolist() == [4, 2, 0]
-
-
-def test_weights_of_the_stages():
-    assert head_weights(3, 1, head_weight=0.1, head_decay=0.5) == [1.0, 0.5, 0.25]
-    assert head_weights(2, 2, head_weight=0.1, head_decay=1.0) == [1.0, 0.1, 0.1]
