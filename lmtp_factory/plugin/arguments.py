@@ -28,12 +28,15 @@ class LMTPArguments:
     )
     num_heads: int | None = field(
         default=None,
-        metadata={"help": "The number of extra heads, the LM head not counted (default: 3)."},
+        metadata={
+            "help": f"The number of extra heads, the LM head not counted (default: {geometry.DEFAULT_NUM_HEADS})."
+        },
     )
     leap_stride: int | None = field(
         default=None,
         metadata={
-            "help": "The number of tokens that each head leaps; 1 is ordinary multi-token prediction (default: 2)."
+            "help": "The number of tokens that each head leaps; 1 is ordinary multi-token prediction "
+            f"(default: {geometry.DEFAULT_STRIDE})."
         },
     )
     leap_offsets: str | None = field(
@@ -147,7 +150,7 @@ class LMTPArguments:
         kind = {"head_layers": self.head_layers, "head_kind": self.head_kind}
         return LMTPConfig(offsets=offsets, **{k: v for k, v in kind.items() if v is not None}, **base)
 
-    def contradicts(self, config: "LMTPConfig") -> str | None:
+    def first_difference(self, config: "LMTPConfig") -> str | None:
         """The first difference between the written keys and trained heads, in words; None if they agree."""
         if self.offsets_given() not in (None, config.offsets):
             return f"leap_offsets {self.leap_offsets}, the heads have {','.join(map(str, config.offsets[1:]))}"

@@ -44,14 +44,14 @@ def find_datasets(
         LMTPError: The package knows a name, but its file has not been downloaded.
         ValueError: Nobody knows a name (upstream's own error).
     """
-    ours = dataset_info()
-    if not names or dataset_dir == "ONLINE" or not any(name in ours for name in names):
+    known = dataset_info()
+    if not names or dataset_dir == "ONLINE" or not any(name in known for name in names):
         return upstream_get_dataset_list(names, dataset_dir)
 
     found: list[DatasetAttr] = []
     for name in names:
-        if name in ours and not _user_has(name, dataset_dir, upstream_get_dataset_list):
-            entry = ours[name] | {"file_name": str(_locate(name, ours[name]["file_name"], dataset_dir))}
+        if name in known and not _user_has(name, dataset_dir, upstream_get_dataset_list):
+            entry = known[name] | {"file_name": str(_locate(name, known[name]["file_name"], dataset_dir))}
             found += upstream_get_dataset_list([name], {name: entry})
         else:
             found += upstream_get_dataset_list([name], dataset_dir)

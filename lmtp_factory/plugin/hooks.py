@@ -43,7 +43,7 @@ class Seam:
 SEAMS = (
     Seam("extras.constants", "the stages' names, heads as checkpoints"),
     Seam("hparams.finetuning_args", "the L-MTP keys of YAML and command line"),
-    Seam("hparams.parser", "bad input refused before a model loads"),
+    Seam("hparams.parser", "keys checked and heads located before a model loads"),
     Seam("data.template", "the template of self-distilled data"),
     Seam("data.parser", "dataset names that need no dataset_dir"),
     Seam("model.loader", "heads attached to the loaded model, export"),

@@ -31,7 +31,7 @@ def with_heads(upstream: Callable) -> Callable:
 
 def _attach_for_decoding(model: nn.Module, folder: Path, strategy: str) -> None:
     base = base_of(model)
-    if "generate" in vars(base):  # put there by upstream's patcher, and not ours
+    if "generate" in vars(base):  # put there by upstream's patcher
         log.warning(f"{type(base).__name__} has a generate of its own: decoding without the leap heads of {folder}.")
         return
     if heads_of(model) is None:

@@ -47,16 +47,18 @@ def choose_checkpoint(training_args) -> Path | None:
                 f"resume_from_checkpoint: true finds no checkpoint in output_dir {output_dir}: leave it out."
             )
         return None
-    whole, broken = _newest_whole(found)
-    if whole is None:
+    complete, broken = _newest_complete(found)
+    if complete is None:
         names, reason = ", ".join(checkpoint.name for checkpoint in found), next(iter(broken.values()))
         raise LMTPError(
             f"No checkpoint in output_dir {output_dir} was saved whole ({found[0].name}: {reason}): delete {names} to train "
             "from the beginning."
         )
     for checkpoint, reason in broken.items():
-        log.warning(f"{checkpoint} was not saved whole ({reason}): training resumes from {whole.name}.")
-    return whole
+        log.warning(f"{checkpoint} was not saved whole ({reason}): training resumes from {complete.name}.")
+    if named is None:
+        log.info(f"Training resumes from {complete}; overwrite_output_dir: true trains from the beginning.")
+    return complete
 
 
 def _named_checkpoint(checkpoint: Path) -> Path:
@@ -68,8 +70,8 @@ def _named_checkpoint(checkpoint: Path) -> Path:
     reason = _damage(checkpoint)
     if reason is None:
         return checkpoint
-    whole, _ = _newest_whole(_checkpoints(checkpoint.parent))
-    instead = "leave the key out and delete it" if whole is None else f"write resume_from_checkpoint: {whole}"
+    complete, _ = _newest_complete(_checkpoints(checkpoint.parent))
+    instead = "leave the key out and delete it" if complete is None else f"write resume_from_checkpoint: {complete}"
     raise LMTPError(f"resume_from_checkpoint {checkpoint} was not saved whole ({reason}): {instead}.")
 
 
@@ -85,7 +87,7 @@ def _checkpoints(folder: Path) -> list[Path]:
     )
 
 
-def _newest_whole(checkpoints: Iterable[Path]) -> tuple[Path | None, dict[Path, str]]:
+def _newest_complete(checkpoints: Iterable[Path]) -> tuple[Path | None, dict[Path, str]]:
     """The first complete checkpoint, and the damage of each checkpoint before it."""
     broken = {}
     for checkpoint in checkpoints:

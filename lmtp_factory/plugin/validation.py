@@ -24,7 +24,7 @@ from .vocabulary import check_heads
 
 
 def check_training_keys(model_args, data_args, training_args, finetuning_args) -> None:
-    """Check what the keys of a training run tell without looking for heads.
+    """Check the keys of a training run, before its heads are located.
 
     Raises:
         LMTPError: Keys do not go together.
@@ -82,7 +82,7 @@ def check_training(model_args, data_args, training_args, finetuning_args, source
         _check_lm_head_with_freeze(finetuning_args, source)
     if source.folder is not None:
         check_heads(source, model_args, data_args, may_grow=stage == 2 and training_args.do_train)
-        if difference := finetuning_args.contradicts(source.config):
+        if difference := finetuning_args.first_difference(source.config):
             raise LMTPError(
                 f"The heads in {source.folder} do not fit what was written ({difference}): leave the key out to take the "
                 "heads' own value, or train stage 1 again."
@@ -100,7 +100,7 @@ def check_training(model_args, data_args, training_args, finetuning_args, source
 
 
 def check_inference_keys(model_args, finetuning_args) -> None:
-    """Check what the keys of chat, api or an export tell without looking for heads.
+    """Check the keys of chat, api or an export, before their heads are located.
 
     Raises:
         LMTPError: Keys do not go together, or the export would leave old heads beside new weights.
@@ -137,7 +137,7 @@ def check_inference(model_args, data_args, finetuning_args, source: HeadsSource 
 
 
 def _replaced_models(model_args, training_args, finetuning_args) -> Iterator[str]:
-    """Backends among the keys that put another model in the place of transformers' own."""
+    """Keys of backends that replace transformers' model."""
     if model_args.use_unsloth:
         yield "use_unsloth"
     if model_args.use_kt:
@@ -153,7 +153,7 @@ def _replaced_models(model_args, training_args, finetuning_args) -> Iterator[str
 
 
 def _replaced_losses(training_args, finetuning_args) -> Iterator[str]:
-    """Keys that train another loss."""
+    """Keys that replace the loss."""
     if finetuning_args.use_asft_loss:
         yield "use_asft_loss"
     if finetuning_args.use_dft_loss:
@@ -165,7 +165,7 @@ def _replaced_losses(training_args, finetuning_args) -> Iterator[str]:
 
 
 def _uncacheable(stage: int, data_args, training_args) -> Iterator[tuple[str, str]]:
-    """Keys that do not go with `hidden_cache_dir`, and why."""
+    """Keys that `hidden_cache_dir` does not work with, and reasons."""
     if stage == 2:
         yield "stage: lmtp2", "the backbone changes in every step"
     if not training_args.do_train:

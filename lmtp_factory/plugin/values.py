@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import LMTPError
+from ..geometry import DEFAULT_NUM_HEADS, DEFAULT_STRIDE
+from ..options import HEAD_DECAY, HEAD_WEIGHT
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,13 @@ def _is_path(value: Any) -> bool:
 
 # `geometry` refuses whole numbers that are too small, with the reason. Unknown words are refused where they are read.
 KINDS = {
-    "num_heads": Kind(is_whole, "a whole number", "3"),
-    "leap_stride": Kind(is_whole, "a whole number", "2"),
+    "num_heads": Kind(is_whole, "a whole number", str(DEFAULT_NUM_HEADS)),
+    "leap_stride": Kind(is_whole, "a whole number", str(DEFAULT_STRIDE)),
     "head_layers": Kind(is_whole, "a whole number", "1"),
-    "head_weight": Kind(lambda value: _is_finite(value) and value >= 0, "a number of 0 or more", "0.1", False),
-    "head_decay": Kind(lambda value: _is_finite(value) and value > 0, "a number above 0", "1.0", False),
+    "head_weight": Kind(
+        lambda value: _is_finite(value) and value >= 0, "a number of 0 or more", str(HEAD_WEIGHT), False
+    ),
+    "head_decay": Kind(lambda value: _is_finite(value) and value > 0, "a number above 0", str(HEAD_DECAY), False),
     "stage1_pretrained_path": Kind(_is_path, "the path of one directory", "saves/stage1"),
     "hidden_cache_dir": Kind(_is_path, "the path of one directory", "saves/hidden_states"),
     "train_lm_head": Kind(lambda value: isinstance(value, bool), "true or false, without quotes", "true", False),

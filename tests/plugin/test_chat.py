@@ -178,7 +178,7 @@ def test_a_stream_whose_generation_fails_ends(ending, expected, lines, monkeypat
         def fail(*args):
             raise RuntimeError("out of memory")
 
-        broken.setattr("lmtp_factory.decoding.loop.decode", fail)
+        broken.setattr("lmtp_factory.decoding.mixin.decode", fail)
         assert stream(model) == ""
         with pytest.raises(RuntimeError, match="out of memory"):
             ask(model)

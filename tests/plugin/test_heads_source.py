@@ -73,6 +73,7 @@ def test_arguments_other_than_the_source_stay_as_they_are_written(llama, stage1,
     assert source.config.offsets == (1, 3, 5, 7) and source.reach == 7
     assert model_args.model_name_or_path == source.base.path == str(llama)
     assert training_args.resume_from_checkpoint is None
+    assert not (tmp_path / "out").exists()  # checks write nothing
     assert "heads_source" not in finetuning_args.to_dict()
     again = pickle.loads(pickle.dumps(finetuning_args))
     assert again == finetuning_args

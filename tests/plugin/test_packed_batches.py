@@ -183,7 +183,7 @@ def with_heads(model):
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
-        ({"streaming": True, "world_size": 2}, "streamed batches are shared out by rows"),
+        ({"streaming": True, "world_size": 2}, "ranks split streamed batches by rows"),
         ({"predict_with_generate": True}, "generation needs padding on the left"),
         ({"zero3": True, "image_token": "<image>"}, "batches without media would not run"),
         ({"streaming": True}, None),

@@ -45,11 +45,13 @@ def _reasons_to_pad(media_plugin, model, data_args, training_args) -> Iterator[s
 
 
 class PackingCollator:
-    """Packs the documents of a batch; one with media, or with positions of its own, goes to ``upstream``.
+    """Packs the documents of a batch. `upstream` collates batches with media or with positions of their own.
 
     Args:
-        hidden_size, attention: the model's, see :func:`~lmtp_factory.plugin.training.packing.arrange`.
-        pad_token_id: for what is left of a row.
+        upstream: Collator that pads.
+        hidden_size: Width of the model's hidden states, see `arrange`.
+        attention: The model's attention implementation, see `arrange`.
+        pad_token_id: Fills the end of a row.
     """
 
     def __init__(self, upstream: Callable, hidden_size: int, attention: str, pad_token_id: int):
@@ -66,7 +68,12 @@ class PackingCollator:
 class CachedStatesCollator:
     """Packs all documents of a batch into one row, with cached final hidden states.
 
-    `upstream` collates examples without a place in the cache, as those of evaluation.
+    `upstream` collates examples that have no cached states, such as those of evaluation.
+
+    Args:
+        upstream: Collator that pads.
+        cache: Hidden states of the training set.
+        pad_token_id: Fills the end of a row.
     """
 
     def __init__(self, upstream: Callable, cache: HiddenCache, pad_token_id: int):

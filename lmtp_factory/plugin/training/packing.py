@@ -1,7 +1,7 @@
 """Several documents in one row, so that a frozen backbone computes no padding.
 
-A batch keeps its documents and only arranges them in other rows. Positions of a document begin at 0, which tells attention
-and the heads' targets where it ends. Losses and gradients equal those of padded rows.
+A batch keeps its documents and only arranges them in other rows. Positions of a document begin at 0. Attention and
+the heads' targets read from them where a document ends. Losses and gradients equal those of padded rows.
 """
 
 import heapq

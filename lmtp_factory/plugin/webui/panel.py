@@ -129,7 +129,7 @@ def tokens_predicted(label: str, num_heads: Any, leap_stride: Any, leap_offsets:
         if not os.path.isdir(heads_from):
             return ""
         config = read_config(f"{heads_from}/{HEADS_FOLDER}")
-        if difference := arguments.contradicts(config):
+        if difference := arguments.first_difference(config):
             raise LMTPError(f"The heads in {heads_from} do not fit: {difference}.")
     return _in_words(config)
 

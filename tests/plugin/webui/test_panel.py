@@ -18,7 +18,7 @@ def finished(folder, base="some/model", name="run", model="Custom"):
 
     heads = folder / "saves" / model / "full" / name / "lmtp"
     heads.mkdir(parents=True)
-    LMTPConfig(num_heads=2, stride=3, base_model=base).save_pretrained(heads)
+    LMTPConfig(num_heads=2, stride=3, hidden_size=32, vocab_size=400, base_model=base).save_pretrained(heads)
     (heads / "model.safetensors").touch()
     return heads.parent
 

@@ -19,11 +19,11 @@ def extend(loader: ModuleType) -> None:
 
     @functools.wraps(upstream)
     def load_model(tokenizer, *args, **kwargs):
-        ours = {
+        parts = {
             "init_adapter": functools.partial(_init_adapter, init_adapter, tokenizer),
             "patch_model": functools.partial(_patch_model, patch_model),
         }
-        with hooks.replaced(loader, **ours):
+        with hooks.replaced(loader, **parts):
             return upstream(tokenizer, *args, **kwargs)
 
     loader.load_model = load_model

@@ -63,8 +63,9 @@ def extend(chatter: ModuleType) -> None:
                 yield conversation
 
         def stream_chat(self, *args, **kwargs):
-            ours = {} if self._request is None else {"lmtp_request": self._request}
-            return super().stream_chat(*args, **kwargs, **ours)
+            if self._request is not None:
+                kwargs["lmtp_request"] = self._request
+            return super().stream_chat(*args, **kwargs)
 
     WebChatModel.__module__, WebChatModel.__qualname__ = upstream.__module__, upstream.__qualname__
     chatter.WebChatModel = WebChatModel

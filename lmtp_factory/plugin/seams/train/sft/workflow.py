@@ -33,12 +33,12 @@ def extend(workflow: ModuleType) -> None:
     @functools.wraps(upstream)
     def run_sft(model_args, data_args, training_args, finetuning_args, *args, **kwargs):
         if finetuning_args.lmtp_stage is not None:
-            ours = _Parts(workflow, model_args, data_args, training_args, finetuning_args).by_name()
+            parts = _Parts(workflow, model_args, data_args, training_args, finetuning_args).by_name()
         elif training_args.predict_with_generate and not training_args.do_train:
-            ours = {"load_model": with_heads(workflow.load_model)}
+            parts = {"load_model": with_heads(workflow.load_model)}
         else:
-            ours = {}
-        with hooks.replaced(workflow, **ours):
+            parts = {}
+        with hooks.replaced(workflow, **parts):
             return upstream(model_args, data_args, training_args, finetuning_args, *args, **kwargs)
 
     workflow.run_sft = run_sft
