@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from lmtp_factory import LMTPConfig, attach_heads
-from lmtp_factory.data.cache_plan import CachePlan
-from lmtp_factory.data.hidden_cache import HiddenCache
-from lmtp_factory.data.packing import arrange, pack
 from lmtp_factory.modeling.losses.targets import IGNORE_INDEX
 from lmtp_factory.modeling.model import softcap_of
-from lmtp_factory.plugin.collator import CACHE_INDEX, CachedStatesCollator
+from lmtp_factory.plugin.training.collator import CACHE_INDEX, CachedStatesCollator
+from lmtp_factory.plugin.training.hidden_cache import HiddenCache
+from lmtp_factory.plugin.training.packing import arrange, pack
+from lmtp_factory.plugin.training.shard_layout import ShardLayout
 
 
 ARMS = {
@@ -111,7 +111,7 @@ def make_step(
 @torch.no_grad()
 def fill(folder: str, model: nn.Module, documents: Sequence[dict], pad: int) -> HiddenCache:
     """Fill a cache with the documents' hidden states and store its index in each document."""
-    plan = CachePlan([len(document["input_ids"]) for document in documents], model.config.hidden_size)
+    plan = ShardLayout([len(document["input_ids"]) for document in documents], model.config.hidden_size)
     cache = HiddenCache.open(folder, plan, {})
     for shard, members in enumerate(plan.shards):
         states = []

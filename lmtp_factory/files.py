@@ -15,6 +15,8 @@ HEADS_FOLDER = "lmtp"
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 TREE_FILE = "tree.json"
+# Below such a directory; its presence makes the directory a checkpoint.
+HEADS_CHECKPOINT = f"{HEADS_FOLDER}/{WEIGHTS_FILE}"
 
 
 @contextlib.contextmanager

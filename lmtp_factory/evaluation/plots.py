@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -15,30 +16,40 @@ if TYPE_CHECKING:
     from .scoring import HeadScores
 
 
-def draw_head_curves(curves: Mapping[str, Sequence[tuple[int, float]]], path: str) -> None:
-    """Draw losses on the left and top-1 accuracies on the right, one colour per head; evaluation is dashed.
+@dataclass(frozen=True)
+class HeadCurve:
+    """One metric of one head over the steps of a training run.
 
-    Args:
-        curves: Maps metric names (`loss_head_1`, `eval_acc_head_2`, ...) to (step, value) points.
-        path: PNG file to write.
+    Attributes:
+        head: Number of the head; 0 is the LM head.
+        is_accuracy: Whether the values are top-1 accuracies; otherwise losses.
+        is_evaluation: Whether they come from evaluation; otherwise from training.
+        points: (step, value) pairs.
     """
+
+    head: int
+    is_accuracy: bool
+    is_evaluation: bool
+    points: Sequence[tuple[int, float]]
+
+
+def draw_head_curves(curves: Sequence[HeadCurve], path: str) -> None:
+    """Write a PNG file with losses on the left and top-1 accuracies on the right."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)
     draw_curves(curves, figure.subplots(1, 2))
     figure.savefig(path, dpi=100)
 
 
-def draw_curves(curves: Mapping[str, Sequence[tuple[int, float]]], panels: Sequence["Axes"]) -> None:
-    """Draw the curves on two panels: losses on the first, accuracies on the second."""
-    for name, points in curves.items():
-        head = int(name.rsplit("_", 1)[1])
-        is_accuracy, is_eval = "acc_head" in name, name.startswith("eval_")
-        panels[int(is_accuracy)].plot(
-            *zip(*points),
-            color=f"C{head}",
-            linestyle="--" if is_eval else "-",
-            marker="o" if is_eval else None,
-            label=f"head {head}{' (evaluation)' if is_eval else ''}",
+def draw_curves(curves: Sequence[HeadCurve], panels: Sequence["Axes"]) -> None:
+    """Draw losses on the first panel and accuracies on the second, one colour a head; evaluation dashed with dots."""
+    for curve in curves:
+        panels[int(curve.is_accuracy)].plot(
+            *zip(*curve.points),
+            color=f"C{curve.head}",
+            linestyle="--" if curve.is_evaluation else "-",
+            marker="o" if curve.is_evaluation else None,
+            label=f"head {curve.head}{' (evaluation)' if curve.is_evaluation else ''}",
         )
     for panel, title in zip(panels, ("loss", "top-1 accuracy")):
         panel.set(xlabel="step", ylabel=title)

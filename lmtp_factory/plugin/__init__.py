@@ -1,1 +1,1 @@
-"""Everything that knows LLaMA-Factory. Importing this package imports nothing but the standard library."""
+"""The only package that knows LLaMA-Factory. Importing it imports the standard library only."""

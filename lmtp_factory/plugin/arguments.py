@@ -1,12 +1,11 @@
-"""The L-MTP keys of YAML files, command line and web UI (``llamafactory.hparams.finetuning_args``)."""
+"""The L-MTP keys of YAML files, command line and web UI."""
 
-from dataclasses import dataclass, field, fields, make_dataclass
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_type_hints
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from .. import geometry
 from ..errors import LMTPError
-from ..options import STRATEGIES
+from ..options import EXPORTS, HEAD_DECAY, HEAD_WEIGHT, STRATEGIES
 from . import hooks
 from .stages import STAGES
 from .values import check_values, read_offsets
@@ -14,9 +13,6 @@ from .values import check_values, read_offsets
 
 if TYPE_CHECKING:
     from ..config import LMTPConfig
-
-
-EXPORTS = ("ntp", "heads", "custom_generate")
 
 
 @dataclass
@@ -32,12 +28,15 @@ class LMTPArguments:
     )
     num_heads: int | None = field(
         default=None,
-        metadata={"help": "The number of extra heads, the LM head not counted (default: 3)."},
+        metadata={
+            "help": f"The number of extra heads, the LM head not counted (default: {geometry.DEFAULT_NUM_HEADS})."
+        },
     )
     leap_stride: int | None = field(
         default=None,
         metadata={
-            "help": "The number of tokens that each head leaps; 1 is ordinary multi-token prediction (default: 2)."
+            "help": "The number of tokens that each head leaps; 1 is ordinary multi-token prediction "
+            f"(default: {geometry.DEFAULT_STRIDE})."
         },
     )
     leap_offsets: str | None = field(
@@ -53,11 +52,11 @@ class LMTPArguments:
         metadata={"help": "`own`: an unembedding for each head; `shared`: the LM head's (default: own)."},
     )
     head_weight: float = field(
-        default=0.1,
+        default=HEAD_WEIGHT,
         metadata={"help": "The weight of the extra heads' losses beside the next-token loss in stage 2."},
     )
     head_decay: float = field(
-        default=1.0,
+        default=HEAD_DECAY,
         metadata={"help": "The factor by which each extra head's loss weighs less than the one before."},
     )
     stage1_pretrained_path: str | None = field(
@@ -81,32 +80,33 @@ class LMTPArguments:
         },
     )
     lmtp_export: str = field(
-        default="ntp",
+        default=EXPORTS[0],
         metadata={
             "help": "What `export` writes: `ntp` leaves the heads out, `heads` keeps them in `lmtp/`, `custom_generate` "
             "adds a loader for plain transformers to that."
         },
     )
     lmtp_decode: str = field(
-        default="auto",
+        default=STRATEGIES[0],
         metadata={
             "help": "How chat, api and webchat decode: `auto` with the heads if there are some, `backward` (look-back), "
             "`forward` (the paper's F-MTP), `off` (without)."
         },
     )
 
-    # Whether batches are packed: written by checks.py, which sees that the key `packing` was left out.
-    packs_batches: ClassVar[bool] = False
+    # The instance gets a HeadsSource (or None) when LLaMA-Factory has parsed all arguments. It is no field, because it is no
+    # key: arguments are written out and parsed again.
+    heads_source = None
 
     @property
     def lmtp_stage(self) -> int | None:
-        """1, 2, or None where this is no L-MTP stage."""
+        """1 or 2; None if the stage is not an L-MTP stage."""
         return next((stage for stage, name in STAGES.items() if self.mtp_type == name), None)
 
     def __post_init__(self):
         hooks.apply_pending()
-        # From here on upstream sees an ordinary SFT stage, so that packing, prediction, chat and Liger all apply, and
-        # the arguments survive being written out and parsed again.
+        # Upstream then sees an ordinary SFT stage: packing, prediction, chat and Liger apply, and the arguments can be
+        # written out and parsed again.
         if self.stage in STAGES.values():
             if self.mtp_type not in (None, self.stage):
                 raise LMTPError(f"stage says {self.stage} but mtp_type says {self.mtp_type}: leave one of them out.")
@@ -119,32 +119,39 @@ class LMTPArguments:
             raise LMTPError(f"mtp_type is {self.mtp_type!r}, but it has to be one of {', '.join(STAGES.values())}.")
         if self.lmtp_export not in EXPORTS:
             raise LMTPError(f"lmtp_export is {self.lmtp_export!r}, but it has to be one of {', '.join(EXPORTS)}.")
-        if self.lmtp_decode is False:  # how YAML reads an unquoted off
+        if self.lmtp_decode is False:  # YAML reads an unquoted off as False
             self.lmtp_decode = "off"
         if self.lmtp_decode not in STRATEGIES:
             raise LMTPError(f"lmtp_decode is {self.lmtp_decode!r}, but it has to be one of {', '.join(STRATEGIES)}.")
         if self.lmtp_stage is not None:
             if self.stage != "sft":
                 raise LMTPError(f"mtp_type {self.mtp_type} goes with stage: sft, not with stage: {self.stage}.")
-            self.heads_config()
+            self.heads_config()  # raises if there are no such heads
             hooks.require_all()
         super().__post_init__()
 
     def offsets_given(self) -> tuple[int, ...] | None:
-        """``leap_offsets`` as full offsets; None where it was not written."""
+        """Full offsets that `leap_offsets` gives; None if the key is left out."""
         return None if self.leap_offsets is None else geometry.check_offsets(read_offsets(self.leap_offsets))
 
     def heads_config(self, **base: Any) -> "LMTPConfig":
-        """Configuration of fresh heads; ``base`` holds facts about the base model."""
-        # Not at the top: this module may load while transformers itself is half-way through its import of torch.
+        """Configuration of fresh heads.
+
+        Args:
+            base: Facts about the base model, under the names of `LMTPConfig`.
+
+        Raises:
+            LMTPError: The keys contradict each other or describe impossible heads.
+        """
+        # Not at the top: this module may be imported while transformers is still importing torch.
         from ..config import LMTPConfig
 
         offsets = geometry.resolve(self.num_heads, self.leap_stride, self.offsets_given())
         kind = {"head_layers": self.head_layers, "head_kind": self.head_kind}
         return LMTPConfig(offsets=offsets, **{k: v for k, v in kind.items() if v is not None}, **base)
 
-    def contradicts(self, config: "LMTPConfig") -> str | None:
-        """How the keys that were written differ from trained heads, or None where they agree."""
+    def first_difference(self, config: "LMTPConfig") -> str | None:
+        """The first difference between the written keys and trained heads, in words; None if they agree."""
         if self.offsets_given() not in (None, config.offsets):
             return f"leap_offsets {self.leap_offsets}, the heads have {','.join(map(str, config.offsets[1:]))}"
         written = {
@@ -157,17 +164,3 @@ class LMTPArguments:
             if ours is not None and ours != theirs:
                 return f"{key} {ours}, the heads have {theirs}"
         return None
-
-
-def extend_finetuning_args(module: ModuleType) -> None:
-    """Replace ``FinetuningArguments`` by a subclass with the L-MTP keys, under the same name (it gets pickled)."""
-    upstream = hooks.expect(module, "FinetuningArguments")
-    inherited = next(f for f in fields(upstream) if f.name == "stage")
-    stage = Literal[(*get_args(get_type_hints(upstream)["stage"]), *STAGES.values())]
-    redeclared = field(default=inherited.default, metadata=dict(inherited.metadata))
-    module.FinetuningArguments = make_dataclass(
-        upstream.__name__,
-        [("stage", stage, redeclared)],
-        bases=(LMTPArguments, upstream),
-        namespace={"__module__": upstream.__module__, "__doc__": upstream.__doc__},
-    )

@@ -1,24 +1,24 @@
-"""Prompts of the datasets that LLaMA-Factory can read, for ``lmtp-cli distill --dataset``."""
+"""Prompts of the datasets that LLaMA-Factory can read, for `lmtp-cli distill --dataset`."""
 
 import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..data.registry import find_datasets
 from ..distill.prompts import MalformedPrompt, Prompt, build_prompt
 from ..distill.rows import is_self_distilled
 from ..errors import LMTPError, first_line
+from .dataset_names import find_datasets
 
 
 def prompts_from_dataset(names: Sequence[str], dataset_dir: str) -> tuple[list[Prompt], int]:
-    """Prompts of datasets in alpaca, sharegpt or openai format; the answers are dropped.
+    """Prompts of datasets in alpaca, sharegpt or openai format, without the answers.
 
     Args:
-        names: names in dataset_info.json.
-        dataset_dir: directory of dataset_info.json.
+        names: Names in dataset_info.json.
+        dataset_dir: Directory of dataset_info.json.
 
     Returns:
-        the prompts, and the number of rows left out because they have tools, media or no user text.
+        The prompts, and the number of rows left out because they have tools, media or no user text.
 
     Raises:
         LMTPError: LLaMA-Factory cannot find or read a dataset.
@@ -30,18 +30,18 @@ def prompts_from_dataset(names: Sequence[str], dataset_dir: str) -> tuple[list[P
 
     prompts: list[Prompt] = []
     skipped = 0
-    # upstream's loader needs these objects; nothing is written to output_dir
+    # Upstream's loader needs these objects. Nothing is written to output_dir.
     model_args = ModelArguments(model_name_or_path="unused")
     data_args = DataArguments(dataset=",".join(names), dataset_dir=dataset_dir)
     with tempfile.TemporaryDirectory() as unused:
         training_args = TrainingArguments(output_dir=unused, report_to="none", use_cpu=True)
         try:
             for attr in find_datasets(names, dataset_dir, parser.get_dataset_list):
-                if is_self_distilled(attr):  # these columns hold ids; the text is in the columns beside them
+                if is_self_distilled(attr):  # the columns hold ids; these hold the text
                     attr.prompt, attr.response = "instruction", "output"
                 if attr.formatting == "openai":
-                    # upstream's openai converter adds Nemotron's system text to every row; the sharegpt converter
-                    # reads the same role and content tags and adds none
+                    # Upstream's openai converter adds Nemotron's system text to every row. The sharegpt converter
+                    # reads the same role and content tags and adds none.
                     attr.formatting = "sharegpt"
                 for row in loader._load_single_dataset(attr, model_args, data_args, training_args):
                     prompt = _prompt(row)
@@ -61,7 +61,7 @@ def prompts_from_dataset(names: Sequence[str], dataset_dir: str) -> tuple[list[P
 
 
 def _prompt(row: Mapping[str, Any]) -> Prompt | None:
-    """The prompt of a row as LLaMA-Factory's converters leave it; None if text alone does not hold it."""
+    """The prompt of a row that LLaMA-Factory has converted; None if the prompt is not text alone."""
     if row["_tools"] or row["_images"] or row["_videos"] or row["_audios"]:
         return None
     try:

@@ -1,16 +1,17 @@
-"""Post-import hooks on LLaMA-Factory's modules, and the record of which of them ran.
+"""Post-import hooks on LLaMA-Factory's modules, and a record of which hooks ran.
 
-Each seam names a module of LLaMA-Factory and a function of ours that extends it. The function runs right after the
-module's own code, before any importer can copy a name out of it. Whatever goes wrong is recorded and told on stderr,
-but leaves LLaMA-Factory working; :func:`require_all` then refuses L-MTP stages (they never train plain SFT instead). The
-seams of LLaMA Board stand apart: training neither needs nor imports them.
+Each seam names an upstream module. The file of the same path in `seams/` extends it. The extension runs directly after the
+module's own code, before an importer can copy a name out of the module. A failing extension is recorded and printed to
+stderr, and LLaMA-Factory keeps working; `require_all` then refuses L-MTP stages, so that they never train plain SFT. The
+seams of LLaMA Board are separate: training neither needs nor imports them.
 
-Standard library only: see :mod:`.autoload`.
+Standard library only, see `autoload`.
 """
 
 import importlib
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -24,16 +25,14 @@ SUPPORTED_VERSION = "0.9.5"
 
 @dataclass(frozen=True)
 class Seam:
-    """One place where LLaMA-Factory is extended.
+    """One upstream module that the plugin extends.
 
     Attributes:
-        module: LLaMA-Factory's module, without the package's name.
-        extend: ``module:function`` of this package; called with the imported module.
-        purpose: what the seam is for, as ``lmtp-cli doctor`` prints it.
+        module: name of the module inside LLaMA-Factory. `seams/` holds the extension under the same path.
+        purpose: what the extension adds, as `lmtp-cli doctor` prints it.
     """
 
     module: str
-    extend: str
     purpose: str
 
     @property
@@ -42,38 +41,38 @@ class Seam:
 
 
 SEAMS = (
-    Seam("extras.constants", "stages:extend_constants", "the stages' names, heads as checkpoints"),
-    Seam("hparams.finetuning_args", "arguments:extend_finetuning_args", "the L-MTP keys of YAML and command line"),
-    Seam("hparams.parser", "checks:extend_parser", "bad input refused before a model loads"),
-    Seam("data.template", "datasets:extend_template", "the template of self-distilled data"),
-    Seam("data.parser", "datasets:extend_parser", "dataset names that need no dataset_dir"),
-    Seam("model.loader", "loading:extend_loader", "heads attached to the loaded model, export"),
-    Seam("train.callbacks", "trainer_log:extend_callbacks", "per-head metrics in trainer_log.jsonl"),
-    Seam("train.sft.workflow", "workflow:extend_workflow", "training of the two stages"),
-    Seam("chat.hf_engine", "chat:extend_engine", "chat, api and web UI answer with the heads"),
-    Seam("chat.chat_model", "chat:extend_chat_model", "log lines between the answers of chat"),
+    Seam("extras.constants", "the stages' names, heads as checkpoints"),
+    Seam("hparams.finetuning_args", "the L-MTP keys of YAML and command line"),
+    Seam("hparams.parser", "keys checked and heads located before a model loads"),
+    Seam("data.template", "the template of self-distilled data"),
+    Seam("data.parser", "dataset names that need no dataset_dir"),
+    Seam("model.loader", "heads attached to the loaded model, export"),
+    Seam("train.callbacks", "per-head metrics in trainer_log.jsonl"),
+    Seam("train.sft.workflow", "training of the two stages"),
+    Seam("chat.hf_engine", "chat, api and web UI answer with the heads"),
+    Seam("chat.chat_model", "log lines between the answers of chat"),
 )
 
-# What the web UI shows. Where one is missing the Board is upstream's own in that place, and training goes on.
+# What the web UI shows. If one is missing, the Board is upstream's own in that place, and training is not affected.
 BOARD_SEAMS = (
-    Seam("webui.locales", "webui.locales:extend_locales", "labels and explanations in five languages"),
-    Seam("webui.control", "webui.curves:extend_control", "per-head curves while the Board trains"),
-    Seam("webui.css", "webui.answer:extend_css", "the look of what is told about an answer"),
-    Seam("webui.runner", "webui.runner:extend_runner", "commands and saved arguments of the two stages"),
-    Seam("webui.components.train", "webui.panel:extend_train", "the L-MTP panel of the Train tab"),
-    Seam("webui.components.export", "webui.export:extend_export", "export with the heads from the Export tab"),
-    Seam("webui.components.chatbot", "webui.chat:extend_chatbot", "the decoding switch of the Chat tab"),
-    Seam("webui.chatter", "webui.chat:extend_chatter", "speed and drafted tokens of an answer"),
+    Seam("webui.locales", "labels and explanations in five languages"),
+    Seam("webui.control", "per-head curves while the Board trains"),
+    Seam("webui.css", "style of the lines below an answer"),
+    Seam("webui.runner", "commands and saved arguments of the two stages"),
+    Seam("webui.components.train", "the L-MTP panel of the Train tab"),
+    Seam("webui.components.export", "export with the heads from the Export tab"),
+    Seam("webui.components.chatbot", "the decoding switch of the Chat tab"),
+    Seam("webui.chatter", "speed and drafted tokens of an answer"),
 )
 
 _seams = {seam.name: seam for seam in (*SEAMS, *BOARD_SEAMS)}
 _attached: set[str] = set()
 _failures: dict[str, str] = {}
-_waiting: list[Seam] = []  # their modules were being imported when we were installed
+_waiting: list[Seam] = []  # seams whose modules were being imported when the hooks were installed
 
 
 class _ExtendingLoader:
-    """The module's own loader, followed by our extension."""
+    """Runs the module's own loader, then the extension."""
 
     def __init__(self, loader, seam: Seam):
         self._loader, self._seam = loader, seam
@@ -107,9 +106,9 @@ class _Finder:
 
 
 def install() -> None:
-    """Put the hooks in place, once per process.
+    """Install the hooks, once per process.
 
-    LLaMA-Factory itself imports torch, so some of its modules may be there already, or half-way through.
+    LLaMA-Factory itself imports torch, so some of its modules may be imported already, completely or half.
     """
     if any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return
@@ -119,7 +118,7 @@ def install() -> None:
 
 
 def apply_pending() -> None:
-    """Extend what was being imported when we were installed and is complete by now."""
+    """Extend modules that were being imported when the hooks were installed and are complete now."""
     for seam in list(_waiting):
         module = sys.modules.get(seam.name)
         if module is not None and not getattr(module.__spec__, "_initializing", False):
@@ -130,7 +129,7 @@ def apply_pending() -> None:
 
 
 def _rebind(replacements: list[tuple[object, object]]) -> None:
-    """Give importers that copied a name out of a module the object that has taken its place."""
+    """Replace objects in importers that copied a name out of a module before it was extended."""
     replaced = {id(old): new for old, new in replacements if new is not None and new is not old}
     importers = [module for name, module in list(sys.modules.items()) if name.startswith(f"{PACKAGE}.") and module]
     for module in importers:
@@ -141,9 +140,7 @@ def _rebind(replacements: list[tuple[object, object]]) -> None:
 
 def _extend(seam: Seam, module: ModuleType) -> None:
     try:
-        file, function = seam.extend.split(":")
-        extend: Callable[[ModuleType], None] = getattr(importlib.import_module(f".{file}", __package__), function)
-        extend(module)
+        importlib.import_module(f".seams.{seam.module}", __package__).extend(module)
     except Exception as error:
         fail(seam.name, error)
     else:
@@ -153,13 +150,13 @@ def _extend(seam: Seam, module: ModuleType) -> None:
 
 def _fail(seam: Seam, reason: str) -> None:
     _failures[seam.name] = reason
-    _attached.discard(seam.name)  # a module that is reloaded comes back without its extension
+    _attached.discard(seam.name)  # a reloaded module has lost its extension
     lost = "LLaMA Board goes on without it" if seam in BOARD_SEAMS else "L-MTP stages are off"
     print(f"lmtp_factory: cannot extend {seam.name} of LLaMA-Factory {version()} ({reason}); {lost}.", file=sys.stderr)
 
 
 def fail(name: str, error: Exception) -> None:
-    """Record that a seam which had attached turned out not to fit."""
+    """Record that an attached seam does not fit after all."""
     _fail(_seams[name], f"{type(error).__name__}: {error}")
 
 
@@ -174,7 +171,11 @@ def version() -> str:
 
 
 def attach_all(seams: Iterable[Seam] = SEAMS) -> dict[str, str | None]:
-    """Import the seams' modules. Each seam's name with None where it is attached, else the reason why not."""
+    """Import the seams' modules.
+
+    Returns:
+        Name of each seam to None if it is attached, else to the reason.
+    """
     for seam in seams:
         if seam.name in _attached or seam.name in _failures:
             continue
@@ -189,10 +190,10 @@ def attach_all(seams: Iterable[Seam] = SEAMS) -> dict[str, str | None]:
 
 
 def require_all() -> None:
-    """Refuse to go on unless every seam that training needs is attached.
+    """Check that every seam of `SEAMS` is attached.
 
     Raises:
-        LMTPError: naming LLaMA-Factory's version and each seam that is missing.
+        LMTPError: A seam is missing; the message names it and LLaMA-Factory's version.
     """
     missing = [f"{name} ({reason})" for name, reason in attach_all().items() if reason is not None]
     if missing:
@@ -203,10 +204,11 @@ def require_all() -> None:
 
 
 def expect(module: ModuleType, name: str, *names: str):
-    """The attribute ``name`` of an upstream module, checked to take the parameters ``names``.
+    """Return the attribute `name` of an upstream module, after checking that it takes the parameters `names`.
 
     Raises:
-        AttributeError, TypeError: the layout is not the one that this package was written for.
+        AttributeError: The module has no such attribute.
+        TypeError: The attribute takes other parameters.
     """
     value = getattr(module, name)
     missing = set(names) - set(parameters(value)) if names else ()
@@ -216,7 +218,18 @@ def expect(module: ModuleType, name: str, *names: str):
 
 
 def parameters(function: Callable) -> Mapping[str, Any]:
-    """An upstream function's parameters, in their order."""
+    """Parameters of an upstream function, in order."""
     import inspect
 
     return inspect.signature(function).parameters
+
+
+@contextmanager
+def replaced(module: ModuleType, **attributes: Any) -> Iterator[None]:
+    """Set attributes of an upstream module inside the context."""
+    before = {name: getattr(module, name) for name in attributes}
+    vars(module).update(attributes)
+    try:
+        yield
+    finally:
+        vars(module).update(before)

@@ -1,18 +1,18 @@
-"""Log lines in LLaMA-Factory's own format, once per run and not once per rank."""
+"""Log lines in LLaMA-Factory's format, from rank 0 only."""
 
 
 def info(message: str) -> None:
-    """A line for rank 0's log."""
+    """Log a line on rank 0."""
     _logger().info_rank0(message)
 
 
 def warning(message: str) -> None:
-    """A warning in rank 0's log."""
+    """Log a warning on rank 0."""
     _logger().warning_rank0(message)
 
 
 def _logger():
     from llamafactory.extras import logging
 
-    # Levels and handlers sit on upstream's root logger; only its children are heard.
+    # Levels and handlers belong to upstream's root logger, so the logger has to be its child.
     return logging.get_logger("llamafactory.lmtp")

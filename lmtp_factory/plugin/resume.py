@@ -1,4 +1,4 @@
-"""The checkpoint that training goes on from: saved whole, by the same stage, with heads that mean what this run's mean."""
+"""The checkpoint that training resumes from: complete, saved by the same stage, with heads of the same meaning."""
 
 import inspect
 import json
@@ -11,15 +11,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..config import LMTPConfig
 from ..errors import LMTPError
-from ..files import HEADS_FOLDER
+from ..files import HEADS_CHECKPOINT, HEADS_FOLDER
 from ..modeling.checkpoint import read_config, validate_checkpoint
 from . import log
-from .stages import HEADS_CHECKPOINT
 
 
-# What the base model decides; unknown, and not compared, where heads are not attached yet.
+# Facts about the base model. They are not compared where one of them is None.
 BASE_FACTS = ("hidden_size", "vocab_size", "tokenizer_fingerprint")
-# Everything that a configuration is made of, so that a fact which is added later is compared too.
+# All facts of a configuration, taken from its signature so that later additions are compared too.
 _FACTS = [
     key
     for key in inspect.signature(LMTPConfig).parameters
@@ -28,13 +27,13 @@ _FACTS = [
 
 
 def choose_checkpoint(training_args) -> Path | None:
-    """The checkpoint to resume from, or None where training begins anew.
+    """The checkpoint to resume from; None if training starts at the first step.
 
-    Named in ``resume_from_checkpoint``, or as upstream takes it by itself from ``output_dir``: the newest one. A run that
-    was killed while it saved leaves one behind that cannot be read; ``training_args`` then gets the newest whole one.
+    `resume_from_checkpoint` names it. Otherwise it is the newest one in `output_dir` that is complete: a run that is killed
+    while it saves leaves an incomplete one behind.
 
     Raises:
-        LMTPError: what is named is no checkpoint or not whole, or no checkpoint in ``output_dir`` is.
+        LMTPError: The named checkpoint does not exist or is incomplete, or all checkpoints in `output_dir` are.
     """
     named, output_dir = training_args.resume_from_checkpoint, Path(training_args.output_dir)
     if not training_args.do_train or named is False or (named is None and training_args.overwrite_output_dir):
@@ -48,18 +47,18 @@ def choose_checkpoint(training_args) -> Path | None:
                 f"resume_from_checkpoint: true finds no checkpoint in output_dir {output_dir}: leave it out."
             )
         return None
-    whole, broken = _newest_whole(found)
-    if whole is None:
+    complete, broken = _newest_complete(found)
+    if complete is None:
         names, reason = ", ".join(checkpoint.name for checkpoint in found), next(iter(broken.values()))
         raise LMTPError(
             f"No checkpoint in output_dir {output_dir} was saved whole ({found[0].name}: {reason}): delete {names} to train "
             "from the beginning."
         )
     for checkpoint, reason in broken.items():
-        log.warning(f"{checkpoint} was not saved whole ({reason}): training resumes from {whole.name}.")
-    if broken or named:
-        training_args.resume_from_checkpoint = str(whole)
-    return whole
+        log.warning(f"{checkpoint} was not saved whole ({reason}): training resumes from {complete.name}.")
+    if named is None:
+        log.info(f"Training resumes from {complete}; overwrite_output_dir: true trains from the beginning.")
+    return complete
 
 
 def _named_checkpoint(checkpoint: Path) -> Path:
@@ -71,13 +70,13 @@ def _named_checkpoint(checkpoint: Path) -> Path:
     reason = _damage(checkpoint)
     if reason is None:
         return checkpoint
-    whole, _ = _newest_whole(_checkpoints(checkpoint.parent))
-    instead = "leave the key out and delete it" if whole is None else f"write resume_from_checkpoint: {whole}"
+    complete, _ = _newest_complete(_checkpoints(checkpoint.parent))
+    instead = "leave the key out and delete it" if complete is None else f"write resume_from_checkpoint: {complete}"
     raise LMTPError(f"resume_from_checkpoint {checkpoint} was not saved whole ({reason}): {instead}.")
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint directories, the newest first."""
+    """Checkpoint directories in `folder`, newest first."""
     steps = {
         path: path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-") for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
     }
@@ -88,8 +87,8 @@ def _checkpoints(folder: Path) -> list[Path]:
     )
 
 
-def _newest_whole(checkpoints: Iterable[Path]) -> tuple[Path | None, dict[Path, str]]:
-    """The first whole one, and what is wrong with those before it."""
+def _newest_complete(checkpoints: Iterable[Path]) -> tuple[Path | None, dict[Path, str]]:
+    """The first complete checkpoint, and the damage of each checkpoint before it."""
     broken = {}
     for checkpoint in checkpoints:
         reason = _damage(checkpoint)
@@ -100,9 +99,9 @@ def _newest_whole(checkpoints: Iterable[Path]) -> tuple[Path | None, dict[Path, 
 
 
 def _damage(checkpoint: Path) -> str | None:
-    """Why nothing can be resumed from a directory; None where all that is saved in it is whole.
+    """What is missing or unreadable in a checkpoint; None if it is complete.
 
-    The Trainer writes its state last, so where that is there everything else has been written too.
+    The Trainer writes its state last: if the state exists, everything else has been written.
     """
     try:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
@@ -126,17 +125,17 @@ def _damage(checkpoint: Path) -> str | None:
 
 
 def check_checkpoint(checkpoint: Path, stage: int, config: LMTPConfig, heads: Path | None, named: bool) -> None:
-    """Refuse a checkpoint whose heads would be trained and saved as what they are not.
+    """Refuse a checkpoint of the other stage or of other heads.
 
     Args:
-        checkpoint: a whole one.
-        stage: this run's.
-        config: this run's heads; :data:`BASE_FACTS` that are None are not compared.
-        heads: where this run's heads start from; None for fresh ones.
-        named: whether ``resume_from_checkpoint`` names the checkpoint, else it lies in ``output_dir``.
+        checkpoint: A complete checkpoint.
+        stage: Stage of this run.
+        config: Configuration of this run's heads. `BASE_FACTS` that are None are not compared.
+        heads: Folder that this run's heads start from; None for fresh heads.
+        named: Whether `resume_from_checkpoint` names the checkpoint; otherwise it is in `output_dir`.
 
     Raises:
-        LMTPError: the other stage saved it, or its heads differ; the sentence names both sides.
+        LMTPError: The other stage saved it, or its heads differ; the message names both sides.
     """
     anew = "leave resume_from_checkpoint out and write another output_dir" if named else "write another output_dir"
     if stage == 1 and _has_backbone(checkpoint):
@@ -161,7 +160,7 @@ def check_checkpoint(checkpoint: Path, stage: int, config: LMTPConfig, heads: Pa
 
 
 def differences(ours: LMTPConfig, theirs: LMTPConfig) -> dict[str, tuple]:
-    """Facts that change what heads mean and are not the same: this run's and the checkpoint's value of each."""
+    """Facts in which two configurations differ, each with this run's and the checkpoint's value."""
     both = {fact: (getattr(ours, fact), getattr(theirs, fact)) for fact in _FACTS}
     return {
         fact: pair for fact, pair in both.items() if pair[0] != pair[1] and not (fact in BASE_FACTS and None in pair)
@@ -169,7 +168,7 @@ def differences(ours: LMTPConfig, theirs: LMTPConfig) -> dict[str, tuple]:
 
 
 def in_words(differing: dict[str, tuple]) -> str:
-    """Differences for a sentence."""
+    """Differences as part of a sentence."""
     return ", ".join(
         f"{_key(fact)} {_value(fact, theirs)} there and {_value(fact, ours)} here"
         for fact, (ours, theirs) in differing.items()
@@ -177,7 +176,7 @@ def in_words(differing: dict[str, tuple]) -> str:
 
 
 def _in_yaml(theirs: LMTPConfig, differing: dict[str, tuple]) -> str:
-    """What makes this run's heads those of the checkpoint."""
+    """YAML keys that give this run the checkpoint's heads."""
     keys = {_key(fact): _value(fact, value) for fact, (_, value) in differing.items() if fact not in BASE_FACTS}
     if len(keys) < len(differing):
         keys["model_name_or_path"] = theirs.base_model
@@ -194,7 +193,7 @@ def _value(fact: str, value) -> str:
 
 
 def _has_backbone(checkpoint: Path) -> bool:
-    """Whether an adapter or a model lies beside the heads."""
+    """Whether the checkpoint holds an adapter or a model beside the heads."""
     from llamafactory.extras.constants import CHECKPOINT_NAMES
 
     return any((checkpoint / name).is_file() for name in CHECKPOINT_NAMES - {HEADS_CHECKPOINT})

@@ -1,4 +1,4 @@
-"""What the values of the L-MTP keys have to be, whatever YAML, command line or a caller made of them."""
+"""Types and ranges of the L-MTP keys' values, whether they come from YAML, the command line or Python."""
 
 import math
 import os
@@ -7,17 +7,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import LMTPError
+from ..geometry import DEFAULT_NUM_HEADS, DEFAULT_STRIDE
+from ..options import HEAD_DECAY, HEAD_WEIGHT
 
 
 @dataclass(frozen=True)
 class Kind:
-    """The values that a key takes.
+    """Values that a key accepts.
 
     Attributes:
-        fits: whether a value is one of them.
-        words: what they are, after "it has to be".
-        example: one of them, as it is written in YAML.
-        optional: whether null leaves the key out.
+        fits: Whether a value is accepted.
+        words: What the value has to be, as a message says it after "it has to be".
+        example: An accepted value, as YAML spells it.
+        optional: Whether null is accepted too; it leaves the key out.
     """
 
     fits: Callable[[Any], bool]
@@ -27,7 +29,7 @@ class Kind:
 
 
 def is_whole(value: Any) -> bool:
-    """Whether ``value`` is a whole number; ``true`` is none, although Python counts it as 1."""
+    """Whether `value` is a whole number. `True` is not, although Python treats it as 1."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -39,13 +41,15 @@ def _is_path(value: Any) -> bool:
     return isinstance(value, (str, os.PathLike)) and bool(os.fspath(value).strip())
 
 
-# Whole numbers that are too small are refused by the geometry, which knows why; unknown words by those who read them.
+# `geometry` refuses whole numbers that are too small, with the reason. Unknown words are refused where they are read.
 KINDS = {
-    "num_heads": Kind(is_whole, "a whole number", "3"),
-    "leap_stride": Kind(is_whole, "a whole number", "2"),
+    "num_heads": Kind(is_whole, "a whole number", str(DEFAULT_NUM_HEADS)),
+    "leap_stride": Kind(is_whole, "a whole number", str(DEFAULT_STRIDE)),
     "head_layers": Kind(is_whole, "a whole number", "1"),
-    "head_weight": Kind(lambda value: _is_finite(value) and value >= 0, "a number of 0 or more", "0.1", False),
-    "head_decay": Kind(lambda value: _is_finite(value) and value > 0, "a number above 0", "1.0", False),
+    "head_weight": Kind(
+        lambda value: _is_finite(value) and value >= 0, "a number of 0 or more", str(HEAD_WEIGHT), False
+    ),
+    "head_decay": Kind(lambda value: _is_finite(value) and value > 0, "a number above 0", str(HEAD_DECAY), False),
     "stage1_pretrained_path": Kind(_is_path, "the path of one directory", "saves/stage1"),
     "hidden_cache_dir": Kind(_is_path, "the path of one directory", "saves/hidden_states"),
     "train_lm_head": Kind(lambda value: isinstance(value, bool), "true or false, without quotes", "true", False),
@@ -53,13 +57,13 @@ KINDS = {
 
 
 def check_values(written: Mapping[str, Any]) -> None:
-    """Refuse a key's value that is of another kind.
+    """Check the type and range of every value.
 
     Args:
-        written: values by their keys; keys without a kind are left alone.
+        written: Key to value. Keys that `KINDS` lacks are not checked.
 
     Raises:
-        LMTPError: what the first such value has to be.
+        LMTPError: A value is not accepted; the message says what the first such value has to be.
     """
     for key, kind in KINDS.items():
         value = written[key]
@@ -70,10 +74,10 @@ def check_values(written: Mapping[str, Any]) -> None:
 
 
 def read_offsets(written: Any) -> list[int]:
-    """The extra heads' offsets from what stands behind ``leap_offsets``: text like ``2,3,6``, a list, or one number.
+    """Offsets of the extra heads from the value of `leap_offsets`: text like `2,3,6`, a list, or one number.
 
     Raises:
-        LMTPError: something in it is no whole number.
+        LMTPError: A part is not a whole number.
     """
     parts = written.split(",") if isinstance(written, str) else written
     parts = list(parts) if isinstance(parts, (list, tuple)) else [parts]

@@ -11,8 +11,8 @@ from transformers import AutoConfig
 from transformers.integrations import HfTrainerDeepSpeedConfig, unset_hf_deepspeed_config
 
 from lmtp_factory import LMTPConfig
-from lmtp_factory.data.registry import dataset_info
 from lmtp_factory.modeling import LeapHeads, save_heads
+from lmtp_factory.plugin.dataset_names import dataset_info
 
 
 GEOMETRY = ("num_heads", "leap_stride", "head_layers", "head_kind")

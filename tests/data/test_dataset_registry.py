@@ -6,9 +6,9 @@ import pytest
 from llamafactory.data.parser import get_dataset_list
 
 from lmtp_factory import resources
-from lmtp_factory.data.registry import dataset_info, find_datasets
 from lmtp_factory.distill.rows import is_self_distilled, parse_ids
 from lmtp_factory.errors import LMTPError
+from lmtp_factory.plugin.dataset_names import dataset_info, find_datasets
 
 
 RELEASE = ["mixed_Q25_3B", "mixed_Q25_7B", "mixed_L32_3B", "mixed_L31_8B", "mixed_G3_4b", "mixed_G3_12b", "mixed_10K"]

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 
-from lmtp_factory.data import hidden_cache
-from lmtp_factory.data.cache_plan import CachePlan, documents_digest
-from lmtp_factory.data.hidden_cache import HiddenCache
 from lmtp_factory.errors import LMTPError
+from lmtp_factory.plugin.training import hidden_cache
+from lmtp_factory.plugin.training.hidden_cache import HiddenCache
+from lmtp_factory.plugin.training.shard_layout import ShardLayout, documents_digest
 
 
 FACTS = {"base model": "tiny", "weights": "abc", "data": "def"}
@@ -32,7 +32,7 @@ SHARDS = [range(0, 3), range(3, 4), range(4, 5), range(5, 7)]
 
 @pytest.fixture
 def plan():
-    return CachePlan(LENGTHS, HIDDEN_SIZE, shard_bytes=8 * HIDDEN_SIZE * 2)
+    return ShardLayout(LENGTHS, HIDDEN_SIZE, shard_bytes=8 * HIDDEN_SIZE * 2)
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def assert_holds(cache, states):
 
 @given(st.lists(st.integers(0, 50)), st.integers(1, 5), st.integers(1, 400))
 def test_shards_cover_every_document_once_and_keep_their_size(lengths, hidden_size, shard_bytes):
-    plan = CachePlan(lengths, hidden_size, shard_bytes)
+    plan = ShardLayout(lengths, hidden_size, shard_bytes)
     assert [document for shard in plan.shards for document in shard] == list(range(len(lengths)))
     for index, shard in enumerate(plan.shards):
         tokens = sum(lengths[document] for document in shard)
@@ -85,15 +85,15 @@ def test_shards_cover_every_document_once_and_keep_their_size(lengths, hidden_si
 
 
 def test_plan_describes_itself():
-    assert CachePlan([2**20] * 3, 576, 2**30).describe() == "3,145,728 tokens x 576 x 2 bytes = 3.38 GB in 3 shards"
-    assert CachePlan([2], 4).describe() == "2 tokens x 4 x 2 bytes = 16 bytes in 1 shard"
-    assert CachePlan([2**30] * 4, 2**11).describe().endswith(" = 16.0 TB in 4 shards")
+    assert ShardLayout([2**20] * 3, 576, 2**30).describe() == "3,145,728 tokens x 576 x 2 bytes = 3.38 GB in 3 shards"
+    assert ShardLayout([2], 4).describe() == "2 tokens x 4 x 2 bytes = 16 bytes in 1 shard"
+    assert ShardLayout([2**30] * 4, 2**11).describe().endswith(" = 16.0 TB in 4 shards")
 
 
 @pytest.mark.parametrize("arguments", [([1, -1], 4), ([1], 0), ([1], 4, 0), ([[1]], 4)])
 def test_plan_refuses_what_is_no_length_or_size(arguments):
     with pytest.raises(ValueError, match="lengths must be"):
-        CachePlan(*arguments)
+        ShardLayout(*arguments)
 
 
 def test_digest_is_stable_and_sees_ids_order_and_borders():
@@ -127,8 +127,8 @@ def test_a_document_is_the_callers_own(cache, states):
 
 
 def test_no_documents(tmp_path):
-    cache = HiddenCache.open(tmp_path, CachePlan([], 4), FACTS)
-    assert cache.missing() == [] and cache.plan.bytes == 0
+    cache = HiddenCache.open(tmp_path, ShardLayout([], 4), FACTS)
+    assert cache.missing() == [] and cache.layout.bytes == 0
 
 
 @pytest.mark.parametrize("index", [-1, len(LENGTHS)])
@@ -165,7 +165,7 @@ def test_a_killed_run_goes_on(cache, plan, states, fill, tmp_path):
         (lambda path: path.write_bytes(path.read_bytes()[:-3]), "is truncated or damaged"),
         (lambda path: path.write_bytes(b""), "is truncated or damaged"),
         (lambda path: save_file({"other": torch.zeros(2, 4).bfloat16()}, path), "is truncated or damaged"),
-        (lambda path: save_file({"hidden": torch.zeros(3, 4).bfloat16()}, path), "holds other states than planned"),
+        (lambda path: save_file({"hidden": torch.zeros(3, 4).bfloat16()}, path), "holds states of another shape"),
     ],
 )
 def test_shard_that_is_missing_or_damaged_is_named(cache, states, damage, message):
@@ -211,7 +211,7 @@ def test_other_facts_are_refused(cache, plan, states, facts, message):
 )
 def test_other_plans_are_refused(cache, arguments, message):
     with pytest.raises(LMTPError, match=re.escape(f"`{cache.folder}` were computed with {message}")):
-        HiddenCache.open(cache.folder, CachePlan(*arguments), FACTS)
+        HiddenCache.open(cache.folder, ShardLayout(*arguments), FACTS)
 
 
 def test_other_format_is_refused(cache, plan, monkeypatch):

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmtp_factory.data.packing import MULTIPLE, arrange, pack, places
 from lmtp_factory.modeling.losses.targets import IGNORE_INDEX, leap_targets
+from lmtp_factory.plugin.training.packing import MULTIPLE, arrange, pack, places
 
 
 lengths = st.lists(st.integers(1, 300), min_size=1, max_size=24)

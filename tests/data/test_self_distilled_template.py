@@ -19,10 +19,6 @@ def load(model, directory, name, tmp_path, **options):
     from llamafactory.hparams import get_train_args
     from llamafactory.model import load_tokenizer
 
-    from lmtp_factory.data.template import register_self_distilled_template
-
-    register_self_distilled_template()
-    register_self_distilled_template()  # a second call is harmless
     model_args, data_args, training_args, _, _ = get_train_args(
         {
             "stage": "sft",

@@ -22,7 +22,7 @@ from trials import GREEDY, PLANS, check, decoded, oracle, padded, prompt, stock
 from lmtp_factory.decoding import loop, tree_builder
 from lmtp_factory.decoding.accept import Acceptor
 from lmtp_factory.decoding.stats import DecodeStats
-from lmtp_factory.plugin.chat import Reader
+from lmtp_factory.plugin.chat import ClientDisconnected
 
 
 UPLOADS = {torch.tensor, torch.as_tensor, torch.from_numpy, torch.Tensor.new_tensor}
@@ -179,11 +179,13 @@ def test_prompts_shorter_than_the_window_cross_no_more(leap):
         assert {(step.uploads, step.downloads) for step in steps} == {(1, 1)}
 
 
-@pytest.mark.parametrize("kwargs", [{"max_time": 1e9}, {"stopping_criteria": [Reader()]}], ids=["max_time", "reader"])
+@pytest.mark.parametrize(
+    "kwargs", [{"max_time": 1e9}, {"stopping_criteria": [ClientDisconnected()]}], ids=["max_time", "client"]
+)
 def test_criteria_that_are_known_answer_on_the_host(leap, kwargs, monkeypatch):
     """``bool`` of what they say is no crossing, because it never was on the device."""
     model, devices = leap(), []
-    kind = Reader if "stopping_criteria" in kwargs else MaxTimeCriteria
+    kind = ClientDisconnected if "stopping_criteria" in kwargs else MaxTimeCriteria
     asked = kind.__call__
     monkeypatch.setattr(
         kind, "__call__", lambda self, ids, *args, **more: devices.append(ids) or asked(self, ids, *args)

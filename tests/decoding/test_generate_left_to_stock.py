@@ -62,7 +62,7 @@ from lmtp_factory.decoding import support
 from lmtp_factory.decoding.stats import DecodeStats
 from lmtp_factory.decoding.support import unsupported_reason
 from lmtp_factory.decoding.tree_config import TreeConfig
-from lmtp_factory.plugin.chat import Reader
+from lmtp_factory.plugin.chat import ClientDisconnected
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,9 @@ def test_every_processor_and_criterion_of_transformers_has_been_looked_at():
 
 
 def test_the_chat_s_own_criterion_stays_fast(leap):
-    check(leap(), **padded([9, 5]), max_new_tokens=8, eos_token_id=355, stopping_criteria=[Reader()], **GREEDY)
+    check(
+        leap(), **padded([9, 5]), max_new_tokens=8, eos_token_id=355, stopping_criteria=[ClientDisconnected()], **GREEDY
+    )
 
 
 class AtLength(StoppingCriteria):

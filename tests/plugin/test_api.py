@@ -147,7 +147,7 @@ def test_a_client_that_goes_away(server, expected):
         meanwhile = pool.submit(server.stream, second)
         assert meanwhile.result() == expected[second].streamed
         gone.result()
-    told = soon(lambda: server.told("Stopped an answer that nobody reads any more"))
+    told = soon(lambda: server.told("Stopped an answer whose client disconnected"))
     assert len(told) == 1 and int(re.search(r"(\d+) tokens", told[0])[1]) < LONG / 2
     check(server.ask(first), expected[first])
     assert server.stream(second) == expected[second].streamed

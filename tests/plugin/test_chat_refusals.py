@@ -12,7 +12,7 @@ import tiny
 from talkers import ask, chat_model
 
 from lmtp_factory import LMTPError
-from lmtp_factory.plugin.chat import extend_engine
+from lmtp_factory.plugin.seams.chat.hf_engine import extend
 
 
 FIRST = talkers.QUESTIONS[0]
@@ -77,7 +77,7 @@ def test_an_engine_of_another_layout_is_left_as_it_is(missing):
         del module.load_model
     before = dict(vars(module)), dict(vars(engine))
     with pytest.raises((AttributeError, TypeError)):
-        extend_engine(module)
+        extend(module)
     assert (dict(vars(module)), dict(vars(engine))) == before
 
 

@@ -177,8 +177,8 @@ def test_heads_of_another_shape_are_not_resumed_under_deepspeed(guard, llama, da
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "localhost",
              "MASTER_PORT": str(find_available_port()), "DS_ACCELERATOR": "cpu"}  # fmt: skip
     program = (
-        "import json, sys\nfrom llamafactory.train.tuner import run_exp\nfrom lmtp_factory.plugin import checks\n"
-        "if sys.argv[2] == 'in the Trainer':\n    checks.check_checkpoint = lambda *args: None\n"
+        "import json, sys\nfrom llamafactory.train.tuner import run_exp\nfrom lmtp_factory.plugin import validation\n"
+        "if sys.argv[2] == 'in the Trainer':\n    validation.check_checkpoint = lambda *args: None\n"
         "run_exp(json.load(open(sys.argv[1])))"
     )
     path = runs.write_yaml(tmp_path / "x.json", args)

@@ -117,7 +117,7 @@ def test_full_tuning_exports_too(llama, data, stage1, tmp_path):
 
 def test_a_converted_pissa_adapter_keeps_the_heads(llama, data, stage1, tmp_path, monkeypatch):
     """PiSSA trains beside what is left of the weights; ``pissa_converted/`` is the adapter for the weights as they were."""
-    from lmtp_factory.plugin import trainer
+    from lmtp_factory.plugin.training import trainer
 
     trainers, init = [], trainer.LeapTrainer.__init__
     monkeypatch.setattr(

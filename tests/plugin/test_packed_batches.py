@@ -12,8 +12,8 @@ import torch
 from lmtp_factory import LMTPConfig, attach_heads, load_model
 from lmtp_factory.modeling.model import LeapModel
 from lmtp_factory.modeling.packing_probe import keeps_documents_apart
-from lmtp_factory.plugin import collator
-from lmtp_factory.plugin.collator import PackingCollator, packing_collator
+from lmtp_factory.plugin.training import collator
+from lmtp_factory.plugin.training.collator import PackingCollator, packing_collator
 
 
 MODELS = [
@@ -42,7 +42,7 @@ def test_losses_equal_those_of_padded_rows(make, data, tmp_path, lines):
 
 def shapes_seen(monkeypatch):
     """(rows, length) of every batch that a backbone read while training."""
-    from lmtp_factory.plugin import trainer
+    from lmtp_factory.plugin.training import trainer
 
     seen, compute_loss = [], trainer.LeapTrainer.compute_loss
 
@@ -105,14 +105,14 @@ def test_a_model_that_mixes_documents_pads(llama, data, tmp_path, lines, monkeyp
         return states + 0.1 * states.cumsum(1)  # as a running state would
 
     monkeypatch.setattr(LeapModel, "final_hidden_states", leaking)
-    monkeypatch.setattr("lmtp_factory.plugin.trainer.LeapTrainer.compute_loss", upstream_batches(seen := []))
+    monkeypatch.setattr("lmtp_factory.plugin.training.trainer.LeapTrainer.compute_loss", upstream_batches(seen := []))
     runs.train(llama, data, tmp_path, max_steps=1)
     assert any("pads its batches" in line for line in lines)
     assert seen == [True]
 
 
 def upstream_batches(seen):
-    from lmtp_factory.plugin import trainer
+    from lmtp_factory.plugin.training import trainer
 
     compute_loss = trainer.LeapTrainer.compute_loss
 
@@ -183,7 +183,7 @@ def with_heads(model):
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
-        ({"streaming": True, "world_size": 2}, "streamed batches are shared out by rows"),
+        ({"streaming": True, "world_size": 2}, "ranks split streamed batches by rows"),
         ({"predict_with_generate": True}, "generation needs padding on the left"),
         ({"zero3": True, "image_token": "<image>"}, "batches without media would not run"),
         ({"streaming": True}, None),

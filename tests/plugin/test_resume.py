@@ -124,9 +124,9 @@ def test_the_other_stage_s_checkpoint(llama, data, saved, saved_lora, tmp_path, 
 @pytest.fixture
 def unchecked(monkeypatch):
     """Without the check after parsing, so that the one where the checkpoint is used has to hold."""
-    from lmtp_factory.plugin import checks
+    from lmtp_factory.plugin import validation
 
-    monkeypatch.setattr(checks, "check_checkpoint", lambda *args: None)
+    monkeypatch.setattr(validation, "check_checkpoint", lambda *args: None)
 
 
 def test_the_trainer_looks_for_itself(llama, data, cut, unchecked):
@@ -155,7 +155,7 @@ def test_the_best_checkpoint_may_hold_other_heads(llama, data, tmp_path, lines):
 
 KILLED = """
 import json, os, signal, sys
-from lmtp_factory.plugin import trainer
+from lmtp_factory.plugin.training import trainer
 import peft, transformers
 target, name = {"heads": (trainer, "save_heads"), "weights": (peft.PeftModel, "save_pretrained"),
     "optimizer": (transformers.Trainer, "_save_optimizer_and_scheduler"),
@@ -258,7 +258,7 @@ def test_a_checkpoint_that_is_not_there(llama, data, tmp_path, no_model_loads):
 
 def test_a_checkpoint_that_is_written_again_is_not_whole_meanwhile(llama, data, cut, monkeypatch):
     """A run that begins anew in an old folder is killed: the old state beside new weights would look whole."""
-    from lmtp_factory.plugin import trainer
+    from lmtp_factory.plugin.training import trainer
 
     def killed(*args, **kwargs):
         raise KeyboardInterrupt

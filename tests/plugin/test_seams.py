@@ -36,24 +36,25 @@ def test_the_seams_reach_their_users():
     tuner = import_module("llamafactory.train.tuner")
     parser = import_module("llamafactory.hparams.parser")
     assert tuner.run_sft.__module__ == "llamafactory.train.sft.workflow"  # functools.wraps keeps the name ...
-    assert tuner.run_sft.__code__.co_filename.endswith("lmtp_factory/plugin/workflow.py")  # ... of our function
-    assert tuner.load_model.__code__.co_filename.endswith("lmtp_factory/plugin/loading.py")
+    assert tuner.run_sft.__code__.co_filename.endswith("plugin/seams/train/sft/workflow.py")  # ... of our function
+    assert tuner.load_model.__code__.co_filename.endswith("plugin/seams/model/loader.py")
     assert tuner.get_train_args is parser.get_train_args
-    assert parser._parse_train_args.__code__.co_filename.endswith("lmtp_factory/plugin/checks.py")
+    assert parser._parse_train_args.__code__.co_filename.endswith("plugin/seams/hparams/parser.py")
     assert {"head_weight", "leap_offsets"} <= set(parser.FinetuningArguments.__dataclass_fields__)
     arguments = next(c for c in parser._TRAIN_ARGS if c.__name__ == "FinetuningArguments")
     assert arguments is parser.FinetuningArguments
-    assert tuner.LogCallback.on_log.__code__.co_filename.endswith("lmtp_factory/plugin/trainer_log.py")
+    assert tuner.LogCallback.on_log.__code__.co_filename.endswith("plugin/seams/train/callbacks.py")
     constants = import_module("llamafactory.extras.constants")
     assert list(constants.TRAINING_STAGES)[0] == "Supervised Fine-Tuning"  # the web UI's default stays first
     assert list(constants.TRAINING_STAGES.values())[-2:] == ["lmtp1", "lmtp2"]
     assert "lmtp/model.safetensors" in constants.CHECKPOINT_NAMES
     assert "lmtp" in import_module("llamafactory.data.template").TEMPLATES
     engine = import_module("llamafactory.chat.hf_engine")
-    assert engine.load_model.__code__.co_filename.endswith("lmtp_factory/plugin/loading.py")
+    assert engine.load_model.__code__.co_filename.endswith("plugin/inference.py")
     for answers in (engine.HuggingfaceEngine.chat, engine.HuggingfaceEngine.stream_chat):
-        assert answers.__code__.co_filename.endswith("lmtp_factory/plugin/chat.py")
-    assert import_module("llamafactory.chat.chat_model").run_chat.__code__.co_filename.endswith("plugin/chat.py")
+        assert answers.__code__.co_filename.endswith("plugin/seams/chat/hf_engine.py")
+    run_chat = import_module("llamafactory.chat.chat_model").run_chat
+    assert run_chat.__code__.co_filename.endswith("plugin/seams/chat/chat_model.py")
 
 
 def test_the_boards_seams_stand_apart():
@@ -176,7 +177,7 @@ def test_a_reloaded_module_is_extended_again():
         "callbacks = importlib.reload(callbacks)\n"
         "print(callbacks.LogCallback.on_log.__code__.co_filename)"
     )
-    assert python(program).stdout.strip().endswith("lmtp_factory/plugin/trainer_log.py")
+    assert python(program).stdout.strip().endswith("plugin/seams/train/callbacks.py")
 
 
 def test_doctor():

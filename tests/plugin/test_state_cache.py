@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from lmtp_factory.errors import LMTPError
 from lmtp_factory.modeling import model_facts
-from lmtp_factory.plugin import state_cache
+from lmtp_factory.plugin.training import cached_states
 
 
 RUN = {"max_steps": None, "num_train_epochs": 3, "per_device_train_batch_size": 8}
@@ -34,8 +34,8 @@ def backbone(monkeypatch):
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr(state_cache, "_LEAST_SHARD", 20_000)
-    monkeypatch.setattr(state_cache, "_SHARDS", 8)
+    monkeypatch.setattr(cached_states, "_LEAST_SHARD", 20_000)
+    monkeypatch.setattr(cached_states, "_SHARDS", 8)
 
 
 def test_trains_as_without_and_runs_the_backbone_once(llama, data, tmp_path, backbone, lines, small_shards):
@@ -69,7 +69,7 @@ def test_evaluation_reads_the_backbone(llama, data, tmp_path, backbone):
 
 
 def test_a_model_that_mixes_documents(llama, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(state_cache, "keeps_documents_apart", lambda model: False)
+    monkeypatch.setattr(cached_states, "keeps_documents_apart", lambda model: False)
     alone = runs.train(llama, data, tmp_path / "a", hidden_cache_dir=str(tmp_path / "one"), max_steps=3)
     monkeypatch.undo()
     packed = runs.train(llama, data, tmp_path / "b", hidden_cache_dir=str(tmp_path / "two"), max_steps=3)
@@ -185,8 +185,8 @@ def test_rounding_alone_stays_below_what_is_allowed(precision, tmp_path, data, m
         asked.append(args)
         return rounding_error(*args)
 
-    rounding_error = state_cache.rounding_error
-    monkeypatch.setattr(state_cache, "rounding_error", note)
+    rounding_error = cached_states.rounding_error
+    monkeypatch.setattr(cached_states, "rounding_error", note)
     for _ in range(2):
         runs.train(model, data, tmp_path / "out", hidden_cache_dir=str(tmp_path / "cache"), max_steps=1, **precision)
     assert set(asked) == {(dtype, 12)}

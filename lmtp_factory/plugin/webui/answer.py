@@ -1,18 +1,12 @@
-"""What the Chat tab shows below an answer: its speed, and which of its tokens had been drafted."""
+"""HTML below an answer of the Chat tab: its speed, and which of its tokens were drafted."""
 
 from collections.abc import Callable, Iterator, Sequence
 from html import escape
-from types import ModuleType
-from typing import TYPE_CHECKING
 
-from .. import hooks
-from .locales import alert
+from transformers import PreTrainedTokenizerBase
 
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from ..chat import Wish
+from ..chat import ChatRequest
+from .texts import alert
 
 
 STYLE = """
@@ -45,21 +39,16 @@ STYLE = """
 """
 
 
-def extend_css(css: ModuleType) -> None:
-    """Add the style of what is shown below an answer."""
-    css.CSS = hooks.expect(css, "CSS") + STYLE
-
-
-def summary(wish: "Wish", tokenizer: "PreTrainedTokenizerBase", language: str) -> str:
-    """One line with the answer's counts, which opens to show its tokens; HTML for a chat message."""
-    stats = wish.stats
+def summary(request: ChatRequest, tokenizer: PreTrainedTokenizerBase, language: str) -> str:
+    """HTML for a chat message: one line of statistics, which opens to show the answer's tokens."""
+    stats = request.stats
     line = alert("lmtp_answer", language).format(
         tokens=stats.tokens, speed=f"{stats.tokens_per_second:.1f}", tau=f"{stats.tau:.2f}", strategy=stats.strategy
     )
-    marked = drafted(stats.advances, len(wish.tokens))
+    marked = drafted(stats.advances, len(request.tokens))
     if not any(marked):
         return f"\n\n<div class='lmtp-answer'>{escape(line)}</div>"
-    pieces = pieces_of(wish.tokens, marked, lambda ids: tokenizer.decode(ids, skip_special_tokens=True))
+    pieces = pieces_of(request.tokens, marked, lambda ids: tokenizer.decode(ids, skip_special_tokens=True))
     text = "".join(
         f"<span class='lmtp-drafted'>{_html(piece)}</span>" if is_drafted else _html(piece)
         for piece, is_drafted in pieces
@@ -69,7 +58,12 @@ def summary(wish: "Wish", tokenizer: "PreTrainedTokenizerBase", language: str) -
 
 
 def drafted(advances: Sequence[int], length: int) -> list[bool]:
-    """For each of ``length`` tokens whether it was drafted; the first one is the prompt's forward's."""
+    """For each of `length` tokens, whether it was drafted. The forward of the prompt gives the first one.
+
+    Args:
+        advances: Number of tokens that each later forward gave; its last one is not drafted.
+        length: Number of tokens.
+    """
     marked = [False]
     for advance in advances:
         marked += [True] * (advance - 1) + [False]
@@ -79,7 +73,7 @@ def drafted(advances: Sequence[int], length: int) -> list[bool]:
 def pieces_of(
     tokens: Sequence[int], marked: Sequence[bool], decode: Callable[[Sequence[int]], str]
 ) -> Iterator[tuple[str, bool]]:
-    """The text in pieces of equal marks; a character of several tokens goes with its last one."""
+    """Pieces of text with equal marks. A character of several tokens has the mark of its last token."""
     shown = ""
     for place in range(len(tokens)):
         is_end = place + 1 == len(tokens)
@@ -94,5 +88,5 @@ def pieces_of(
 
 
 def _html(text: str) -> str:
-    # A blank line would end the HTML for Markdown, dollars would begin a formula.
+    # In Markdown a blank line would end the HTML, and a dollar sign would begin a formula.
     return escape(text).replace("\n", "<br>").replace("$", "&#36;").replace("\\", "&#92;")

@@ -8,23 +8,23 @@ from ...files import HEADS_FOLDER, WEIGHTS_FILE
 from ...modeling.checkpoint import read_config
 
 
-# Upstream's name for a model that is known by its path only: all of them share one directory of runs.
+# Upstream's name for models that are given by their path only. All of them share one directory of runs.
 CUSTOM = "Custom"
 
 
 def holds_only_heads(path: str | os.PathLike) -> bool:
-    """Whether ``path`` is the output of a finished stage 1: heads, but neither a model nor an adapter."""
+    """Whether `path` is the output of a finished stage 1: heads, and neither a model nor an adapter."""
     has_model = any(Path(path, name).exists() for name in ("config.json", "adapter_config.json"))
     return Path(path, HEADS_FOLDER, WEIGHTS_FILE).is_file() and not has_model
 
 
 def finished_stage1_runs(model_name: str | None, model_path: str | None) -> list[str]:
-    """Output directories of the model's finished stage-1 runs, the newest first."""
+    """Output directories of the model's finished stage-1 runs, newest first."""
     if not model_name:
         return []
     from llamafactory.webui.common import get_save_dir
 
-    root = Path(get_save_dir(model_name, "full"))  # stage 1 knows no other finetuning_type
+    root = Path(get_save_dir(model_name, "full"))  # the finetuning_type of stage 1
     runs = [path for path in root.iterdir() if holds_only_heads(path)] if root.is_dir() else []
     if model_name == CUSTOM:
         runs = [path for path in runs if _base_model(path) == model_path]

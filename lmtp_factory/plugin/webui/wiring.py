@@ -1,4 +1,4 @@
-"""Adding to a page that upstream has built: a component's place, and one more input of a handler."""
+"""Changes to a page that upstream has built: the place of a component, and another input of a handler."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def place_before(component: "Block", neighbour: "Block") -> None:
-    """Move a component that was just made to the place before another one."""
+    """Move a new component to the place before another one."""
     component.parent.children.remove(component)
     siblings = neighbour.parent.children
     siblings.insert(siblings.index(neighbour), component)
@@ -18,10 +18,10 @@ def place_before(component: "Block", neighbour: "Block") -> None:
 
 
 def add_input(handler: Callable, component: "Component") -> None:
-    """Give upstream's call of ``handler`` one more argument at the end, the component's value.
+    """Append the component's value to the arguments with which the page calls `handler`.
 
     Raises:
-        LookupError: nothing on the page calls it with a list of inputs.
+        LookupError: The page never calls it with a list of inputs.
     """
     from gradio.context import Context
 

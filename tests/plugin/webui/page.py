@@ -12,7 +12,7 @@ from pathlib import Path
 
 import runs
 
-from lmtp_factory.plugin.webui import locales
+from lmtp_factory.plugin.webui import texts
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -86,7 +86,7 @@ class Page:
         """Upstream's or our own text for a component."""
         from llamafactory.webui.locales import LOCALES
 
-        table = locales.texts(self.language).LABELS
+        table = texts.of(self.language).LABELS
         return (table[name] if name in table else LOCALES[name][self.language])[kind]
 
     def alert(self, name: str) -> str:

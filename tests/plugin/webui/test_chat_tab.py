@@ -5,7 +5,7 @@ import talkers
 from test_panel import finished
 
 from lmtp_factory.plugin.webui import answer
-from lmtp_factory.plugin.webui.export import with_key
+from lmtp_factory.plugin.webui.fields import with_key
 
 
 def chat_inputs(board):

@@ -3,7 +3,7 @@
 import pytest
 
 from lmtp_factory.plugin.stages import STAGE_LABELS
-from lmtp_factory.plugin.webui import fields, locales, panel, runs
+from lmtp_factory.plugin.webui import fields, panel, runs, texts
 from lmtp_factory.plugin.webui.suggestions import Suggestions
 
 
@@ -18,7 +18,7 @@ def finished(folder, base="some/model", name="run", model="Custom"):
 
     heads = folder / "saves" / model / "full" / name / "lmtp"
     heads.mkdir(parents=True)
-    LMTPConfig(num_heads=2, stride=3, base_model=base).save_pretrained(heads)
+    LMTPConfig(num_heads=2, stride=3, hidden_size=32, vocab_size=400, base_model=base).save_pretrained(heads)
     (heads / "model.safetensors").touch()
     return heads.parent
 
@@ -26,7 +26,7 @@ def finished(folder, base="some/model", name="run", model="Custom"):
 def test_every_component_of_ours_speaks_every_language(board):
     from llamafactory.webui.locales import LOCALES
 
-    ours = locales.texts("en").LABELS
+    ours = texts.of("en").LABELS
     registered = {id for id, _ in board.engine.manager.get_elem_iter()}
     assert set(ours) <= registered
     for name, properties in ours.items():
@@ -37,8 +37,8 @@ def test_every_component_of_ours_speaks_every_language(board):
             if language != "en":
                 assert LOCALES[name][language] != properties, f"{name} is not translated to {language}"
     for language in LANGUAGES:
-        assert set(locales.texts(language).ALERTS) == set(locales.texts("en").ALERTS)
-        assert set(locales.texts(language).LABELS) == set(ours)
+        assert set(texts.of(language).ALERTS) == set(texts.of("en").ALERTS)
+        assert set(texts.of(language).LABELS) == set(ours)
 
 
 def test_the_panel_is_all_labelled_when_the_language_changes(board):

@@ -7,9 +7,9 @@ import pytest
 import runs
 import yaml
 
+from lmtp_factory.plugin.seams.webui.runner import refusal_first
 from lmtp_factory.plugin.stages import STAGE_LABELS
 from lmtp_factory.plugin.webui.fields import ALL_FIELDS
-from lmtp_factory.plugin.webui.runner import refusal_first
 
 
 STAGE1, STAGE2 = STAGE_LABELS
@@ -167,7 +167,7 @@ def test_a_real_refusal_is_found(llama, data, tmp_path):
     [
         "module.create_train_tab = lambda: None",  # noticed when the module is extended
         "from lmtp_factory.plugin.webui import panel; panel.LMTPConfig = None",  # when the panel is built
-        "from lmtp_factory.plugin.webui import panel; panel.place_before = None",  # when it finds its place
+        "from lmtp_factory.plugin.seams.webui.components import train; train.place_before = None",  # when it finds its place
     ],
 )
 def test_a_board_that_does_not_fit_is_upstreams(edit, folder):

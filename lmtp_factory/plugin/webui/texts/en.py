@@ -4,22 +4,22 @@ LABELS = {
     "lmtp_panel": {"label": "L-MTP configurations"},
     "lmtp_about": {
         "value": "L-MTP adds heads that predict tokens further ahead. The warm-up trains the heads alone, with the model "
-        "frozen; full tuning then trains model and heads together. Fields that are left empty take the default shown in "
-        "them, or in full tuning the value that the warmed-up heads have."
+        "frozen; full tuning then trains model and heads together. Empty fields take the default that they "
+        "show, or in full tuning the value of the warmed-up heads."
     },
     "num_heads": {"label": "Extra heads", "info": "Number of heads beside the LM head."},
     "leap_stride": {"label": "Leap", "info": "Tokens between two heads; 1 is ordinary multi-token prediction."},
-    "leap_offsets": {"label": "Offsets", "info": "Instead of heads and leap: rising offsets, e.g. 2,3,6."},
-    "lmtp_reach": {"label": "Tokens predicted", "info": "How far ahead each head looks, the LM head first."},
+    "leap_offsets": {"label": "Offsets", "info": "Rising offsets instead of heads and leap, e.g. 2,3,6."},
+    "lmtp_reach": {"label": "Tokens predicted", "info": "Offset of each head, the LM head first."},
     "head_kind": {
         "label": "Head kind",
         "info": "own: an unembedding for each head; shared: the LM head's, with far fewer parameters.",
     },
     "head_layers": {"label": "Head layers", "info": "Residual blocks in each head."},
-    "head_decay": {"label": "Head decay", "info": "Each further head's loss weighs this much of the one before."},
+    "head_decay": {"label": "Head decay", "info": "Weight of each head's loss relative to the previous head's."},
     "warmup_ratio": {
         "label": "Warmup ratio",
-        "info": "Share of the steps used for warmup, where warmup steps is 0.",
+        "info": "Share of the steps used for warmup if warmup steps is 0.",
     },
     "hidden_cache_dir": {
         "label": "Hidden state cache",
@@ -27,7 +27,7 @@ LABELS = {
     },
     "stage1_pretrained_path": {
         "label": "Warmed-up heads",
-        "info": "Finished warm-up of the chosen model. Left empty, fresh heads are trained, which disturbs the model.",
+        "info": "Finished warm-up of the chosen model. Empty: fresh heads, which disturb the model.",
     },
     "head_weight": {"label": "Head weight", "info": "Weight of the heads' losses beside the next-token loss."},
     "train_lm_head": {"label": "Train LM head", "info": "Tune the LM head too (with LoRA)."},
@@ -38,7 +38,7 @@ LABELS = {
     },
     "lmtp_decode": {
         "label": "Decoding",
-        "info": "Where the model has leap heads. auto: with them; backward: look-back; forward: F-MTP; off: stock.",
+        "info": "For models with leap heads. auto: look-back; backward: look-back; forward: F-MTP; off: stock.",
     },
 }
 

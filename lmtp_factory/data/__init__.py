@@ -1,1 +1,0 @@
-"""Training data: dataset names, packing of documents, and hidden states on disk."""

@@ -1,0 +1,56 @@
+"""Checks arguments and resolves the source of the heads, between upstream's parsing and its own checks."""
+
+import functools
+from collections.abc import Callable
+from types import ModuleType
+
+from ....errors import LMTPError
+from ... import hooks, validation
+from ...heads_source import resolve_inference, resolve_training
+from ...stages import STAGES
+
+
+def extend(parser: ModuleType) -> None:
+    """Wrap upstream's parsers of training, inference and Megatron arguments."""
+    parse_train = hooks.expect(parser, "_parse_train_args", "args")
+    parse_infer = hooks.expect(parser, "_parse_infer_args", "args")
+    parse_megatron = hooks.expect(parser, "_parse_train_mca_args", "args")
+    hooks.expect(parser, "read_args", "args")
+
+    @functools.wraps(parse_train)
+    def parse_train_args(args=None):
+        parsed = parse_train(args)
+        model_args, data_args, training_args, finetuning_args, _ = parsed
+        validation.check_training_keys(model_args, data_args, training_args, finetuning_args)
+        source = resolve_training(model_args, data_args, training_args, finetuning_args)
+        validation.check_training(model_args, data_args, training_args, finetuning_args, source)
+        finetuning_args.heads_source = source
+        if source is not None and source.resumed is not None:  # upstream itself would take an incomplete checkpoint too
+            training_args.resume_from_checkpoint = str(source.resumed)
+        return parsed
+
+    @functools.wraps(parse_infer)
+    def parse_infer_args(args=None):
+        parsed = parse_infer(args)
+        model_args, data_args, finetuning_args, _ = parsed
+        validation.check_inference_keys(model_args, finetuning_args)
+        source = resolve_inference(model_args, finetuning_args)
+        validation.check_inference(model_args, data_args, finetuning_args, source)
+        finetuning_args.heads_source = source
+        finetuning_args.mtp_type = None  # a stage's YAML serves here too, and nothing is trained
+        return parsed
+
+    parser._parse_train_args, parser._parse_infer_args = parse_train_args, parse_infer_args
+    parser._parse_train_mca_args = _refusing_stages(parse_megatron, parser.read_args)
+
+
+def _refusing_stages(parse: Callable, read_args: Callable) -> Callable:
+    @functools.wraps(parse)
+    def parse_and_refuse(args=None):
+        written = read_args(args)
+        values = list(written.values()) if isinstance(written, dict) else list(written)
+        if any(str(value).split("=")[-1] in STAGES.values() for value in values):
+            raise LMTPError("L-MTP stages do not run on Megatron (USE_MCA=1): unset USE_MCA and use deepspeed instead.")
+        return parse(args)
+
+    return parse_and_refuse

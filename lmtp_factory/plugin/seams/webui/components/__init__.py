@@ -1,0 +1,1 @@
+"""Extensions of `llamafactory.webui.components`, the tabs of LLaMA Board."""

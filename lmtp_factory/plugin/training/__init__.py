@@ -1,0 +1,1 @@
+"""Training of the two L-MTP stages: trainer, collators, metrics and cached hidden states."""

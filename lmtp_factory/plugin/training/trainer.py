@@ -1,0 +1,179 @@
+"""Trainer of both stages: upstream's SFT Trainer with per-head averages, metrics and checkpoints."""
+
+import os
+from pathlib import Path
+
+import torch
+from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
+from peft import PeftModel
+from torch import Tensor
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+
+from ...errors import LMTPError
+from ...files import HEADS_FOLDER
+from ...modeling import heads_of, load_heads, save_heads
+from ...modeling.checkpoint import validate_checkpoint
+from ...modeling.losses.targets import count_targets
+from ...modeling.model import HEADS_PREFIX, base_of
+from ...modeling.zero3 import gathered
+from .. import log
+from ..resume import differences, in_words
+from .cached_states import CachedDocuments, FillCache
+from .head_metrics import HeadMetrics
+
+
+# Folder that upstream writes beside a PiSSA adapter: the same adapter as an ordinary LoRA adapter of the base model.
+PISSA_CONVERTED = "pissa_converted"
+
+
+class LeapTrainer(CustomSeq2SeqTrainer):
+    """Trains a model with leap heads.
+
+    Raises:
+        LMTPError: The model has no leap heads; an L-MTP stage never trains plain SFT.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if heads_of(self.model) is None:
+            raise LMTPError("The model has no leap heads although an L-MTP stage trains it: run lmtp-cli doctor.")
+        # Upstream clears this for models with a processor. The leap loss divides by each head's own count, never by steps.
+        self.model_accepts_loss_kwargs = True
+        self.leap_model = base_of(self.model)
+        if isinstance(self.train_dataset, CachedDocuments):
+            self.add_callback(FillCache(self, self.train_dataset))
+        self.objective = self.leap_model.objective
+        first, heads = self.objective.first_head, len(self.objective.weights)
+        self.train_metrics, self.eval_metrics = HeadMetrics(first, heads), HeadMetrics(first, heads)
+
+    # Loss -------------------------------------------------------------------------------------------------------
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
+        """Number of valid targets of every head over the accumulated batches of all ranks, (heads,)."""
+        if not batch_samples or "labels" not in batch_samples[0]:
+            return None
+        offsets = self.objective.offsets(self.leap_model.leap_heads.config.offsets)
+        counts = sum(count_targets(batch["labels"], offsets, batch.get("position_ids")) for batch in batch_samples)
+        return self.accelerator.reduce(counts.to(device), reduction="sum")
+
+    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch: Tensor | None = None):
+        """Loss of the stage. Its gradient, averaged over ranks, is the gradient of the whole batch's per-head means."""
+        outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
+        self.train_metrics.add(outputs)
+        loss = outputs.loss * (1 if num_items_in_batch is None else self.accelerator.num_processes)
+        return (loss, outputs) if return_outputs else loss
+
+    # Evaluation -------------------------------------------------------------------------------------------------
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **gen_kwargs):
+        if self.args.predict_with_generate:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            self.eval_metrics.add(model(**self._prepare_inputs(inputs)))
+        return None, None, None  # evaluation_loop takes its means from eval_metrics
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        losses = self.eval_metrics.losses(self.accelerator)
+        if losses is not None:
+            # Upstream averages batch means, but batches differ in their number of targets.
+            output.metrics[f"{metric_key_prefix}_loss"] = sum(
+                weight * loss for weight, loss in zip(self.objective.weights, losses, strict=True)
+            )
+            output.metrics.update(self.eval_metrics.pop(self.accelerator, f"{metric_key_prefix}_"))
+        return output
+
+    # Logging ----------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if "loss" in logs:  # the entry of a training step, not of evaluation or the final summary
+            logs |= self.train_metrics.pop(self.accelerator)
+        super().log(logs, *args, **kwargs)
+
+    # Checkpoints ------------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the heads in `lmtp/`, and in stage 2 the adapter or model as upstream does."""
+        output_dir = output_dir or self.args.output_dir
+        if self.objective.trains_backbone:
+            super().save_model(output_dir, _internal_call)
+        elif self.args.should_save:
+            self._save(output_dir, state_dict={})  # tokenizer and arguments; the frozen backbone is not written again
+        folders = [output_dir]
+        if self.finetuning_args.pissa_convert and isinstance(self.model, PeftModel) and not _internal_call:
+            folders.append(os.path.join(output_dir, PISSA_CONVERTED))  # upstream has just written it
+        heads = self.leap_model.leap_heads
+        with gathered(heads.parameters()):
+            if self.args.should_save:
+                for folder in folders:
+                    save_heads(heads, os.path.join(folder, HEADS_FOLDER))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if state_dict is None and not isinstance(self.model, PeftModel):
+            state_dict = self.model.state_dict()
+        if state_dict is not None:
+            state_dict = {name: tensor for name, tensor in state_dict.items() if HEADS_PREFIX not in name}
+        super()._save(output_dir, state_dict)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        if self.args.should_save:
+            # The state is written last and marks a complete checkpoint. A new run in an old folder must not leave an old
+            # state beside new weights.
+            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            Path(self.args.output_dir, folder, TRAINER_STATE_NAME).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """Train as upstream does, after checking that a checkpoint holds the heads that are trained.
+
+        Raises:
+            LMTPError: The checkpoint holds other heads.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
+        if isinstance(
+            resume_from_checkpoint, str
+        ):  # here, because DeepSpeed restores its own checkpoint without _load_from_checkpoint
+            self._check_heads(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        if self.objective.trains_backbone:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_heads(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        try:
+            self._check_heads(best)
+        except LMTPError as error:  # training is complete: keep its result
+            log.warning(f"The best checkpoint cannot be loaded: {error} The heads of the last step are kept.")
+            return
+        if self.is_deepspeed_enabled or self.objective.trains_backbone:
+            super()._load_best_model()
+        if not self.is_deepspeed_enabled:  # DeepSpeed's own checkpoint holds the heads
+            self._load_heads(best)
+
+    def _check_heads(self, checkpoint: str) -> None:
+        differing = differences(self.leap_model.leap_heads.config, validate_checkpoint(Path(checkpoint, HEADS_FOLDER)))
+        if differing:
+            raise LMTPError(
+                f"The heads in {checkpoint} are not those that are trained ({in_words(differing)}): name another "
+                "checkpoint or another output_dir."
+            )
+
+    def _load_heads(self, checkpoint: str) -> None:
+        self.leap_model.leap_heads.load_state_dict(load_heads(checkpoint).state_dict())
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_deepspeed_enabled and not self.objective.trains_backbone:
+            # Upstream leaves frozen parameters out for PEFT models only. The frozen backbone has its own directory.
+            engine, save = self.model_wrapped, self.model_wrapped.save_checkpoint
+            engine.save_checkpoint = lambda folder, **kwargs: save(folder, exclude_frozen_parameters=True, **kwargs)
+            try:
+                super()._save_optimizer_and_scheduler(output_dir)
+            finally:
+                del engine.save_checkpoint
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)

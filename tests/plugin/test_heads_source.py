@@ -1,0 +1,118 @@
+"""The source of a run's heads: resolved once, read everywhere, and no key."""
+
+import json
+import pickle
+from collections import Counter
+
+import pytest
+import runs
+import talkers
+import tiny
+from transformers import OPTConfig, OPTForCausalLM
+
+from lmtp_factory.modeling import heads_of
+from lmtp_factory.plugin import heads_source
+from lmtp_factory.plugin.heads_source import HeadsSource
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Number of resolutions, and of the times that each path was asked for heads."""
+    from lmtp_factory.plugin.seams.hparams import parser
+
+    calls = Counter()
+
+    def counting(name, function):
+        def count(*args):
+            calls[name if name == "resolve" else str(args[0])] += 1
+            return function(*args)
+
+        return count
+
+    for name in ("resolve_training", "resolve_inference"):
+        monkeypatch.setattr(parser, name, counting("resolve", getattr(parser, name)))
+    monkeypatch.setattr(heads_source, "find_heads", counting("find", heads_source.find_heads))
+    return calls
+
+
+def test_training_asks_once(llama, data, stage1, tmp_path, counted, lines):
+    stage2 = {"stage": "lmtp2", "finetuning_type": "lora", "stage1_pretrained_path": str(stage1)}
+    runs.train(llama, data, tmp_path / "out", hidden_cache_dir=None, **stage2)
+    assert counted == {"resolve": 1, str(stage1): 1}
+    assert f"Leap heads start from {stage1}/lmtp." in lines
+
+
+def test_fresh_heads_are_looked_for_once(llama, data, tmp_path, counted):
+    runs.train(llama, data, tmp_path / "out", hidden_cache_dir=str(tmp_path / "cache"))
+    assert counted == {"resolve": 1, str(llama): 1}
+
+
+@pytest.mark.parametrize("export", ["heads", "ntp"])
+def test_an_export_asks_once(export, llama, stage1, tmp_path, counted, lines):
+    runs.export(
+        model_name_or_path=llama, stage1_pretrained_path=stage1, export_dir=tmp_path / "export", lmtp_export=export
+    )
+    assert counted == {"resolve": 1, str(llama): 1, str(stage1): 1}
+    said = "with" if export == "heads" else "without"
+    assert f"Exporting {said} the leap heads of {stage1}/lmtp." in lines
+
+
+def test_chat_asks_once(ending, counted):
+    model = talkers.chat_model(ending)
+    assert heads_of(model.engine.model) is not None
+    assert counted == {"resolve": 1, str(ending): 1}
+
+
+def test_arguments_other_than_the_source_stay_as_they_are_written(llama, stage1, data, tmp_path):
+    from llamafactory.hparams import get_train_args
+
+    written = runs.arguments(llama, data, tmp_path / "out", stage="lmtp2", stage1_pretrained_path=str(stage1))
+    model_args, _, training_args, finetuning_args, _ = get_train_args(written)
+    source = finetuning_args.heads_source
+    assert (source.folder, source.resumed, source.packs_batches) == (stage1 / "lmtp", None, False)
+    assert source.config.offsets == (1, 3, 5, 7) and source.reach == 7
+    assert model_args.model_name_or_path == source.base.path == str(llama)
+    assert training_args.resume_from_checkpoint is None
+    assert not (tmp_path / "out").exists()  # checks write nothing
+    assert "heads_source" not in finetuning_args.to_dict()
+    again = pickle.loads(pickle.dumps(finetuning_args))
+    assert again == finetuning_args
+    assert again.heads_source.folder == source.folder
+    assert again.heads_source.config.to_dict() == source.config.to_dict()
+
+
+def test_the_source_is_frozen(llama):
+    source = HeadsSource(heads_source.BaseModel(str(llama)), None, None)
+    with pytest.raises(AttributeError):
+        source.folder = llama
+
+
+def test_the_yaml_of_a_stage_exports_too_although_export_dir_trains_nothing(llama, data, stage1, tmp_path, lines):
+    """`export_dir` in a training YAML changes nothing; `stage` in an export's neither."""
+    run = {"stage": "lmtp2", "finetuning_type": "full", "stage1_pretrained_path": str(stage1)}
+    runs.train(llama, data, tmp_path / "out", export_dir=str(tmp_path / "unused"), max_steps=1, **run)
+    assert (tmp_path / "out" / "lmtp" / "model.safetensors").is_file() and not (tmp_path / "unused").exists()
+    runs.export(model_name_or_path=llama, export_dir=tmp_path / "export", lmtp_export="heads", **run)
+    assert (tmp_path / "export" / "lmtp" / "model.safetensors").is_file()
+
+
+def test_arguments_that_were_not_parsed_are_refused_for_a_stage(llama):
+    from llamafactory.hparams import FinetuningArguments, ModelArguments
+    from llamafactory.model import load_model, load_tokenizer
+
+    model_args = ModelArguments(model_name_or_path=str(llama))
+    tokenizer = load_tokenizer(model_args)["tokenizer"]
+    with pytest.raises(ValueError, match="lack the source of its heads: make them with get_train_args"):
+        load_model(tokenizer, model_args, FinetuningArguments(stage="lmtp2", finetuning_type="full"))
+
+
+def test_a_backbone_that_projects_its_embeddings(data, tmp_path):
+    """The LM head of such an OPT reads states of the embeddings' width, so fresh heads and cached states have that width."""
+    shape = {"ffn_dim": 64, "word_embed_proj_dim": 16, "num_attention_heads": 4, "hidden_size": 32}
+    opt = tiny._save(OPTForCausalLM, OPTConfig, tmp_path / "opt", **shape)
+    run = {"hidden_cache_dir": str(tmp_path / "cache"), "save_strategy": "steps", "save_steps": 2}
+    runs.train(opt, data, tmp_path / "out", overwrite_output_dir=None, **run | {"max_steps": 2})
+    runs.train(opt, data, tmp_path / "out", overwrite_output_dir=None, **run)
+    assert runs.history(tmp_path / "out")[-1]["step"] == 4
+    assert json.loads((tmp_path / "cache" / "manifest.json").read_text())["hidden_size"] == 16
+    assert json.loads((tmp_path / "out" / "lmtp" / "config.json").read_text())["hidden_size"] == 16
