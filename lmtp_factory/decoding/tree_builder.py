@@ -31,9 +31,8 @@ class TreeBuilder:
         self.shape = None if paths is None else fixed([path for path in paths if len(path) <= self.reach], device)
         self.calibration, self.budget = AcceptanceCalibration(), DraftBudget()
         self.drafted = False  # whether the current step made a draft, even if its tree was cut to the root
-        self.predicted: list[
-            float
-        ] = []  # expected accepted tokens of each active row in this step; empty without a cut
+        # Expected number of accepted tokens of each active row in the current step; empty if the tree was not cut.
+        self.predicted: list[float] = []
 
     def plain(self, roots: Tensor) -> tuple[Tree, Tensor]:
         """Return the tree that has only the root, and its (batch, 1) tokens."""

@@ -1,4 +1,4 @@
-"""Leap heads: residual blocks on the final hidden state and an unembedding (L-MTP, section 3.2; Medusa, section 2.1)."""
+"""Leap heads: residual blocks on the final hidden state, an unembedding (L-MTP, section 3.2; Medusa, section 2.1)."""
 
 from pathlib import Path
 
