@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from tiny_chat_model import distill, save_model, save_prompts
+from helpers.distillation import distill, save_model, save_prompts
 
 from lmtp_factory.cli import distill as cli
 from lmtp_factory.errors import LMTPError

@@ -5,9 +5,9 @@ import random
 
 import pytest
 import torch
+from helpers.decoding import PLANS, check, decoded, oracle, padded, prompt, stock
 from transformers import DynamicCache, GPT2Config, MistralConfig, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from trials import PLANS, check, decoded, oracle, padded, prompt, stock
 
 from lmtp_factory.decoding.cache import GrowingLayer, TreeCache, _Moves
 from lmtp_factory.decoding.stats import DecodeStats

@@ -4,12 +4,12 @@ import ctypes
 import threading
 
 import pytest
-import tiny
 import torch
+from helpers import tiny_models
+from helpers.decoding import CHAIN, GREEDY, check, prompt, randomise, stir
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
-from trials import CHAIN, GREEDY, check, prompt, randomise, stir
 
 from lmtp_factory import attach_heads
 from lmtp_factory.decoding import cpu_prepacked
@@ -19,7 +19,7 @@ from lmtp_factory.decoding.free_memory import free_in_cgroup
 
 @pytest.fixture
 def model(tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(tiny.tiny_llama(tmp_path)).eval()
+    model = AutoModelForCausalLM.from_pretrained(tiny_models.save_llama(tmp_path)).eval()
     stir(model)
     attach_heads(model)
     randomise(model)
@@ -87,7 +87,7 @@ def test_changed_weights_are_used(model, change):
 
 
 def test_merged_and_unmerged_adapters_are_used(tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(tiny.tiny_llama(tmp_path))
+    model = AutoModelForCausalLM.from_pretrained(tiny_models.save_llama(tmp_path))
     stir(model)
     model.generation_config.eos_token_id = None
     torch.manual_seed(0)

@@ -5,9 +5,9 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.decoding import GEOMETRIES, PLANS, decoded, oracle, padded, prompt, stock
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trials import GEOMETRIES, PLANS, decoded, oracle, padded, prompt, stock
 
 from lmtp_factory.decoding import draft as draft_module
 from lmtp_factory.decoding import tree_builder

@@ -4,9 +4,9 @@ import dataclasses
 import random
 
 import pytest
+from helpers.decoding import GREEDY, PATHS, check, oracle, prompt, stock
 from hypothesis import given
 from hypothesis import strategies as st
-from trials import GREEDY, PATHS, check, oracle, prompt, stock
 
 from lmtp_factory.decoding import loop
 from lmtp_factory.decoding.draft_budget import ALLOWANCE, MOST, STAKE, DraftBudget

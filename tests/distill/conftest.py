@@ -1,7 +1,7 @@
 """A tiny model to distill from, its tokenizer, and prompts."""
 
 import pytest
-from tiny_chat_model import build_tokenizer, save_model, save_prompts
+from helpers.distillation import build_tokenizer, save_model, save_prompts
 
 
 @pytest.fixture(scope="session")

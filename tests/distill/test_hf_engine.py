@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_chat_model import SYSTEM, distill, read_rows
+from helpers.distillation import SYSTEM, distill, read_rows
 
 from lmtp_factory.distill.engine import Request, Sampling
 from lmtp_factory.distill.hf_engine import HFEngine, group_batches

@@ -8,9 +8,9 @@ import sys
 import time
 
 import pytest
-from scripted_engine import ANSWER, ScriptedEngine
-from tiny_chat_model import distill as run_command
-from tiny_chat_model import read_rows
+from helpers.distillation import distill as run_command
+from helpers.distillation import read_rows
+from helpers.scripted_engine import ANSWER, ScriptedEngine
 
 from lmtp_factory.cli import distill as cli
 from lmtp_factory.distill.hf_engine import HFEngine

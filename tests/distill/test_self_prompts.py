@@ -3,9 +3,9 @@
 import shutil
 
 import pytest
-from scripted_engine import ANSWER, ScriptedEngine
-from tiny_chat_model import SYSTEM, read_rows
-from tiny_chat_model import distill as run_command
+from helpers.distillation import SYSTEM, read_rows
+from helpers.distillation import distill as run_command
+from helpers.scripted_engine import ANSWER, ScriptedEngine
 
 from lmtp_factory.distill.pipeline import Settings, distill
 from lmtp_factory.distill.rows import parse_ids

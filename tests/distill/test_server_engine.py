@@ -7,8 +7,8 @@ import threading
 import time
 
 import pytest
-from tiny_chat_model import distill as run_command
-from tiny_chat_model import read_rows
+from helpers.distillation import distill as run_command
+from helpers.distillation import read_rows
 
 from lmtp_factory.distill import chat
 from lmtp_factory.distill.engine import Request, Sampling

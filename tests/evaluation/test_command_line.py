@@ -3,7 +3,7 @@
 import json
 
 import pytest
-import tiny
+from helpers import tiny_models
 from transformers import AutoModelForCausalLM
 
 from lmtp_factory import LMTPConfig, attach_heads
@@ -28,7 +28,7 @@ def test_counts_are_whole_numbers_above_zero(command, option, value, capsys):
 
 
 def test_answers_without_a_draft_to_measure_are_refused(tmp_path, capsys):
-    path = tiny.tiny_qwen3(tmp_path / "model")
+    path = tiny_models.save_qwen3(tmp_path / "model")
     model = attach_heads(AutoModelForCausalLM.from_pretrained(path), LMTPConfig(num_heads=1))
     model.save_pretrained(path)
     prompts = tmp_path / "prompts.jsonl"

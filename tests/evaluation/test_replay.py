@@ -3,8 +3,8 @@
 import json
 
 import pytest
-import tiny
 import torch
+from helpers import tiny_data, tiny_models
 from transformers import AutoModelForCausalLM
 
 from lmtp_factory import LMTPConfig, attach_heads
@@ -25,7 +25,7 @@ PROMPTS = [[30, 40, 50], [60, 61, 62, 63, 64, 65], [70]]
 def model(request, tmp_path_factory):
     """Tied embeddings and untrained heads: a model that repeats itself, so drafts are often right."""
     stride, offsets = request.param
-    path = tiny.tiny_qwen3(tmp_path_factory.mktemp("model"))
+    path = tiny_models.save_qwen3(tmp_path_factory.mktemp("model"))
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     return attach_heads(model, LMTPConfig(num_heads=None if offsets else 3, stride=stride, offsets=offsets))
 
@@ -92,11 +92,11 @@ def test_the_device_decides(observed, curve, kind):
 
 
 def test_tree_command(tmp_path, capsys):
-    path = tiny.tiny_qwen3(tmp_path / "model")
+    path = tiny_models.save_qwen3(tmp_path / "model")
     model = attach_heads(AutoModelForCausalLM.from_pretrained(path), LMTPConfig(num_heads=2))
     model.save_pretrained(path)
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("\n".join(json.dumps({"instruction": text}) for text, _ in tiny.tiny_texts(4)))
+    prompts.write_text("\n".join(json.dumps({"instruction": text}) for text, _ in tiny_data.texts(4)))
     arguments = ["--prompts", str(prompts), "--max-new-tokens", "12", "--context", "16"]
     assert main(["tree", str(path), *arguments]) == 0
     printed = capsys.readouterr().out
@@ -111,10 +111,10 @@ def test_tree_command(tmp_path, capsys):
 
 
 def test_bench_command(tmp_path, capsys):
-    path = tiny.tiny_qwen3(tmp_path / "model")
+    path = tiny_models.save_qwen3(tmp_path / "model")
     attach_heads(AutoModelForCausalLM.from_pretrained(path), LMTPConfig()).save_pretrained(path)
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("\n".join(json.dumps({"instruction": text}) for text, _ in tiny.tiny_texts(2)))
+    prompts.write_text("\n".join(json.dumps({"instruction": text}) for text, _ in tiny_data.texts(2)))
     options = [
         "--prompts",
         str(prompts),
@@ -139,7 +139,7 @@ def test_bench_command(tmp_path, capsys):
 
 
 def test_missing_heads_are_named(tmp_path):
-    path = tiny.tiny_llama(tmp_path / "model")
+    path = tiny_models.save_llama(tmp_path / "model")
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "what?"}')
     assert main(["tree", str(path), "--prompts", str(prompts)]) == 1

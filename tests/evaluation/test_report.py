@@ -4,8 +4,8 @@ import json
 import math
 
 import pytest
-import tiny
 import torch
+from helpers import tiny_models
 from transformers import AutoModelForCausalLM
 
 from lmtp_factory import LMTPConfig, LMTPError, attach_heads
@@ -15,7 +15,7 @@ from lmtp_factory.evaluation.scoring import read_rows, score_heads
 
 @pytest.fixture
 def model(tmp_path):
-    return AutoModelForCausalLM.from_pretrained(tiny.tiny_llama(tmp_path / "model"))
+    return AutoModelForCausalLM.from_pretrained(tiny_models.save_llama(tmp_path / "model"))
 
 
 @pytest.fixture

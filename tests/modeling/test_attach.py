@@ -5,9 +5,9 @@ import subprocess
 import sys
 
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
+from helpers import tiny_models
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
@@ -18,14 +18,14 @@ from lmtp_factory.modeling.checkpoint import find_heads, load_heads, save_heads,
 
 
 ARCHITECTURES = {
-    "llama": lambda d: tiny.tiny_llama(d),
-    "llama-tied": lambda d: tiny.tiny_llama(d, tie=True),
-    "qwen2": lambda d: tiny.tiny_qwen2(d),
-    "qwen3-tied": lambda d: tiny.tiny_qwen3(d),
-    "mistral": lambda d: tiny.tiny_mistral(d),
-    "gemma3-text": lambda d: tiny.tiny_gemma3_text(d),
-    "gemma3-softcap": lambda d: tiny.tiny_gemma3_text(d, final_logit_softcapping=2.0),
-    "gemma3": lambda d: tiny.tiny_gemma3(d),
+    "llama": lambda d: tiny_models.save_llama(d),
+    "llama-tied": lambda d: tiny_models.save_llama(d, tie=True),
+    "qwen2": lambda d: tiny_models.save_qwen2(d),
+    "qwen3-tied": lambda d: tiny_models.save_qwen3(d),
+    "mistral": lambda d: tiny_models.save_mistral(d),
+    "gemma3-text": lambda d: tiny_models.save_gemma3_text(d),
+    "gemma3-softcap": lambda d: tiny_models.save_gemma3_text(d, final_logit_softcapping=2.0),
+    "gemma3": lambda d: tiny_models.save_gemma3(d),
 }
 CONFIGS = {
     "paper": {},
@@ -106,7 +106,7 @@ def test_losses_of_every_architecture(architecture, kind, tmp_path):
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("stage", [1, 2])
 def test_gradients_of_every_geometry(name, stage, tmp_path):
-    model = load(tiny.tiny_llama(tmp_path))
+    model = load(tiny_models.save_llama(tmp_path))
     attach_heads(model, LMTPConfig(**CONFIGS[name]), stage=stage, head_decay=0.5)
     randomise(model)
     inputs = batch()
@@ -126,7 +126,7 @@ def test_gradients_of_every_geometry(name, stage, tmp_path):
 
 
 def test_next_token_loss_is_upstream_s_own(tmp_path):
-    path = tiny.tiny_llama(tmp_path, tie=True)
+    path = tiny_models.save_llama(tmp_path, tie=True)
     inputs = batch()
     plain = load(path)(**inputs).loss
     model = attach_heads(load(path), stage=2)
@@ -135,7 +135,7 @@ def test_next_token_loss_is_upstream_s_own(tmp_path):
 
 def test_packed_documents_equal_separate_ones(tmp_path):
     """Losses of two documents in one row, with a block-diagonal mask, are those of the documents on their own."""
-    path = tiny.tiny_llama(tmp_path)
+    path = tiny_models.save_llama(tmp_path)
     model = attach_heads(load(path), LMTPConfig(offsets=(2, 5)), stage=2)
     first, second = batch(1, 7, seed=1), batch(1, 11, seed=2)
     separate = [model(**document) for document in (first, second)]
@@ -151,20 +151,20 @@ def test_packed_documents_equal_separate_ones(tmp_path):
 
 
 def test_heads_are_averaged_over_the_given_counts(tmp_path):
-    model = attach_heads(load(tiny.tiny_llama(tmp_path)), LMTPConfig(num_heads=1), stage=2, head_weight=1.0)
+    model = attach_heads(load(tiny_models.save_llama(tmp_path)), LMTPConfig(num_heads=1), stage=2, head_weight=1.0)
     outputs = model(**batch(), num_items_in_batch=torch.tensor([10, 40]))
     torch.testing.assert_close(outputs.loss, outputs.loss_sums[0] / 10 + outputs.loss_sums[1] / 40)
 
 
 def test_fresh_heads_predict_what_the_lm_head_predicts(tmp_path):
-    model = attach_heads(load(tiny.tiny_llama(tmp_path)))
+    model = attach_heads(load(tiny_models.save_llama(tmp_path)))
     hidden = torch.randn(3, model.config.hidden_size)
     logits = model.leap_heads.logits(hidden, model.get_output_embeddings())
     torch.testing.assert_close(logits, model.lm_head(hidden).expand(3, 3, -1))
 
 
 def test_without_labels_or_stage_the_model_is_its_base(tmp_path):
-    path = tiny.tiny_llama(tmp_path)
+    path = tiny_models.save_llama(tmp_path)
     inputs = batch()
     plain, model = load(path), attach_heads(load(path))
     assert torch.equal(model(inputs["input_ids"]).logits, plain(inputs["input_ids"]).logits)
@@ -174,7 +174,7 @@ def test_without_labels_or_stage_the_model_is_its_base(tmp_path):
 
 
 def test_save_and_load_an_export_with_heads(tmp_path):
-    model = attach_heads(load(tiny.tiny_llama(tmp_path / "base")), LMTPConfig(offsets=(2, 3, 6)), stage=2)
+    model = attach_heads(load(tiny_models.save_llama(tmp_path / "base")), LMTPConfig(offsets=(2, 3, 6)), stage=2)
     randomise(model)
     model.save_pretrained(tmp_path / "out")
     loaded = load_model(tmp_path / "out")
@@ -190,7 +190,7 @@ def test_save_and_load_an_export_with_heads(tmp_path):
 
 
 def test_plain_transformers_reads_a_heads_export(tmp_path):
-    model = attach_heads(load(tiny.tiny_llama(tmp_path / "base")), stage=2)
+    model = attach_heads(load(tiny_models.save_llama(tmp_path / "base")), stage=2)
     model.save_pretrained(tmp_path / "out")
     program = (
         "import sys, transformers; m = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1]);"
@@ -201,7 +201,7 @@ def test_plain_transformers_reads_a_heads_export(tmp_path):
 
 
 def test_stage_one_saves_heads_only(tmp_path):
-    base = tiny.tiny_llama(tmp_path / "base")
+    base = tiny_models.save_llama(tmp_path / "base")
     model = attach_heads(load(base), LMTPConfig(base_model=str(base)), stage=1)
     randomise(model)
     model.save_pretrained(tmp_path / "out")
@@ -212,7 +212,7 @@ def test_stage_one_saves_heads_only(tmp_path):
 
 
 def test_heads_beside_a_peft_adapter(tmp_path):
-    base = tiny.tiny_llama(tmp_path / "base")
+    base = tiny_models.save_llama(tmp_path / "base")
     model = get_peft_model(
         load(base), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
     )
@@ -230,15 +230,15 @@ def test_heads_beside_a_peft_adapter(tmp_path):
 
 
 def test_heads_of_another_base_are_refused(tmp_path):
-    model = attach_heads(load(tiny.tiny_llama(tmp_path / "a")), LMTPConfig(base_model="first"), stage=2)
+    model = attach_heads(load(tiny_models.save_llama(tmp_path / "a")), LMTPConfig(base_model="first"), stage=2)
     save_heads(model.leap_heads, tmp_path / "lmtp")
-    other = load(tiny.tiny_llama(tmp_path / "b", hidden_size=16, head_dim=4))
+    other = load(tiny_models.save_llama(tmp_path / "b", hidden_size=16, head_dim=4))
     with pytest.raises(LMTPError, match=r"belong to first \(hidden size 32\), not to .*b \(hidden size 16\)"):
         attach_heads(other, heads=load_heads(tmp_path))
 
 
 def test_a_heads_export_whose_tokenizer_was_changed_is_refused(tmp_path):
-    base = tiny.tiny_llama(tmp_path / "base")
+    base = tiny_models.save_llama(tmp_path / "base")
     model = attach_heads(load(base), LMTPConfig(base_model="base", tokenizer_fingerprint="0123456789abcdef"), stage=1)
     model.leap_heads.config.base_model = str(base)
     model.save_pretrained(tmp_path / "out")
@@ -247,7 +247,7 @@ def test_a_heads_export_whose_tokenizer_was_changed_is_refused(tmp_path):
 
 
 def test_damaged_heads_are_refused_before_they_load(tmp_path):
-    model = attach_heads(load(tiny.tiny_llama(tmp_path / "base")))
+    model = attach_heads(load(tiny_models.save_llama(tmp_path / "base")))
     save_heads(model.leap_heads, tmp_path / "lmtp")
     weights, config = tmp_path / "lmtp" / "model.safetensors", tmp_path / "lmtp" / "config.json"
     validate_checkpoint(tmp_path / "lmtp")
@@ -278,7 +278,7 @@ def test_damaged_heads_are_refused_before_they_load(tmp_path):
 
 
 def test_a_failed_write_leaves_the_old_heads(tmp_path, monkeypatch):
-    model = attach_heads(load(tiny.tiny_llama(tmp_path / "base")))
+    model = attach_heads(load(tiny_models.save_llama(tmp_path / "base")))
     folder = tmp_path / "lmtp"
     save_heads(model.leap_heads, folder)
     before = (folder / "model.safetensors").read_bytes()
@@ -295,6 +295,6 @@ def test_a_failed_write_leaves_the_old_heads(tmp_path, monkeypatch):
 
 
 def test_a_second_attach_is_refused(tmp_path):
-    model = attach_heads(load(tiny.tiny_llama(tmp_path)))
+    model = attach_heads(load(tiny_models.save_llama(tmp_path)))
     with pytest.raises(LMTPError, match="leap heads already"):
         attach_heads(model)

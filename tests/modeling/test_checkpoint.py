@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.tiny_models import llama
 from safetensors.torch import load_file, save_file
-from tiny_random import llama
 from transformers import AutoModel
 
 from lmtp_factory import LeapHeads, LMTPError, attach_heads

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
+from helpers.tiny_models import MULTIPLIED, PLAIN, bert, gemma3, granite, llama, llama4, llama4_image_text, opt, qwen_vl
 from peft import LoraConfig, get_peft_model
-from tiny_random import MULTIPLIED, PLAIN, SHAPE, bert, gemma3, granite, llama, llama4, llama4_image_text, opt, qwen_vl
 from torch import nn
 from transformers import LlamaForCausalLM
 
@@ -21,7 +21,7 @@ from lmtp_factory.modeling.logits_proof import prove_logits
 
 
 def batch(rows=2, length=11):
-    ids = torch.randint(SHAPE["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(300, (rows, length), generator=torch.Generator().manual_seed(0))
     return {"input_ids": ids, "labels": ids}
 
 
@@ -167,7 +167,7 @@ def test_an_lm_head_in_8_bits():
     bitsandbytes = pytest.importorskip("bitsandbytes")
     for model, refused in ((llama(), False), (granite(8.0), True)):
         dense = model.lm_head
-        model.lm_head = bitsandbytes.nn.Linear8bitLt(32, 400, bias=False, has_fp16_weights=False)
+        model.lm_head = bitsandbytes.nn.Linear8bitLt(32, model.vocab_size, bias=False, has_fp16_weights=False)
         model.lm_head.load_state_dict(dense.state_dict())
         model.lm_head.to("cpu")  # quantises
         if refused:
@@ -215,7 +215,8 @@ def test_opt_projects_its_states_to_the_width_of_its_embeddings():
 
 
 _ZERO3 = """
-import sys, deepspeed, tiny_random, torch
+import sys, deepspeed, torch
+from helpers import tiny_models
 from transformers.integrations import HfDeepSpeedConfig
 from lmtp_factory import LMTPConfig, LMTPError, attach_heads
 from lmtp_factory.modeling.packing_probe import keeps_documents_apart
@@ -236,16 +237,16 @@ def check(model):
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 
-for make, apart in ((tiny_random.llama, True), (tiny_random.falcon_h1, False)):
+for make, apart in ((tiny_models.llama, True), (tiny_models.falcon_h1, False)):
     model = sharded(make, make.__name__)
     attach_heads(model, LMTPConfig(num_heads=1, head_kind="shared"), stage=1)
     check(model)
     assert keeps_documents_apart(model) == apart, make
     check(model)
 
-broken = sharded(tiny_random.llama, "broken")
+broken = sharded(tiny_models.llama, "broken")
 broken.model.layers[1].mlp.down_proj.forward = None
-for model in (sharded(lambda: tiny_random.granite(8.0), "granite"), broken):
+for model in (sharded(lambda: tiny_models.granite(8.0), "granite"), broken):
     try:
         attach_heads(model, stage=2)
     except LMTPError as error:

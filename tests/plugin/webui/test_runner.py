@@ -4,8 +4,8 @@ import json
 import sys
 
 import pytest
-import runs
 import yaml
+from helpers import llamafactory_runs as runs
 
 from lmtp_factory.plugin.stages import STAGE_LABELS
 from lmtp_factory.plugin.webui.fields import ALL_FIELDS

@@ -1,0 +1,464 @@
+"""What look-back decoding leaves to stock ``generate``, with a line in the log that says why."""
+
+import copy
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.decoding import (
+    GREEDY,
+    OTHER_SEARCH,
+    check,
+    decoded,
+    left_to_stock,
+    oracle,
+    padded,
+    prompt,
+    stir,
+    stock,
+)
+from transformers import (
+    DynamicCache,
+    LogitsProcessor,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
+    StoppingCriteria,
+)
+from transformers.generation import logits_process, stopping_criteria
+from transformers.generation.logits_process import (
+    AlternatingCodebooksLogitsProcessor,
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    ExponentialDecayLengthPenalty,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopHLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+    WatermarkLogitsProcessor,
+)
+from transformers.generation.stopping_criteria import EosTokenCriteria
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from lmtp_factory import LMTPError, attach_heads
+from lmtp_factory.decoding import support
+from lmtp_factory.decoding.stats import DecodeStats
+from lmtp_factory.decoding.support import unsupported_reason
+from lmtp_factory.decoding.tree_config import TreeConfig
+from lmtp_factory.plugin.chat import Reader
+
+
+@pytest.mark.parametrize(
+    "reason, kwargs",
+    [
+        ("use_cache is off", {"use_cache": False}),
+        ("prefill_chunk_size is set", {"prefill_chunk_size": 4}),
+        *(
+            ("attentions or hidden states are wanted", {name: True, "return_dict_in_generate": True})
+            for name in ("output_attentions", "output_hidden_states")
+        ),
+    ],
+    ids=str,
+)
+def test_calls_that_need_every_forward(leap, reason, kwargs, caplog):
+    output = left_to_stock(leap("llama", "eager"), reason, caplog, prompt(), max_new_tokens=6, **GREEDY, **kwargs)
+    if "return_dict_in_generate" in kwargs:
+        assert len(output["attentions" if "output_attentions" in kwargs else "hidden_states"]) == 6
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"num_beams": 2},
+        {"num_beams": 2, "num_return_sequences": 2},
+        {"prompt_lookup_num_tokens": 3, "eos_token_id": 355},
+    ],
+    ids=str,
+)
+def test_other_ways_to_search_are_none_of_our_business(leap, kwargs, caplog):
+    left_to_stock(leap(), OTHER_SEARCH, caplog, prompt(), max_new_tokens=8, **GREEDY, **kwargs)
+
+
+def test_beams_that_sample(leap):
+    outputs = []
+    for decode in ("off", "auto"):
+        torch.manual_seed(0)
+        kwargs = {"num_beams": 2, "do_sample": True, "max_new_tokens": 8}
+        outputs.append(leap().generate(prompt(), lmtp_decode=decode, **kwargs))
+    assert torch.equal(*outputs)
+
+
+def test_with_an_assistant_and_as_one(leap, caplog):
+    """The assistant crops the cache that we hand back."""
+    model = leap()
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.model.parameters():
+            parameter.add_(0.003 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    expected = stock(other, prompt(), max_new_tokens=16, **GREEDY)
+    left_to_stock(
+        other, OTHER_SEARCH, caplog, prompt(), expected=expected, assistant_model=model, max_new_tokens=16, **GREEDY
+    )
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"encoder_repetition_penalty": 1.5},
+        {"encoder_no_repeat_ngram_size": 2},
+        {"prefix_allowed_tokens_fn": lambda row, ids: [20 + row, 30 + row, 40 + len(ids)]},
+    ],
+    ids=lambda kwargs: next(iter(kwargs)),
+)
+def test_processors_that_know_rows_by_number(leap, kwargs, caplog):
+    reason = "a logits processor wants the whole batch"
+    left_to_stock(leap(), reason, caplog, **padded([9, 5]), max_new_tokens=8, **GREEDY, **kwargs)
+    check(leap(), prompt(), max_new_tokens=8, **GREEDY, **kwargs)
+
+
+class TokenOfTheRow(LogitsProcessor):
+    """Wants one token of each row, by the row's number."""
+
+    def __call__(self, input_ids, scores):
+        assert len(scores) == 2
+        return scores + 1e4 * F.one_hot(torch.tensor([30, 40]) + input_ids.shape[1], scores.shape[1])
+
+
+class LengthOfTheRow(StoppingCriteria):
+    """Ends each row at a length of its own, by the row's number."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.tensor([12, 15]) <= input_ids.shape[1]
+
+
+class FewTokens(TopKLogitsWarper):
+    """A subclass may do anything."""
+
+    def __call__(self, input_ids, scores):
+        assert len(scores) == 2
+        return super().__call__(input_ids, scores)
+
+
+def nothing(input_ids, scores):
+    return scores
+
+
+@pytest.mark.parametrize(
+    "name, argument, made",
+    [
+        ("TokenOfTheRow", "logits_processor", TokenOfTheRow()),
+        ("LengthOfTheRow", "stopping_criteria", LengthOfTheRow()),
+        ("FewTokens", "logits_processor", FewTokens(4)),
+        ("nothing", "logits_processor", nothing),
+    ],
+    ids=["processor", "criterion", "subclass", "function"],
+)
+def test_processors_and_criteria_of_others_get_the_whole_batch(leap, name, argument, made, caplog):
+    reason = f"{name} is no class of transformers and may want the whole batch"
+    kwargs = {"max_new_tokens": 8, "eos_token_id": 355, argument: [made]} | GREEDY
+    output = left_to_stock(leap(), reason, caplog, **padded([9, 5]), **kwargs)
+    if name == "TokenOfTheRow":
+        assert output[:, 9].tolist() == [39, 49]
+    if name == "LengthOfTheRow":
+        assert output.shape[1] == 15 and output[0, 12:].tolist() == [0] * 3
+
+
+def test_a_row_of_its_own_is_a_whole_batch(leap):
+    kwargs = {"logits_processor": [nothing], "stopping_criteria": [AtLength()]}
+    output, _ = check(leap(), prompt(), max_new_tokens=20, **kwargs, **GREEDY)
+    assert output.shape[1] == 15
+
+
+ROW_SAFE = [
+    TemperatureLogitsWarper(0.7),
+    RepetitionPenaltyLogitsProcessor(1.4),
+    TopPLogitsWarper(0.8),
+    TopKLogitsWarper(5),
+    TopHLogitsWarper(0.5),
+    MinPLogitsWarper(0.1),
+    TypicalLogitsWarper(0.8),
+    EpsilonLogitsWarper(0.01),
+    EtaLogitsWarper(0.01),
+    MinLengthLogitsProcessor(15, 3),
+    MinNewTokensLengthLogitsProcessor(9, 5, 3),
+    NoRepeatNGramLogitsProcessor(2),
+    SequenceBiasLogitsProcessor([[[5, 6], 3.0]]),
+    NoBadWordsLogitsProcessor([[5], [8, 9]]),
+    ForcedBOSTokenLogitsProcessor(4),
+    ForcedEOSTokenLogitsProcessor(16, 3),
+    InfNanRemoveLogitsProcessor(),
+    ExponentialDecayLengthPenalty((2, 1.5), 3, 9),
+    LogitNormalization(),
+    SuppressTokensAtBeginLogitsProcessor([7], 9),
+    SuppressTokensLogitsProcessor([6]),
+    WatermarkLogitsProcessor(40, "cpu"),
+    AlternatingCodebooksLogitsProcessor(9, 20, 20),
+    MaxLengthCriteria(14),
+    MaxTimeCriteria(1e9),
+    EosTokenCriteria([3, 7]),
+]
+# Row-safe by reading: Whisper's looks at each row in a loop, and stop strings want a tokenizer (tested with generate).
+ROW_SAFE_BY_READING = {"WhisperTimeStampLogitsProcessor", "BarkEosPrioritizerLogitsProcessor", "StopStringCriteria"}
+
+
+@pytest.mark.parametrize("part", ROW_SAFE, ids=lambda part: type(part).__name__)
+def test_what_is_shown_rows_one_by_one_does_not_care(part):
+    generator = torch.Generator().manual_seed(0)
+    for length in (9, 14, 15, 16):
+        ids = torch.randint(40, (3, length), generator=generator)
+        scores = torch.randn(3, 40, generator=generator)
+        whole = part(ids, scores.clone())
+        rows = [part(ids[b : b + 1], scores[b : b + 1].clone()) for b in (2, 0, 1)]
+        assert torch.equal(torch.cat([rows[1], rows[2], rows[0]]), whole)
+
+
+def test_every_processor_and_criterion_of_transformers_has_been_looked_at():
+    """A new one has to be put on one of the lists."""
+    defined = set()
+    for module, base in ((logits_process, LogitsProcessor), (stopping_criteria, StoppingCriteria)):
+        kinds = (kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, base))
+        defined |= {kind.__name__ for kind in kinds if kind is not base}
+    row_safe = {type(part).__name__ for part in ROW_SAFE} | ROW_SAFE_BY_READING
+    whole_batch = support.WHOLE_BATCH_PROCESSORS | support.WHOLE_BATCH_CRITERIA
+    assert defined == row_safe | whole_batch and not row_safe & whole_batch
+
+
+def test_the_chat_s_own_criterion_stays_fast(leap):
+    check(leap(), **padded([9, 5]), max_new_tokens=8, eos_token_id=355, stopping_criteria=[Reader()], **GREEDY)
+
+
+class AtLength(StoppingCriteria):
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full((len(input_ids),), input_ids.shape[1] >= 15)
+
+
+def test_rows_that_nothing_pads(leap, caplog):
+    reason = "rows of a batch end by a criterion of their own and there is no end-of-sequence token to pad with"
+    kwargs = {"stopping_criteria": [AtLength()], "max_new_tokens": 9} | GREEDY
+    left_to_stock(leap(), reason, caplog, **padded([9, 5]), **kwargs)
+    caplog.clear()
+    left_to_stock(leap(), reason, caplog, **padded([9, 5]), max_time=60.0, max_new_tokens=9, **GREEDY)
+
+
+@pytest.mark.parametrize("name", ["output_scores", "output_logits"])
+def test_scores_of_rows_that_end_before_others(leap, name, caplog):
+    """Stock goes on scoring their padding."""
+    model, inputs, kwargs = leap(), padded([9, 5]), {name: True, "return_dict_in_generate": True} | GREEDY
+    end = int(stock(model, **inputs, max_new_tokens=9, **GREEDY)[0, 13])
+    reason = "scores are wanted of rows that may end before others"
+    left_to_stock(model, reason, caplog, **inputs, max_new_tokens=9, eos_token_id=end, **kwargs)
+    decoded(model, **inputs, max_new_tokens=9, **kwargs)  # all rows have nine
+    decoded(model, prompt(), max_new_tokens=9, eos_token_id=end, **kwargs)
+
+
+def test_caches_that_cannot_go_back(leap, caplog):
+    kind = type("Unknown", (DynamicCache,), {})
+    support.say_once.cache_clear()
+    stats = DecodeStats()
+    with caplog.at_level(logging.WARNING, logger="lmtp_factory"):
+        kwargs = {"max_new_tokens": 8} | GREEDY
+        output = leap().generate(prompt(), past_key_values=kind(), lmtp_stats=stats, **kwargs)
+    assert stats.stock_reason == "a cache of type Unknown cannot hold trees"
+    assert torch.equal(output, stock(leap(), prompt(), **kwargs))
+
+
+def test_gpus_in_step(leap, caplog, tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        kwargs = {"synced_gpus": True, "max_new_tokens": 6} | GREEDY
+        left_to_stock(leap(), "synced_gpus is on", caplog, prompt(), **kwargs)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+ROPES = {
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
+    "longrope": {
+        "rope_type": "longrope",
+        "short_factor": [1.0] * 4,
+        "long_factor": [3.0, 4.0, 5.0, 6.0],
+        "factor": 2.0,
+        "original_max_position_embeddings": 24,
+        "rope_theta": 10000.0,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_rotary_embeddings_that_change_with_the_length(leap, kind, caplog):
+    """Up to the length where they do it is decoded; a tree that looks beyond is not let near it."""
+    model = leap("llama", rope_parameters=ROPES[kind], max_position_embeddings=24 if kind == "dynamic" else 48)
+    reason = "generation may pass the length at which this model's rotary embedding changes"
+    with oracle(stock(model, prompt(), max_new_tokens=15, **GREEDY)):
+        check(model, prompt(), max_new_tokens=15, **GREEDY)
+    left_to_stock(model, reason, caplog, prompt(), max_new_tokens=16, **GREEDY)
+    caplog.clear()
+    embedded = model.get_input_embeddings()(prompt()).detach()
+    left_to_stock(model, reason, caplog, inputs_embeds=embedded, max_new_tokens=16, **GREEDY)
+    caplog.clear()
+    late = torch.arange(9)[None] + 10
+    left_to_stock(model, reason, caplog, prompt(), position_ids=late, max_new_tokens=6, **GREEDY)
+
+
+def test_models_that_cannot_be_sped_up(leap):
+    """What would take another machine or another model to run, by the words alone."""
+    model = leap()
+    config = SimpleNamespace(
+        prefill_chunk_size=None, output_attentions=False, output_hidden_states=False, max_length=20, output_scores=False,
+        output_logits=False, return_dict_in_generate=False,
+    )  # fmt: skip
+
+    def reason(text_config=None, **kwargs):
+        stand_in = SimpleNamespace(config=copy.deepcopy(model.config), training=False, _takes_trees={"sdpa": True})
+        for name, value in (text_config or {}).items():
+            setattr(stand_in.config, name, value)
+        inputs = {"use_cache": True, "past_key_values": DynamicCache(), "position_ids": torch.arange(9)[None]} | kwargs
+        return unsupported_reason(stand_in, prompt(), [], [], config, False, inputs)
+
+    assert reason() is None
+    assert reason({"_attn_implementation_internal": "flash_attention_2"}) == (
+        "attention flash_attention_2 takes no tree mask, load with attn_implementation sdpa (flash_attn: sdpa)"
+    )
+    assert reason({"layer_types": ["linear_attention", "full_attention"]}) == (
+        "layers of type linear_attention cannot go back"
+    )
+    assert reason({"layer_types": ["sliding_attention", "full_attention"]}) is None
+    assert reason({"num_kv_shared_layers": 1}) == "layers share keys and values"
+    assert reason(position_ids=None) == "the model takes no position_ids"
+    assert reason(past_key_values=None) == "use_cache is off"
+
+
+def small(kind, config_kind, **config):
+    torch.manual_seed(0)
+    config = {"vocab_size": 400, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2} | config
+    model = kind(config_kind(**config)).eval()
+    stir(model)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    return attach_heads(model)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        # No cache, and a mask of its own.
+        lambda: small(OpenAIGPTLMHeadModel, OpenAIGPTConfig, n_embd=32, n_layer=2, n_head=4),
+    ],
+    ids=["openai-gpt"],
+)
+def test_models_whose_forward_takes_no_trees(build, caplog):
+    """They are found out by trying."""
+    reason = "a tree-masked forward does not match sequential forwards"
+    left_to_stock(build(), reason, caplog, prompt(), max_new_tokens=8, **GREEDY)
+    caplog.clear()
+    left_to_stock(build(), reason, caplog, **padded([9, 4]), max_new_tokens=8, **GREEDY)
+
+
+def test_dropout_does_not_spoil_the_trial(leap):
+    model = copy.deepcopy(leap("llama", attention_dropout=0.9))
+    model.__dict__.pop("_takes_trees", None)
+    model.train()
+    stats = DecodeStats()
+    model.generate(prompt(), max_new_tokens=4, lmtp_stats=stats, **GREEDY)
+    assert stats.stock_reason == "a tree-masked forward does not match sequential forwards"
+    model.eval()
+    check(model, prompt(), max_new_tokens=8, **GREEDY)
+
+
+def test_dropout_is_left_to_stock_with_its_random_numbers(leap):
+    """Whatever was found out in eval mode; trying takes no random numbers from those who sample."""
+    model, seen = copy.deepcopy(leap("llama", attention_dropout=0.9)), []
+    check(model, prompt(), max_new_tokens=4, **GREEDY)
+    model.train()
+    for decode in ("off", "auto"):
+        torch.manual_seed(0)
+        stats = DecodeStats()
+        output = model.generate(prompt(), max_new_tokens=12, do_sample=True, lmtp_decode=decode, lmtp_stats=stats)
+        seen.append((output.tolist(), float(torch.rand(()))))
+    assert seen[0] == seen[1]
+    assert stats.stock_reason == "a tree-masked forward does not match sequential forwards"
+
+
+def test_an_error_while_trying_is_not_remembered(leap):
+    """A device may have been out of memory."""
+    model, stats = copy.deepcopy(leap()), DecodeStats()
+    model.__dict__.pop("_takes_trees", None)
+
+    def fail(module, args, kwargs):
+        if kwargs["input_ids"].shape[1] < 9:
+            raise torch.OutOfMemoryError("try again later")
+
+    hook = model.base_model.register_forward_pre_hook(fail, with_kwargs=True)
+    model.generate(prompt(), max_new_tokens=1, lmtp_stats=stats, **GREEDY)
+    assert stats.stock_reason == "a tree-masked forward does not match sequential forwards"
+    hook.remove()
+    check(model, prompt(), max_new_tokens=8, **GREEDY)
+
+
+def test_another_attention_is_tried_anew(leap, monkeypatch):
+    """One that ignores its mask says nothing about others, nor others about it."""
+    model, stats = copy.deepcopy(leap()), DecodeStats()
+    model.__dict__.pop("_takes_trees", None)
+    right = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def careless(module, query, key, value, mask, **kwargs):
+        return right(module, query, key, value, None if mask is None or mask.dtype == torch.bool else mask, **kwargs)
+
+    for first in ("eager", "sdpa"):
+        model.__dict__.pop("_takes_trees", None)
+        for attention in (first, "eager" if first == "sdpa" else "sdpa"):
+            model.set_attn_implementation(attention)
+            monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", careless)
+            model.generate(prompt(), max_new_tokens=8, lmtp_stats=stats, **GREEDY)
+            monkeypatch.undo()
+            assert stats.strategy == ("off" if attention == "sdpa" else "backward")
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["after a call in eval mode", "at once"])
+def test_gradient_checkpointing_in_train_mode(leap, before, caplog):
+    """Layers then drop the cache that they are given; stock generates, in its way."""
+    model = copy.deepcopy(leap())
+    model.__dict__.pop("_takes_trees", None)
+    if before:
+        check(model, prompt(), max_new_tokens=4, **GREEDY)
+    model.gradient_checkpointing_enable()
+    check(model, prompt(), max_new_tokens=4, **GREEDY)
+    model.train()
+    reason = "gradient checkpointing in train mode keeps no cache"
+    left_to_stock(model, reason, caplog, prompt(), max_new_tokens=6, **GREEDY)
+    model.gradient_checkpointing_disable()
+    check(model, prompt(), max_new_tokens=4, **GREEDY)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_plan_wider_than_the_vocabulary(leap, rows):
+    """Candidates end with the vocabulary; a static tree that names ranks beyond it was measured on another model."""
+    model = leap("llama", vocab_size=9, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    inputs, kwargs = {"input_ids": prompt(rows, 6) % 7 + 2}, {"max_new_tokens": 12} | GREEDY
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    for width in (9, 10, 40):
+        check(model, **inputs, **kwargs, lmtp_tree=TreeConfig("dynamic", 64, width=width))
+    check(model, **inputs, **kwargs, lmtp_tree=TreeConfig("static", 3, paths=((), (0,), (8,))))
+    beyond = TreeConfig("static", 3, paths=((), (0,), (9,)))
+    message = r"static tree takes candidates down to rank 9, but the vocabulary has 9 tokens \(ranks 0 to 8\)"
+    with pytest.raises(LMTPError, match=message):
+        model.generate(**inputs, **kwargs, lmtp_tree=beyond)
+    assert torch.equal(
+        model.generate(**inputs, **kwargs, lmtp_decode="off", lmtp_tree=beyond), stock(model, **inputs, **kwargs)
+    )
