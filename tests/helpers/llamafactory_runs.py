@@ -94,6 +94,6 @@ def write_finished_stage1(folder: Path, base: str = "some/model", name: str = "r
     """A directory under ``saves/`` as a finished stage 1 leaves it for the Board; its weights are empty."""
     heads = folder / "saves" / model / "full" / name / "lmtp"
     heads.mkdir(parents=True)
-    LMTPConfig(num_heads=2, stride=3, base_model=base).save_pretrained(heads)
+    LMTPConfig(num_heads=2, stride=3, base_model=base, hidden_size=32, vocab_size=400).save_pretrained(heads)
     (heads / "model.safetensors").touch()
     return heads.parent

@@ -8,10 +8,11 @@ import torch
 from helpers import chat_models
 from helpers import llamafactory_runs as runs
 from helpers.chat_models import ask, chat_model, soon, stream
+from transformers import GenerationMixin
 
 from lmtp_factory import LMTPError
+from lmtp_factory.decoding.mixin import LookBackDecoding
 from lmtp_factory.modeling import heads_of
-from lmtp_factory.modeling.model import LeapModel
 
 
 FIRST = chat_models.QUESTIONS[0]
@@ -91,11 +92,12 @@ def test_several_answers_at_once(ending, lines):
     assert lines[-1].startswith("Answered with ")
 
 
-def test_generate_is_ours(ending):
-    """Upstream's patcher puts stock generate back where it does not know a model's."""
+def test_generate_is_look_back_decoding_in_front_of_stock(ending):
+    """Upstream's patcher puts stock generate on the instance where it does not know a model's."""
     model = chat_model(ending).engine.model
-    assert model.generate.__func__ is LeapModel.generate
-    assert "GenerationMixin" in str(type(model).__mro__[2].generate)
+    assert model.generate.__func__ is LookBackDecoding.generate
+    defining = [kind for kind in type(model).__mro__ if "generate" in vars(kind)]
+    assert defining == [LookBackDecoding, GenerationMixin]
 
 
 @pytest.mark.parametrize("decode", ["auto", "off"])
@@ -177,7 +179,7 @@ def test_a_stream_whose_generation_fails_ends(ending, expected, lines, monkeypat
         def fail(*args):
             raise RuntimeError("out of memory")
 
-        broken.setattr("lmtp_factory.decoding.loop.decode", fail)
+        broken.setattr("lmtp_factory.decoding.mixin.decode", fail)
         assert stream(model) == ""
         with pytest.raises(RuntimeError, match="out of memory"):
             ask(model)
