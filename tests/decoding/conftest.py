@@ -5,7 +5,8 @@ import functools
 import pytest
 import torch
 from helpers import tiny_data, tiny_models
-from helpers.decoding import randomise, stir
+from helpers.decoding import enlarge_weights
+from helpers.tiny_models import randomise_heads
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from lmtp_factory import LMTPConfig, attach_heads
@@ -47,9 +48,9 @@ def load(folder, attention="sdpa", heads=None):
     conditional = "Conditional" in AutoConfig.from_pretrained(folder).architectures[0]
     auto = AutoModelForImageTextToText if conditional else AutoModelForCausalLM
     model = auto.from_pretrained(folder, attn_implementation=attention).eval()
-    stir(model)
+    enlarge_weights(model)
     attach_heads(model, LMTPConfig(**heads or {}))
-    randomise(model)
+    randomise_heads(model)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
     return model
 

@@ -4,7 +4,19 @@ import copy
 import threading
 
 import torch
-from helpers.decoding import GREEDY, PLANS, check, decoded, left_to_stock, padded, prompt, randomise, same, stir, stock
+from helpers.decoding import (
+    GREEDY,
+    TREES,
+    assert_as_stock,
+    assert_as_stock_with_drafts,
+    assert_left_to_stock,
+    decoded,
+    enlarge_weights,
+    padded,
+    prompt,
+    stock,
+)
+from helpers.tiny_models import randomise_heads
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -18,29 +30,29 @@ def adapted(leap, tmp_path, config):
     from helpers import tiny_models
 
     model = AutoModelForCausalLM.from_pretrained(tiny_models.save_llama(tmp_path))
-    stir(model)
+    enlarge_weights(model)
     model.generation_config.eos_token_id = None
     torch.manual_seed(0)
     model = get_peft_model(model, config)
     attach_heads(model)
-    randomise(model)
+    randomise_heads(model)
     return model.eval()
 
 
 def test_heads_beside_an_unmerged_adapter(leap, tmp_path):
     config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     model = adapted(leap, tmp_path, config)
-    output, stats = same(model, {"input_ids": prompt()})
+    output, stats = assert_as_stock_with_drafts(model, {"input_ids": prompt()})
     assert stats.tau > 1.3
     with model.disable_adapter():
-        without, _ = check(model, input_ids=prompt(), max_new_tokens=24, **GREEDY)
+        without, _ = assert_as_stock(model, input_ids=prompt(), max_new_tokens=24, **GREEDY)
     assert without.tolist() != output.tolist()
 
 
 def test_prompt_tuning_is_left_to_stock(leap, tmp_path, caplog):
     model = adapted(leap, tmp_path, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     reason = "its inputs are prepared by another library, as in prompt tuning"
-    left_to_stock(model, reason, caplog, input_ids=prompt(), max_new_tokens=8, **GREEDY)
+    assert_left_to_stock(model, reason, caplog, input_ids=prompt(), max_new_tokens=8, **GREEDY)
 
 
 def test_threads_that_ask_for_different_things(leap):
@@ -77,7 +89,7 @@ def test_threads_that_are_a_model_s_first(leap):
 
     def work(seed):
         together.wait()
-        stats, plan = DecodeStats(), list(PLANS.values())[seed % len(PLANS)]
+        stats, plan = DecodeStats(), list(TREES.values())[seed % len(TREES)]
         criteria = [fail] if seed == 3 else []
         try:
             output = model.generate(
@@ -96,7 +108,7 @@ def test_threads_that_are_a_model_s_first(leap):
     assert outputs == {
         seed: (expected[seed].tolist(), "backward", 24 * len(expected[seed])) for seed in range(6) if seed != 3
     }
-    check(model, prompt(), **kwargs)
+    assert_as_stock(model, prompt(), **kwargs)
 
 
 def test_a_criterion_that_generates_itself(leap):
@@ -117,7 +129,7 @@ def test_a_criterion_that_generates_itself(leap):
 def test_autocast_and_inference_mode(leap):
     kwargs = {"max_new_tokens": 8} | GREEDY
     with torch.inference_mode():
-        check(leap(), prompt(), **kwargs)
+        assert_as_stock(leap(), prompt(), **kwargs)
     with torch.autocast("cpu", dtype=torch.bfloat16):  # near ties may differ
         assert decoded(leap(), prompt(), **kwargs)[1].tokens == 8
-    check(leap(), prompt(), **kwargs)
+    assert_as_stock(leap(), prompt(), **kwargs)

@@ -7,15 +7,15 @@ import torch
 from helpers.decoding import (
     DYNAMIC,
     GREEDY,
-    PLANS,
+    TREES,
     after_prompt,
-    check,
+    assert_as_stock,
+    assert_as_stock_with_drafts,
     decoded,
-    mixed,
+    mixed_ranks,
     oracle,
     padded,
     prompt,
-    same,
     stock,
 )
 from transformers import (
@@ -35,18 +35,20 @@ def test_every_token_as_the_end_of_the_sequence(leap, plan):
     model, inputs = leap(), {"input_ids": prompt()}
     (tokens,) = after_prompt(stock(model, **inputs, max_new_tokens=20, **GREEDY), inputs)
     for token in dict.fromkeys(tokens):
-        output, stats = same(model, inputs, PLANS[plan], rank=lambda row, place: 0, eos_token_id=[399, token, 398])
+        output, stats = assert_as_stock_with_drafts(
+            model, inputs, TREES[plan], rank=lambda row, place: 0, eos_token_id=[399, token, 398]
+        )
         assert output.shape[1] == 9 + tokens.index(token) + 1
         assert stats.tokens == output.shape[1] - 9
 
 
 @pytest.mark.parametrize("padding", [{"pad_token_id": 7}, {"pad_token_id": None}], ids=["padding", "end as padding"])
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", TREES)
 def test_rows_that_end_at_different_places(leap, plan, padding):
     model, inputs = leap("mistral"), padded([9, 4, 6, 2])
     rows = after_prompt(stock(model, **inputs, max_new_tokens=24, **GREEDY), inputs)
     ends = [rows[0][0], rows[1][13], rows[2][6]]  # at the very first token, in the middle; one row may never end
-    output, stats = same(model, inputs, PLANS[plan], eos_token_id=ends, **padding)
+    output, stats = assert_as_stock_with_drafts(model, inputs, TREES[plan], eos_token_id=ends, **padding)
     lengths = {min([place + 1 for place, token in enumerate(row) if token in ends] or [24]) for row in rows}
     assert len(lengths) > 2 and min(lengths) == 1
     assert stats.rows == 4
@@ -58,17 +60,21 @@ def test_the_longest_output_to_the_token(leap, plan, rows):
     model, inputs = leap(), padded([5, 9][:rows])
     length = inputs["input_ids"].shape[1]
     for new in range(1, 13):
-        output, stats = same(model, inputs, PLANS[plan], rank=lambda row, place: 0, max_new_tokens=new)
+        output, stats = assert_as_stock_with_drafts(
+            model, inputs, TREES[plan], rank=lambda row, place: 0, max_new_tokens=new
+        )
         assert output.shape[1] == length + new and stats.tokens == rows * new
         assert stats.steps >= rows * (new > 1)
         if plan == "dynamic" and new == 2:
             assert stats.nodes == rows  # a draft would have been thrown away
-        output, _ = same(model, inputs, PLANS[plan], max_new_tokens=None, max_length=length + new)
+        output, _ = assert_as_stock_with_drafts(
+            model, inputs, TREES[plan], max_new_tokens=None, max_length=length + new
+        )
         assert output.shape[1] == length + new
 
 
 def test_the_default_length(leap):
-    output, _ = check(leap(), prompt())
+    output, _ = assert_as_stock(leap(), prompt())
     assert output.shape[1] == 9 + 20
 
 
@@ -76,7 +82,9 @@ def test_the_end_may_not_come_too_early(leap):
     model, inputs = leap(), {"input_ids": prompt()}
     (tokens,) = after_prompt(stock(model, **inputs, max_new_tokens=20, **GREEDY), inputs)
     for least in (1, 5, 11):
-        output, _ = same(model, inputs, eos_token_id=tokens[2], min_new_tokens=least, max_new_tokens=15)
+        output, _ = assert_as_stock_with_drafts(
+            model, inputs, eos_token_id=tokens[2], min_new_tokens=least, max_new_tokens=15
+        )
         assert output.shape[1] >= 9 + least
 
 
@@ -89,7 +97,9 @@ def test_stop_strings(leap, tokenizer, rows):
         good = [word.isascii() and word.isprintable() and len(word) > 1 for word in words]
         place = good.index(True, 4)
         strings.append(words[place][1:] + words[place + 1][:1])  # from the middle of a token into the next
-    output, _ = same(model, inputs, eos_token_id=355, stop_strings=strings, tokenizer=lambda: tokenizer)
+    output, _ = assert_as_stock_with_drafts(
+        model, inputs, eos_token_id=355, stop_strings=strings, tokenizer=lambda: tokenizer
+    )
     for row in after_prompt(output, inputs):
         text = tokenizer.decode(row, skip_special_tokens=True)
         assert len(text) < 60 and any(string in text for string in strings)
@@ -99,11 +109,11 @@ def test_stop_strings(leap, tokenizer, rows):
 def test_a_context_used_up(leap):
     """GPT-2 has a table of 48 positions: trees may not look beyond it, and the last place can be reached."""
     model = leap("gpt2")
-    for plan in PLANS.values():
-        output, _ = same(model, {"input_ids": prompt()}, plan, new=48 - 9)
+    for plan in TREES.values():
+        output, _ = assert_as_stock_with_drafts(model, {"input_ids": prompt()}, plan, new=48 - 9)
         assert output.shape[1] == 48
-        same(model, padded([9, 4]), plan, new=48 - 9)
-        same(model, {"input_ids": prompt()}, plan, new=48 - 9, cache_implementation="static")
+        assert_as_stock_with_drafts(model, padded([9, 4]), plan, new=48 - 9)
+        assert_as_stock_with_drafts(model, {"input_ids": prompt()}, plan, new=48 - 9, cache_implementation="static")
 
 
 # Whom it calls.
@@ -143,7 +153,7 @@ def test_criteria_and_processors_see_every_token_once(leap, kind, argument, plan
         made.append(kind())
         return [made[-1]]
 
-    output, _ = same(model, {"input_ids": prompt()}, PLANS[plan], **{argument: fresh})
+    output, _ = assert_as_stock_with_drafts(model, {"input_ids": prompt()}, TREES[plan], **{argument: fresh})
     theirs, ours = ([ids for ids, _ in watcher.calls] for watcher in made)
     assert ours == theirs
     last = output.shape[1] - (kind is Processor)
@@ -164,7 +174,7 @@ def test_criteria_and_processors_see_the_rows_of_a_batch(leap, kind, argument, m
         made.append(kind())
         return [made[-1]]
 
-    same(model, inputs, eos_token_id=355, **{argument: fresh})
+    assert_as_stock_with_drafts(model, inputs, eos_token_id=355, **{argument: fresh})
     theirs, ours = made
     assert all(len(ids) == 1 for ids, _ in ours.calls)
     seen = [tuple(ids[0]) for ids, _ in ours.calls]
@@ -194,10 +204,10 @@ def test_a_processor_of_the_whole_past_and_one_of_its_own_forwards(leap):
     """Guidance runs the model itself in between; watermarks hash what came before."""
     from transformers import WatermarkingConfig
 
-    same(leap("mistral"), {"input_ids": prompt()}, guidance_scale=1.7)
+    assert_as_stock_with_drafts(leap("mistral"), {"input_ids": prompt()}, guidance_scale=1.7)
     for scheme in ("lefthash", "selfhash"):
         watermark = WatermarkingConfig(bias=2.5, seeding_scheme=scheme)
-        same(leap(), padded([9, 5]), new=10, watermarking_config=watermark)
+        assert_as_stock_with_drafts(leap(), padded([9, 5]), new=10, watermarking_config=watermark)
 
 
 # What it hands back.
@@ -210,8 +220,8 @@ def test_scores_and_logits(leap, plan, rows):
     kwargs = {"output_scores": True, "output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 20}
     kwargs |= {"repetition_penalty": 1.3, "bad_words_ids": [[25]]} | GREEDY
     theirs = stock(model, **inputs, **kwargs)
-    with oracle(theirs.sequences, mixed):
-        ours, stats = decoded(model, **inputs, lmtp_tree=PLANS[plan], **kwargs)
+    with oracle(theirs.sequences, mixed_ranks):
+        ours, stats = decoded(model, **inputs, lmtp_tree=TREES[plan], **kwargs)
     assert type(ours) is type(theirs) and set(ours) == set(theirs) and stats.tau > 1.3
     assert torch.equal(ours.sequences, theirs.sequences)
     for name in ("scores", "logits"):
@@ -232,7 +242,7 @@ def test_stats_add_up(leap):
     model, stats = leap(), DecodeStats()
     for inputs in ({"input_ids": prompt()}, padded([9, 4, 6])):
         whole = stock(model, **inputs, max_new_tokens=20, **GREEDY)
-        with oracle(whole, mixed):
+        with oracle(whole, mixed_ranks):
             model.generate(**inputs, max_new_tokens=20, lmtp_stats=stats, lmtp_tree=DYNAMIC, **GREEDY)
     assert (stats.strategy, stats.rows, stats.tokens) == ("backward", 4, 80)
     assert stats.steps + sum(stats.accepted) == 80 - 4  # every token but the prefills' is a step's own or accepted

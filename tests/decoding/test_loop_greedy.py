@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 from helpers import tiny_models
-from helpers.decoding import GEOMETRIES, PLANS, check, decoded, oracle, padded, prompt, randomise, stir, stock
+from helpers.decoding import GEOMETRIES, TREES, assert_as_stock, decoded, enlarge_weights, oracle, padded, prompt, stock
+from helpers.tiny_models import randomise_heads
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -26,15 +27,15 @@ ARCHITECTURES = ("llama", "llama-tied", "qwen2", "qwen3", "mistral", "gemma3-tex
 GREEDY = {"do_sample": False}
 
 
-def mixed(row: int, place: int) -> int | None:
+def mixed_ranks(row: int, place: int) -> int | None:
     """The right token as the first, second or third candidate or not at all, in an order without a period to speak of."""
     return (0, 1, None, 0, 2, 0, 0)[(place * place + 3 * row) % 7]
 
 
-def check_drafts(model, inputs, plan, rank=mixed, new=28, **kwargs):
+def check_drafts(model, inputs, plan, rank=mixed_ranks, new=28, **kwargs):
     """With the heads' own drafts, and with those of an oracle that is right as often as ``rank`` says."""
     kwargs |= {"max_new_tokens": new, "lmtp_tree": plan} | GREEDY
-    expected, own = check(model, **inputs, **kwargs)
+    expected, own = assert_as_stock(model, **inputs, **kwargs)
     with oracle(expected, rank):
         ours, stats = decoded(model, **inputs, **kwargs)
     assert ours.tolist() == expected.tolist()
@@ -47,36 +48,36 @@ def check_drafts(model, inputs, plan, rank=mixed, new=28, **kwargs):
 def test_every_architecture(leap, architecture, attention):
     """Longer than the sliding windows of 16; a batch with padding, and a row on its own."""
     model = leap(architecture, attention)
-    stats = check_drafts(model, padded([11, 3, 7]), PLANS["dynamic"])
+    stats = check_drafts(model, padded([11, 3, 7]), TREES["dynamic"])
     assert stats.tau > 1.3
-    stats = check_drafts(model, {"input_ids": prompt()}, PLANS["static"])
+    stats = check_drafts(model, {"input_ids": prompt()}, TREES["static"])
     assert stats.tau > 1.3
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", TREES)
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_every_geometry_and_kind_of_tree(leap, geometry, plan):
     model = leap("mistral", heads=GEOMETRIES[geometry])
-    stats = check_drafts(model, padded([5, 9]), PLANS[plan], new=20)
+    stats = check_drafts(model, padded([5, 9]), TREES[plan], new=20)
     assert len(stats.accepted) < model.leap_heads.config.offsets[-1]
 
 
 @pytest.mark.parametrize("heads", [{"head_kind": "shared"}, {"head_layers": 2, "num_heads": 1}])
 def test_kinds_of_heads(leap, heads):
-    check_drafts(leap(heads=heads), {"input_ids": prompt()}, PLANS["dynamic"])
+    check_drafts(leap(heads=heads), {"input_ids": prompt()}, TREES["dynamic"])
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", TREES)
 @pytest.mark.parametrize("rows", [1, 2])
 def test_forward_is_the_same_with_plain_steps_between(leap, rows, plan):
     """F-MTP fills the window by plain steps: stride 3 takes two between drafts."""
     model, inputs = leap("mistral", heads=GEOMETRIES["stride 3"]), padded([8, 5][:rows])
-    stats = check_drafts(model, inputs, PLANS[plan], lmtp_decode="forward")
+    stats = check_drafts(model, inputs, TREES[plan], lmtp_decode="forward")
     assert stats.strategy == "forward"
     right = oracle(stock(model, **inputs, max_new_tokens=28, **GREEDY))
     with right:
         _, stats = decoded(
-            model, **inputs, max_new_tokens=28, lmtp_tree=PLANS["chain"], lmtp_decode="forward", **GREEDY
+            model, **inputs, max_new_tokens=28, lmtp_tree=TREES["chain"], lmtp_decode="forward", **GREEDY
         )
     # 27 tokens after the prefill's: two plain steps, then 5 at once, over and over.
     assert stats.steps == rows * 12 and sum(stats.accepted) == rows * 15
@@ -86,10 +87,10 @@ def test_forward_is_the_same_with_plain_steps_between(leap, rows, plan):
 def test_a_cache_made_without_a_config(leap, architecture):
     """It keeps everything in sliding layers too, so that the mask has to hide it; steps of one node need one as well."""
     model = leap(architecture)
-    for plan in (*PLANS.values(), TreeConfig("chain", 1)):
+    for plan in (*TREES.values(), TreeConfig("chain", 1)):
         kwargs = {"max_new_tokens": 28} | GREEDY
         expected = stock(model, prompt(), past_key_values=DynamicCache(), **kwargs)
-        with oracle(expected, mixed):
+        with oracle(expected, mixed_ranks):
             ours, _ = decoded(model, prompt(), past_key_values=DynamicCache(), lmtp_tree=plan, **kwargs)
         assert ours.tolist() == expected.tolist()
 
@@ -99,16 +100,16 @@ def test_a_cache_made_without_a_config(leap, architecture):
 def test_branches_longer_than_the_sliding_window(leap, architecture, window):
     """Their last nodes do not see their first ones."""
     model = leap(architecture, heads={"offsets": (2, 3, 8)}, sliding_window=window)
-    for plan in (TreeConfig("chain", 8, always=True), PLANS["dynamic"]):
+    for plan in (TreeConfig("chain", 8, always=True), TREES["dynamic"]):
         for inputs in ({"input_ids": prompt()}, padded([9, 4])):
             stats = check_drafts(model, inputs, plan, rank=lambda row, place: 0 if place % 17 else None)
     assert len(stats.accepted) > 2 and check_drafts(model, inputs, TreeConfig("chain", 8, always=True)).tau > 1.3
 
 
 def test_several_sequences_of_one_prompt(leap):
-    check_drafts(leap("qwen2"), padded([4, 6]), PLANS["dynamic"], num_return_sequences=1)
+    check_drafts(leap("qwen2"), padded([4, 6]), TREES["dynamic"], num_return_sequences=1)
     model, kwargs = leap("qwen2"), {"num_return_sequences": 3, "do_sample": True, "top_k": 1, "max_new_tokens": 12}
-    output, _ = check(model, **padded([4, 6]), **kwargs)  # sampling from one token is greedy
+    output, _ = assert_as_stock(model, **padded([4, 6]), **kwargs)  # sampling from one token is greedy
     assert output[:3].unique(dim=0).shape[0] == 1
 
 
@@ -118,33 +119,33 @@ def test_embeddings_for_a_prompt(leap, architecture, cache):
     model, ids = leap(architecture), prompt(2, 18)
     embedded = model.get_input_embeddings()(ids).detach()
     for inputs in ({"inputs_embeds": embedded}, {"inputs_embeds": embedded, "input_ids": ids}):
-        check_drafts(model, inputs, PLANS["dynamic"], new=16, cache_implementation=cache)
+        check_drafts(model, inputs, TREES["dynamic"], new=16, cache_implementation=cache)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gpt2"])
 @pytest.mark.parametrize("plan", ["chain", "dynamic"])
 def test_prompts_of_one_token(leap, architecture, plan):
-    check_drafts(leap(architecture), {"input_ids": prompt(1, 1)}, PLANS[plan])
-    check_drafts(leap(architecture), padded([1, 4, 2]), PLANS[plan])
+    check_drafts(leap(architecture), {"input_ids": prompt(1, 1)}, TREES[plan])
+    check_drafts(leap(architecture), padded([1, 4, 2]), TREES[plan])
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gpt2"])
 def test_given_positions(leap, architecture):
     ids = prompt(2, 8)
     positions = torch.arange(8)[None] + torch.tensor([[0], [5]])
-    shifted = check_drafts(leap(architecture), {"input_ids": ids, "position_ids": positions}, PLANS["dynamic"])
+    shifted = check_drafts(leap(architecture), {"input_ids": ids, "position_ids": positions}, TREES["dynamic"])
     assert shifted.tau > 1.3
-    one, _ = check(leap(architecture), ids, position_ids=positions * 2, max_new_tokens=8, **GREEDY)
-    assert one.tolist() != check(leap(architecture), ids, max_new_tokens=8, **GREEDY)[0].tolist()
+    one, _ = assert_as_stock(leap(architecture), ids, position_ids=positions * 2, max_new_tokens=8, **GREEDY)
+    assert one.tolist() != assert_as_stock(leap(architecture), ids, max_new_tokens=8, **GREEDY)[0].tolist()
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3-text", "gemma3", "gpt2"])
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", TREES)
 def test_a_static_cache_of_one_size(leap, architecture, plan):
     """Not compiled on a CPU, but its trees always have the same number of nodes."""
     model = leap(architecture)
-    stats = check_drafts(model, padded([9, 4]), PLANS[plan], new=26, cache_implementation="static")
-    assert stats.nodes == stats.steps * PLANS[plan].nodes
+    stats = check_drafts(model, padded([9, 4]), TREES[plan], new=26, cache_implementation="static")
+    assert stats.nodes == stats.steps * TREES[plan].nodes
 
 
 def test_an_image_before_the_text(leap, tmp_path):
@@ -155,7 +156,7 @@ def test_an_image_before_the_text(leap, tmp_path):
     image = Image.effect_mandelbrot((28, 28), (-2, -2, 2, 2), 40).convert("RGB")
     text = f"{processor.boi_token} the frog leaps over"
     inputs = processor(text=text, images=image, return_tensors="pt")
-    with_image = check_drafts(model, inputs, PLANS["dynamic"])
+    with_image = check_drafts(model, inputs, TREES["dynamic"])
     assert with_image.tau > 1.3
     blank = dict(inputs) | {"pixel_values": torch.zeros_like(inputs["pixel_values"])}
     outputs = [stock(model, **values, max_new_tokens=10, **GREEDY).tolist() for values in (inputs, blank)]
@@ -175,14 +176,14 @@ def test_positions_of_three_kinds(leap):
     )  # fmt: skip
     torch.manual_seed(0)
     model = Qwen2VLForConditionalGeneration(config).eval()
-    stir(model)
-    randomise(attach_heads(model))
+    enlarge_weights(model)
+    randomise_heads(attach_heads(model))
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
     ids = torch.cat([torch.tensor([[397] + [image] * 4 + [398]]), prompt(1, 5)], dim=1)
     picture = {"pixel_values": torch.randn(16, 3 * 2 * 14 * 14), "image_grid_thw": torch.tensor([[1, 4, 4]])}
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": (ids == image).long()}
-    assert check_drafts(model, inputs | picture, PLANS["dynamic"]).tau > 1.3
-    assert check_drafts(model, padded([9, 4]), PLANS["dynamic"]).tau > 1.3
+    assert check_drafts(model, inputs | picture, TREES["dynamic"]).tau > 1.3
+    assert check_drafts(model, padded([9, 4]), TREES["dynamic"]).tau > 1.3
 
 
 def test_heads_that_overflow_cost_speed_alone(leap):
@@ -190,17 +191,17 @@ def test_heads_that_overflow_cost_speed_alone(leap):
     for broken in (float("nan"), float("inf")):
         with torch.no_grad():
             heads_of(model).heads[1].blocks[0].leap_proj.bias[3] = broken
-        for plan in PLANS.values():
-            check(model, **padded([9, 4]), max_new_tokens=12, lmtp_tree=plan, **GREEDY)
+        for plan in TREES.values():
+            assert_as_stock(model, **padded([9, 4]), max_new_tokens=12, lmtp_tree=plan, **GREEDY)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_model_that_was_cast_after_it_had_generated(leap, dtype):
     model = copy.deepcopy(leap())
-    check(model, prompt(), max_new_tokens=4, **GREEDY)
+    assert_as_stock(model, prompt(), max_new_tokens=4, **GREEDY)
     model.to(dtype)
     if dtype == torch.float64:
-        check(model, prompt(), max_new_tokens=12, **GREEDY)
+        assert_as_stock(model, prompt(), max_new_tokens=12, **GREEDY)
     else:  # near ties may differ
         assert decoded(model, prompt(), max_new_tokens=12, **GREEDY)[1].tokens == 12
 
@@ -251,7 +252,7 @@ corruptions = st.lists(st.sampled_from([0, 0, 0, 0, 1, 2, 3, None]), min_size=5,
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3-text"])
 def test_any_mixture_of_right_and_wrong_tokens(leap, architecture, patterns, data):
     """Long branches, branches through any rank, and rows that get ahead of each other by any number of tokens."""
-    plan = PLANS[data.draw(st.sampled_from(sorted(PLANS)))]
+    plan = TREES[data.draw(st.sampled_from(sorted(TREES)))]
     geometry = GEOMETRIES[data.draw(st.sampled_from(sorted(GEOMETRIES)))]
     new, seed = data.draw(st.integers(1, 34)), data.draw(st.integers(0, 99))
     model, lengths = leap(architecture, heads=geometry), [7, 3, 10][: len(patterns)]
@@ -290,8 +291,8 @@ def test_compiled_forwards(leap, architecture):
     torch._dynamo.reset()
     counters, graphs = torch._dynamo.utils.counters["stats"], []
     for seed in range(3):
-        with oracle(expected, mixed, seed):
-            ours, stats = decoded(model, **padded([7, 4]), lmtp_tree=PLANS["dynamic"], **kwargs)
+        with oracle(expected, mixed_ranks, seed):
+            ours, stats = decoded(model, **padded([7, 4]), lmtp_tree=TREES["dynamic"], **kwargs)
         assert ours.tolist() == expected.tolist() and stats.tau > 1.3
         graphs.append(counters["unique_graphs"])
     assert graphs[0] > 0 and graphs[2] == graphs[1]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from helpers.decoding import GREEDY, PLANS, check, decoded, oracle, padded, prompt, stock
+from helpers.decoding import GREEDY, TREES, assert_as_stock, decoded, oracle, padded, prompt, stock
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MaxTimeCriteria, set_seed
@@ -128,7 +128,7 @@ class Branches(DecodeStats):
         super().count(nodes, branches)
 
 
-def mixed(row: int, place: int) -> int | None:
+def mixed_ranks(row: int, place: int) -> int | None:
     return (0, 0, 1, 0, 0, 0, None, 0, 0, 2, 0)[(place + 5 * row) % 11]
 
 
@@ -137,9 +137,9 @@ def counted(model, inputs, plan, new=24, **kwargs):
     kwargs |= {"max_new_tokens": new}
     set_seed(0)
     expected = stock(model, **inputs, **kwargs)
-    check(model, prompt(), max_new_tokens=8, lmtp_tree=plan, **GREEDY)  # what is done once a model is done
+    assert_as_stock(model, prompt(), max_new_tokens=8, lmtp_tree=plan, **GREEDY)  # what is done once a model is done
     real, counter, stats = tree_builder.propose_candidates, Counting(model), Branches()
-    with oracle(expected, mixed), pytest.MonkeyPatch.context() as patch:
+    with oracle(expected, mixed_ranks), pytest.MonkeyPatch.context() as patch:
         foretold = tree_builder.propose_candidates
 
         def both(*args, **kwargs):
@@ -168,14 +168,14 @@ def test_a_greedy_step_crosses_once_in_each_direction(leap, architecture, plan, 
     """Whatever the depth, the number of layers and of rows, and however many kinds of layers."""
     more = {"layer_types": ["sliding_attention", "full_attention"] * 3} if architecture == "gemma3-text" else {}
     model = leap(architecture, num_hidden_layers=6, heads=HEADS, **more)
-    _, *steps, last = counted(model, padded([9, 2, 4][:rows]), PLANS[plan], **GREEDY)[0]
+    _, *steps, last = counted(model, padded([9, 2, 4][:rows]), TREES[plan], **GREEDY)[0]
     assert {(step.uploads, step.downloads) for step in steps} == {(1, 1)} and last.downloads == 1
 
 
 def test_prompts_shorter_than_the_window_cross_no_more(leap):
     model = leap("llama", heads={"num_heads": 2, "stride": 5})
     for inputs in ({"input_ids": prompt(1, 1)}, padded([2, 9])):
-        _, *steps, _ = counted(model, inputs, PLANS["dynamic"], **GREEDY)[0]
+        _, *steps, _ = counted(model, inputs, TREES["dynamic"], **GREEDY)[0]
         assert {(step.uploads, step.downloads) for step in steps} == {(1, 1)}
 
 
@@ -190,7 +190,7 @@ def test_criteria_that_are_known_answer_on_the_host(leap, kwargs, monkeypatch):
     )
     acceptors = []
     monkeypatch.setattr(loop, "Acceptor", lambda *args: acceptors.append(Acceptor(*args)) or acceptors[-1])
-    check(model, prompt(), max_new_tokens=9, **kwargs, **GREEDY)
+    assert_as_stock(model, prompt(), max_new_tokens=9, **kwargs, **GREEDY)
     assert acceptors[0].on_device is None and len(acceptors[0].host_criteria) == 1
     assert devices[-1].data_ptr() == acceptors[0].sequences.data_ptr()
 
@@ -225,9 +225,9 @@ def test_the_device_s_copy_of_the_sequences_keeps_up(leap, rows, settings, monke
     model = leap("mistral", heads=HEADS)
     kwargs = {"max_new_tokens": 90} | settings | GREEDY
     expected, made = stock(model, **padded([9, 2, 4][:rows]), **kwargs), []
-    with oracle(expected, mixed):
+    with oracle(expected, mixed_ranks):
         monkeypatch.setattr(loop, "Acceptor", with_two_memories(loop.Acceptor, made))
-        ours, stats = decoded(model, **padded([9, 2, 4][:rows]), **kwargs, lmtp_tree=PLANS["dynamic"])
+        ours, stats = decoded(model, **padded([9, 2, 4][:rows]), **kwargs, lmtp_tree=TREES["dynamic"])
         monkeypatch.undo()
     assert ours.tolist() == expected.tolist() and len(ours[0]) > 80 and stats.tau > 1.3
     assert made[0].on_device.data_ptr() != made[0].sequences.data_ptr()
@@ -242,7 +242,7 @@ def test_operators_grow_with_layers_by_the_move_alone(leap, plan, rows):
     few, many, by_layers = 2, 7, {}
     for layers in (few, many):
         model = leap("llama", num_hidden_layers=layers, heads=HEADS)
-        by_layers[layers] = counted(model, padded([9, 2, 4][:rows]), PLANS[plan], **GREEDY)
+        by_layers[layers] = counted(model, padded([9, 2, 4][:rows]), TREES[plan], **GREEDY)
     assert by_layers[few][1] == by_layers[many][1]
     moves = ("index_select", "index_copy_") if rows == 1 else ("gather", "scatter_")
     moved = 0
@@ -256,7 +256,7 @@ def test_operators_grow_with_layers_by_the_move_alone(leap, plan, rows):
 def test_a_fixed_shape_is_worked_out_once(leap):
     """Later steps of a static tree neither walk up to ancestors nor number candidates again."""
     model = leap("mistral", heads=HEADS)
-    first, *others = counted(model, {"input_ids": prompt()}, PLANS["static"], new=40, **GREEDY)[0]
+    first, *others = counted(model, {"input_ids": prompt()}, TREES["static"], new=40, **GREEDY)[0]
     assert first.operators["eye"] == 1 and not any(step.operators["eye"] for step in others)
 
 
@@ -268,7 +268,7 @@ def test_sampling_reads_the_device_once_a_token_of_the_longest_branch(leap, sett
     """All rows' tokens of one place in their branches come together, the tree with the first of them."""
     model = leap("llama", num_hidden_layers=4, heads=HEADS)
     kwargs = {"do_sample": True, "temperature": 1e-3} | settings  # so cold that a batch draws what stock does
-    (_, *steps), lengths = counted(model, padded([9, 2, 4][:rows]), PLANS["dynamic"], **kwargs)
+    (_, *steps), lengths = counted(model, padded([9, 2, 4][:rows]), TREES["dynamic"], **kwargs)
     assert {step.uploads for step in steps[:-1]} == {1}
     assert [step.downloads for step in steps] == [max(branches) for branches in lengths]
 
@@ -276,7 +276,7 @@ def test_sampling_reads_the_device_once_a_token_of_the_longest_branch(leap, sett
 def test_processors_of_greedy_search_cost_the_same(leap):
     model = leap("llama", heads=HEADS)
     kwargs = {"repetition_penalty": 1.2} | GREEDY
-    (_, *steps), lengths = counted(model, padded([9, 2]), PLANS["dynamic"], **kwargs)
+    (_, *steps), lengths = counted(model, padded([9, 2]), TREES["dynamic"], **kwargs)
     assert {step.uploads for step in steps[:-1]} == {1}
     assert [step.downloads for step in steps] == [max(branches) for branches in lengths]
 

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers.decoding import PLANS, check, decoded, oracle, padded, prompt, stock
+from helpers.decoding import TREES, assert_as_stock, decoded, oracle, padded, prompt, stock
 from scipy.stats import chi2
 from transformers import set_seed
 
@@ -119,7 +119,7 @@ def test_the_distribution_is_the_model_s(tiny_vocabulary, name, plan):
     try:
         set_seed(0)
         kwargs = {"do_sample": True, "max_new_tokens": NEW, "num_return_sequences": SAMPLES} | settings
-        output, stats = decoded(model, torch.tensor([ids]), lmtp_tree=PLANS[plan], **kwargs)
+        output, stats = decoded(model, torch.tensor([ids]), lmtp_tree=TREES[plan], **kwargs)
     finally:
         patch.undo()
     assert stats.tau > 1.2
@@ -148,7 +148,7 @@ def test_one_sequence_takes_a_seed_as_stock_does(leap, kwargs, plan):
         after = torch.rand(())
         set_seed(seed)
         with oracle(expected, lambda row, place: (0, 1, None, 0)[place % 4]):
-            ours, stats = decoded(model, prompt(), lmtp_tree=PLANS[plan], **kwargs)
+            ours, stats = decoded(model, prompt(), lmtp_tree=TREES[plan], **kwargs)
         assert ours.tolist() == expected.tolist()
         assert torch.rand(()) == after  # not one draw more or less
         assert stats.tau > 1.2
@@ -161,7 +161,7 @@ def test_a_batch_takes_a_seed_to_the_same_output_twice(leap):
     outputs = []
     for seed in (0, 0, 1):
         set_seed(seed)
-        outputs.append(decoded(model, **padded([3, 6]), lmtp_tree=PLANS["dynamic"], **kwargs)[0].tolist())
+        outputs.append(decoded(model, **padded([3, 6]), lmtp_tree=TREES["dynamic"], **kwargs)[0].tolist())
     assert outputs[0] == outputs[1] != outputs[2]
     assert len({tuple(row) for row in outputs[0]}) == 6
 
@@ -169,8 +169,8 @@ def test_a_batch_takes_a_seed_to_the_same_output_twice(leap):
 def test_penalties_apply_to_greedy_search_as_well(leap):
     kwargs = {"do_sample": False, "repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "max_new_tokens": 30}
     model, plain = leap("gemma3-text"), {"do_sample": False, "max_new_tokens": 30}
-    for plan in PLANS.values():
-        output, _ = check(model, **padded([4, 8]), lmtp_tree=plan, **kwargs)
+    for plan in TREES.values():
+        output, _ = assert_as_stock(model, **padded([4, 8]), lmtp_tree=plan, **kwargs)
         assert output.tolist() != stock(model, **padded([4, 8]), **plain).tolist()
         with oracle(output, lambda row, place: place % 3):
             ours, stats = decoded(model, **padded([4, 8]), lmtp_tree=plan, **kwargs)

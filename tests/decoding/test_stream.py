@@ -8,14 +8,14 @@ from helpers.decoding import (
     CHAIN,
     DYNAMIC,
     GREEDY,
-    PLANS,
+    TREES,
     after_prompt,
-    check,
+    assert_as_stock,
+    assert_as_stock_with_drafts,
     decoded,
     oracle,
     padded,
     prompt,
-    same,
     stock,
 )
 from transformers import (
@@ -39,7 +39,7 @@ class Stream(BaseStreamer):
         self.ends += 1
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", TREES)
 @pytest.mark.parametrize("rows", [1, 4])
 def test_a_stream_is_what_stock_puts(leap, plan, rows):
     model, inputs, made = leap(), padded([9, 4, 6, 2][:rows]), []
@@ -50,7 +50,7 @@ def test_a_stream_is_what_stock_puts(leap, plan, rows):
         made.append(Stream())
         return made[-1]
 
-    output, _ = same(model, inputs, PLANS[plan], streamer=fresh, eos_token_id=ends)
+    output, _ = assert_as_stock_with_drafts(model, inputs, TREES[plan], streamer=fresh, eos_token_id=ends)
     theirs, ours = made
     assert ours.puts == theirs.puts and ours.ends == theirs.ends == 1
     assert torch.tensor(ours.puts[1:]).T.tolist() == after_prompt(output, inputs)
@@ -73,7 +73,7 @@ def test_tokens_are_streamed_as_they_come(leap):
 
 def test_text_streamers(leap, tokenizer, capsys):
     model, inputs = leap(), {"input_ids": prompt()}
-    same(model, inputs, streamer=lambda: TextStreamer(tokenizer, skip_prompt=True))
+    assert_as_stock_with_drafts(model, inputs, streamer=lambda: TextStreamer(tokenizer, skip_prompt=True))
     text = capsys.readouterr().out
     assert len(text) > 20 and text[: len(text) // 2] == text[len(text) // 2 :]  # stock's, then ours
 
@@ -97,7 +97,7 @@ def test_a_stream_ends_when_a_criterion_fails(leap):
         leap().generate(prompt(), stopping_criteria=[fail], streamer=stream, max_new_tokens=24, **GREEDY)
     assert stream.ends == 1 and len(stream.puts) > 1
     # The model is as before.
-    check(leap(), prompt(), max_new_tokens=5, **GREEDY)
+    assert_as_stock(leap(), prompt(), max_new_tokens=5, **GREEDY)
 
 
 def test_an_unknown_way_to_decode_is_refused(leap):

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from helpers.decoding import (
     GREEDY,
     OTHER_SEARCH,
-    check,
+    assert_as_stock,
+    assert_left_to_stock,
     decoded,
-    left_to_stock,
+    enlarge_weights,
     oracle,
     padded,
     prompt,
-    stir,
     stock,
 )
 from transformers import (
@@ -78,7 +78,9 @@ from lmtp_factory.plugin.chat import Reader
     ids=str,
 )
 def test_calls_that_need_every_forward(leap, reason, kwargs, caplog):
-    output = left_to_stock(leap("llama", "eager"), reason, caplog, prompt(), max_new_tokens=6, **GREEDY, **kwargs)
+    output = assert_left_to_stock(
+        leap("llama", "eager"), reason, caplog, prompt(), max_new_tokens=6, **GREEDY, **kwargs
+    )
     if "return_dict_in_generate" in kwargs:
         assert len(output["attentions" if "output_attentions" in kwargs else "hidden_states"]) == 6
 
@@ -93,7 +95,7 @@ def test_calls_that_need_every_forward(leap, reason, kwargs, caplog):
     ids=str,
 )
 def test_other_ways_to_search_are_none_of_our_business(leap, kwargs, caplog):
-    left_to_stock(leap(), OTHER_SEARCH, caplog, prompt(), max_new_tokens=8, **GREEDY, **kwargs)
+    assert_left_to_stock(leap(), OTHER_SEARCH, caplog, prompt(), max_new_tokens=8, **GREEDY, **kwargs)
 
 
 def test_beams_that_sample(leap):
@@ -113,7 +115,7 @@ def test_with_an_assistant_and_as_one(leap, caplog):
         for parameter in other.model.parameters():
             parameter.add_(0.003 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
     expected = stock(other, prompt(), max_new_tokens=16, **GREEDY)
-    left_to_stock(
+    assert_left_to_stock(
         other, OTHER_SEARCH, caplog, prompt(), expected=expected, assistant_model=model, max_new_tokens=16, **GREEDY
     )
 
@@ -129,8 +131,8 @@ def test_with_an_assistant_and_as_one(leap, caplog):
 )
 def test_processors_that_know_rows_by_number(leap, kwargs, caplog):
     reason = "a logits processor wants the whole batch"
-    left_to_stock(leap(), reason, caplog, **padded([9, 5]), max_new_tokens=8, **GREEDY, **kwargs)
-    check(leap(), prompt(), max_new_tokens=8, **GREEDY, **kwargs)
+    assert_left_to_stock(leap(), reason, caplog, **padded([9, 5]), max_new_tokens=8, **GREEDY, **kwargs)
+    assert_as_stock(leap(), prompt(), max_new_tokens=8, **GREEDY, **kwargs)
 
 
 class TokenOfTheRow(LogitsProcessor):
@@ -173,7 +175,7 @@ def nothing(input_ids, scores):
 def test_processors_and_criteria_of_others_get_the_whole_batch(leap, name, argument, made, caplog):
     reason = f"{name} is no class of transformers and may want the whole batch"
     kwargs = {"max_new_tokens": 8, "eos_token_id": 355, argument: [made]} | GREEDY
-    output = left_to_stock(leap(), reason, caplog, **padded([9, 5]), **kwargs)
+    output = assert_left_to_stock(leap(), reason, caplog, **padded([9, 5]), **kwargs)
     if name == "TokenOfTheRow":
         assert output[:, 9].tolist() == [39, 49]
     if name == "LengthOfTheRow":
@@ -182,7 +184,7 @@ def test_processors_and_criteria_of_others_get_the_whole_batch(leap, name, argum
 
 def test_a_row_of_its_own_is_a_whole_batch(leap):
     kwargs = {"logits_processor": [nothing], "stopping_criteria": [AtLength()]}
-    output, _ = check(leap(), prompt(), max_new_tokens=20, **kwargs, **GREEDY)
+    output, _ = assert_as_stock(leap(), prompt(), max_new_tokens=20, **kwargs, **GREEDY)
     assert output.shape[1] == 15
 
 
@@ -241,7 +243,9 @@ def test_every_processor_and_criterion_of_transformers_has_been_looked_at():
 
 
 def test_the_chat_s_own_criterion_stays_fast(leap):
-    check(leap(), **padded([9, 5]), max_new_tokens=8, eos_token_id=355, stopping_criteria=[Reader()], **GREEDY)
+    assert_as_stock(
+        leap(), **padded([9, 5]), max_new_tokens=8, eos_token_id=355, stopping_criteria=[Reader()], **GREEDY
+    )
 
 
 class AtLength(StoppingCriteria):
@@ -252,9 +256,9 @@ class AtLength(StoppingCriteria):
 def test_rows_that_nothing_pads(leap, caplog):
     reason = "rows of a batch end by a criterion of their own and there is no end-of-sequence token to pad with"
     kwargs = {"stopping_criteria": [AtLength()], "max_new_tokens": 9} | GREEDY
-    left_to_stock(leap(), reason, caplog, **padded([9, 5]), **kwargs)
+    assert_left_to_stock(leap(), reason, caplog, **padded([9, 5]), **kwargs)
     caplog.clear()
-    left_to_stock(leap(), reason, caplog, **padded([9, 5]), max_time=60.0, max_new_tokens=9, **GREEDY)
+    assert_left_to_stock(leap(), reason, caplog, **padded([9, 5]), max_time=60.0, max_new_tokens=9, **GREEDY)
 
 
 @pytest.mark.parametrize("name", ["output_scores", "output_logits"])
@@ -263,7 +267,7 @@ def test_scores_of_rows_that_end_before_others(leap, name, caplog):
     model, inputs, kwargs = leap(), padded([9, 5]), {name: True, "return_dict_in_generate": True} | GREEDY
     end = int(stock(model, **inputs, max_new_tokens=9, **GREEDY)[0, 13])
     reason = "scores are wanted of rows that may end before others"
-    left_to_stock(model, reason, caplog, **inputs, max_new_tokens=9, eos_token_id=end, **kwargs)
+    assert_left_to_stock(model, reason, caplog, **inputs, max_new_tokens=9, eos_token_id=end, **kwargs)
     decoded(model, **inputs, max_new_tokens=9, **kwargs)  # all rows have nine
     decoded(model, prompt(), max_new_tokens=9, eos_token_id=end, **kwargs)
 
@@ -283,7 +287,7 @@ def test_gpus_in_step(leap, caplog, tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
         kwargs = {"synced_gpus": True, "max_new_tokens": 6} | GREEDY
-        left_to_stock(leap(), "synced_gpus is on", caplog, prompt(), **kwargs)
+        assert_left_to_stock(leap(), "synced_gpus is on", caplog, prompt(), **kwargs)
     finally:
         torch.distributed.destroy_process_group()
 
@@ -307,14 +311,14 @@ def test_rotary_embeddings_that_change_with_the_length(leap, kind, caplog):
     model = leap("llama", rope_parameters=ROPES[kind], max_position_embeddings=24 if kind == "dynamic" else 48)
     reason = "generation may pass the length at which this model's rotary embedding changes"
     with oracle(stock(model, prompt(), max_new_tokens=15, **GREEDY)):
-        check(model, prompt(), max_new_tokens=15, **GREEDY)
-    left_to_stock(model, reason, caplog, prompt(), max_new_tokens=16, **GREEDY)
+        assert_as_stock(model, prompt(), max_new_tokens=15, **GREEDY)
+    assert_left_to_stock(model, reason, caplog, prompt(), max_new_tokens=16, **GREEDY)
     caplog.clear()
     embedded = model.get_input_embeddings()(prompt()).detach()
-    left_to_stock(model, reason, caplog, inputs_embeds=embedded, max_new_tokens=16, **GREEDY)
+    assert_left_to_stock(model, reason, caplog, inputs_embeds=embedded, max_new_tokens=16, **GREEDY)
     caplog.clear()
     late = torch.arange(9)[None] + 10
-    left_to_stock(model, reason, caplog, prompt(), position_ids=late, max_new_tokens=6, **GREEDY)
+    assert_left_to_stock(model, reason, caplog, prompt(), position_ids=late, max_new_tokens=6, **GREEDY)
 
 
 def test_models_that_cannot_be_sped_up(leap):
@@ -349,7 +353,7 @@ def small(kind, config_kind, **config):
     torch.manual_seed(0)
     config = {"vocab_size": 400, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2} | config
     model = kind(config_kind(**config)).eval()
-    stir(model)
+    enlarge_weights(model)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
     return attach_heads(model)
 
@@ -365,9 +369,9 @@ def small(kind, config_kind, **config):
 def test_models_whose_forward_takes_no_trees(build, caplog):
     """They are found out by trying."""
     reason = "a tree-masked forward does not match sequential forwards"
-    left_to_stock(build(), reason, caplog, prompt(), max_new_tokens=8, **GREEDY)
+    assert_left_to_stock(build(), reason, caplog, prompt(), max_new_tokens=8, **GREEDY)
     caplog.clear()
-    left_to_stock(build(), reason, caplog, **padded([9, 4]), max_new_tokens=8, **GREEDY)
+    assert_left_to_stock(build(), reason, caplog, **padded([9, 4]), max_new_tokens=8, **GREEDY)
 
 
 def test_dropout_does_not_spoil_the_trial(leap):
@@ -378,13 +382,13 @@ def test_dropout_does_not_spoil_the_trial(leap):
     model.generate(prompt(), max_new_tokens=4, lmtp_stats=stats, **GREEDY)
     assert stats.stock_reason == "a tree-masked forward does not match sequential forwards"
     model.eval()
-    check(model, prompt(), max_new_tokens=8, **GREEDY)
+    assert_as_stock(model, prompt(), max_new_tokens=8, **GREEDY)
 
 
 def test_dropout_is_left_to_stock_with_its_random_numbers(leap):
     """Whatever was found out in eval mode; trying takes no random numbers from those who sample."""
     model, seen = copy.deepcopy(leap("llama", attention_dropout=0.9)), []
-    check(model, prompt(), max_new_tokens=4, **GREEDY)
+    assert_as_stock(model, prompt(), max_new_tokens=4, **GREEDY)
     model.train()
     for decode in ("off", "auto"):
         torch.manual_seed(0)
@@ -408,7 +412,7 @@ def test_an_error_while_trying_is_not_remembered(leap):
     model.generate(prompt(), max_new_tokens=1, lmtp_stats=stats, **GREEDY)
     assert stats.stock_reason == "a tree-masked forward does not match sequential forwards"
     hook.remove()
-    check(model, prompt(), max_new_tokens=8, **GREEDY)
+    assert_as_stock(model, prompt(), max_new_tokens=8, **GREEDY)
 
 
 def test_another_attention_is_tried_anew(leap, monkeypatch):
@@ -436,14 +440,14 @@ def test_gradient_checkpointing_in_train_mode(leap, before, caplog):
     model = copy.deepcopy(leap())
     model.__dict__.pop("_takes_trees", None)
     if before:
-        check(model, prompt(), max_new_tokens=4, **GREEDY)
+        assert_as_stock(model, prompt(), max_new_tokens=4, **GREEDY)
     model.gradient_checkpointing_enable()
-    check(model, prompt(), max_new_tokens=4, **GREEDY)
+    assert_as_stock(model, prompt(), max_new_tokens=4, **GREEDY)
     model.train()
     reason = "gradient checkpointing in train mode keeps no cache"
-    left_to_stock(model, reason, caplog, prompt(), max_new_tokens=6, **GREEDY)
+    assert_left_to_stock(model, reason, caplog, prompt(), max_new_tokens=6, **GREEDY)
     model.gradient_checkpointing_disable()
-    check(model, prompt(), max_new_tokens=4, **GREEDY)
+    assert_as_stock(model, prompt(), max_new_tokens=4, **GREEDY)
 
 
 @pytest.mark.parametrize("rows", [1, 2])
@@ -453,8 +457,8 @@ def test_a_plan_wider_than_the_vocabulary(leap, rows):
     inputs, kwargs = {"input_ids": prompt(rows, 6) % 7 + 2}, {"max_new_tokens": 12} | GREEDY
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     for width in (9, 10, 40):
-        check(model, **inputs, **kwargs, lmtp_tree=TreeConfig("dynamic", 64, width=width))
-    check(model, **inputs, **kwargs, lmtp_tree=TreeConfig("static", 3, paths=((), (0,), (8,))))
+        assert_as_stock(model, **inputs, **kwargs, lmtp_tree=TreeConfig("dynamic", 64, width=width))
+    assert_as_stock(model, **inputs, **kwargs, lmtp_tree=TreeConfig("static", 3, paths=((), (0,), (8,))))
     beyond = TreeConfig("static", 3, paths=((), (0,), (9,)))
     message = r"static tree takes candidates down to rank 9, but the vocabulary has 9 tokens \(ranks 0 to 8\)"
     with pytest.raises(LMTPError, match=message):

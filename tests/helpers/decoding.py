@@ -14,11 +14,10 @@ from lmtp_factory.decoding.draft import Candidates
 from lmtp_factory.decoding.stats import DecodeStats
 from lmtp_factory.decoding.tree import best_first_paths
 from lmtp_factory.decoding.tree_config import CostCurve, TreeConfig
-from lmtp_factory.modeling import heads_of
 
 
 PATHS = tuple(best_first_paths([[0.6, 0.2, 0.1], [0.5, 0.2, 0.1], [0.4, 0.2], [0.3, 0.1]], 12))
-PLANS = {
+TREES = {
     "chain": TreeConfig("chain", 5, always=True),
     "static": TreeConfig("static", 12, paths=PATHS, always=True),
     "dynamic": TreeConfig("dynamic", 9, width=3, always=True),
@@ -33,7 +32,7 @@ GEOMETRIES = {
 }
 
 
-def stir(model, scale: float = 10.0) -> None:
+def enlarge_weights(model, scale: float = 10.0) -> None:
     """Weights so large that every token depends on all tokens before it, as those of a trained model do.
 
     A freshly initialised model tends to repeat itself, whatever it is given, and would hide most errors.
@@ -42,14 +41,6 @@ def stir(model, scale: float = 10.0) -> None:
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2 and "embed" not in name and "lm_head" not in name and "wte" not in name:
                 parameter.mul_(scale)
-
-
-def randomise(model) -> None:
-    """Untrained blocks are the identity; give them weights so that a wrong wiring shows."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in heads_of(model).parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
 def prompt(rows: int = 1, length: int = 9, seed: int = 0) -> Tensor:
@@ -78,7 +69,7 @@ def decoded(model, *args, **kwargs):
     return output, stats
 
 
-def check(model, *args, lmtp_tree: TreeConfig = PLANS["dynamic"], lmtp_decode: str = "backward", **kwargs):
+def assert_as_stock(model, *args, lmtp_tree: TreeConfig = TREES["dynamic"], lmtp_decode: str = "backward", **kwargs):
     """Assert that we generate what stock generates; the token ids and the stats."""
     expected = stock(model, *args, **kwargs)
     ours, stats = decoded(model, *args, lmtp_tree=lmtp_tree, lmtp_decode=lmtp_decode, **kwargs)
@@ -127,15 +118,15 @@ def oracle(continuations: Tensor, rank: Callable[[int, int], int | None] = lambd
 
 
 GREEDY = {"do_sample": False}
-CHAIN, DYNAMIC = PLANS["chain"], PLANS["dynamic"]
+CHAIN, DYNAMIC = TREES["chain"], TREES["dynamic"]
 OTHER_SEARCH = "beam search, assisted and other special generation has no look-back"
 
 
-def mixed(row: int, place: int) -> int | None:
+def mixed_ranks(row: int, place: int) -> int | None:
     return (0, 0, 1, 0, None, 0, 2)[(place + 3 * row) % 7]
 
 
-def same(model, inputs, plan=DYNAMIC, rank=mixed, new=24, **kwargs):
+def assert_as_stock_with_drafts(model, inputs, plan=DYNAMIC, rank=mixed_ranks, new=24, **kwargs):
     """Equal to stock with branches of all lengths accepted; ours, and the stats.
 
     ``kwargs`` may hold functions, which are called for every generation: for objects that collect what they see.
@@ -154,7 +145,7 @@ def after_prompt(output, inputs) -> list[list[int]]:
     return output[:, inputs["input_ids"].shape[1] :].tolist()
 
 
-def left_to_stock(model, reason, caplog, *args, expected=None, **kwargs):
+def assert_left_to_stock(model, reason, caplog, *args, expected=None, **kwargs):
     """As stock, and the log says why, once for any number of calls."""
     support.say_once.cache_clear()
     stats, outputs = DecodeStats(), []

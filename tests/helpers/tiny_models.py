@@ -56,6 +56,7 @@ from transformers import (
 )
 
 from helpers import tiny_data
+from lmtp_factory.modeling import heads_of
 
 
 SEED = 0
@@ -277,3 +278,11 @@ save_gemma3_text, save_gemma3, save_gpt2 = map(_saved, (gemma3_text, gemma3, gpt
 
 def _without(values: dict, *names: str) -> dict:
     return {name: value for name, value in values.items() if name not in names}
+
+
+def randomise_heads(model) -> None:
+    """Untrained blocks are the identity; give them weights so that a wrong wiring shows."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in heads_of(model).parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))

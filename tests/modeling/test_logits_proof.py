@@ -1,11 +1,6 @@
 """Only models whose logits are their LM head on their final hidden states get leap heads; the proof leaves no trace."""
 
 import copy
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -212,71 +207,3 @@ def test_opt_projects_its_states_to_the_width_of_its_embeddings():
     assert torch.equal(model.generate(ids, lmtp_decode="backward", **options), stock)
     with pytest.raises(LMTPError, match="hidden size 16"):
         attach_heads(llama(), heads=model.leap_heads)
-
-
-_ZERO3 = """
-import sys, deepspeed, torch
-from helpers import tiny_models
-from transformers.integrations import HfDeepSpeedConfig
-from lmtp_factory import LMTPConfig, LMTPError, attach_heads
-from lmtp_factory.modeling.packing_probe import keeps_documents_apart
-deepspeed.init_distributed("gloo")
-settings = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
-
-
-def sharded(make, place):
-    folder, made = f"{sys.argv[1]}/{place}-{torch.distributed.get_rank()}", make()
-    made.save_pretrained(folder)
-    model = type(made).from_pretrained(folder)
-    check(model)
-    return model
-
-
-def check(model):
-    assert all(p.numel() == 0 for p in model.parameters() if hasattr(p, "ds_id")), "not sharded"
-    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
-
-
-for make, apart in ((tiny_models.llama, True), (tiny_models.falcon_h1, False)):
-    model = sharded(make, make.__name__)
-    attach_heads(model, LMTPConfig(num_heads=1, head_kind="shared"), stage=1)
-    check(model)
-    assert keeps_documents_apart(model) == apart, make
-    check(model)
-
-broken = sharded(tiny_models.llama, "broken")
-broken.model.layers[1].mlp.down_proj.forward = None
-for model in (sharded(lambda: tiny_models.granite(8.0), "granite"), broken):
-    try:
-        attach_heads(model, stage=2)
-    except LMTPError as error:
-        print(error)
-    check(model)
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()
-"""
-
-
-@pytest.mark.distributed
-def test_sharded_weights(tmp_path):
-    (tmp_path / "program.py").write_text(_ZERO3)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    tests = Path(__file__).parents[1]
-    places = os.pathsep.join([str(tests.parent), str(tests)])
-    environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": places, "WORLD_SIZE": "2"}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(tmp_path / "program.py"), str(tmp_path)],
-            env=os.environ | environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    for rank in ranks:
-        said, errors = rank.communicate(timeout=240)
-        assert rank.returncode == 0, errors[-4000:]
-        assert "GraniteForCausalLM changes its LM head's logits" in said
-        assert "LlamaForCausalLM cannot run on 7 tokens" in said

@@ -9,8 +9,7 @@ import torch
 from helpers import llamafactory_runs as runs
 from helpers import tiny_models
 
-from lmtp_factory import LMTPConfig, LMTPError
-from lmtp_factory.modeling import LeapHeads, save_heads
+from lmtp_factory import LMTPError
 
 
 CONFIGURATION = [
@@ -233,25 +232,3 @@ def test_fsdp(llama, data, tmp_path, monkeypatch, no_model_loads):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(LMTPError, match="do not run with fsdp"):
         runs.train(llama, data, tmp_path)
-
-
-def test_a_full_disk_keeps_the_heads_that_were_there(tmp_path, monkeypatch):
-    config = LMTPConfig(num_heads=1, hidden_size=4, vocab_size=8, head_kind="shared")
-    save_heads(LeapHeads(config), tmp_path / "lmtp")
-    before = {p.name: p.read_bytes() for p in (tmp_path / "lmtp").iterdir()}
-
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("lmtp_factory.modeling.checkpoint.save_file", full)
-    with pytest.raises(OSError, match="No space left"):
-        save_heads(LeapHeads(config), tmp_path / "lmtp")
-    assert {p.name: p.read_bytes() for p in (tmp_path / "lmtp").iterdir()} == before
-    assert [p.name for p in tmp_path.iterdir()] == ["lmtp"]
-
-
-def test_the_cli_ends_with_the_sentence(llama, data, tmp_path):
-    args = runs.arguments(llama, data, tmp_path / "out", num_heads=0)
-    result = runs.cli("train", runs.write_yaml(tmp_path / "x.yaml", args), check=False)
-    assert result.returncode != 0
-    assert result.stderr.splitlines()[-1].endswith("write num_heads: 1 or more.")

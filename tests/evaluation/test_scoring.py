@@ -46,33 +46,6 @@ def test_scores_are_the_model_s_own_over_all_tokens(model, rows):
         assert scores.perplexity == pytest.approx(math.exp(losses / targets), rel=1e-5)
 
 
-def test_the_command(model, rows, tmp_path, capsys):
-    attach_heads(model, LMTPConfig(offsets=(2, 4), base_model="base"), stage=2).save_pretrained(tmp_path / "heads")
-    plain = model.config.name_or_path
-    assert (
-        main(
-            [
-                "report",
-                f"plain={plain}",
-                f"ours={tmp_path / 'heads'}",
-                "--rows",
-                str(rows),
-                "--output-dir",
-                str(tmp_path),
-            ]
-        )
-        == 0
-    )
-    printed = capsys.readouterr().out
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert report["plain"]["offsets"] == report["ours"]["offsets"] == [1, 2, 4]
-    assert report["plain"]["losses"] == pytest.approx(
-        report["ours"]["losses"], rel=1e-5
-    )  # untrained heads are the LM head
-    assert f"{report['ours']['perplexity']:.3f}" in printed
-    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
-
-
 def test_rows_that_are_none_are_refused(tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt_ids": "1 2", "output_ids": "3"}\n{"prompt_ids": "1 x"}\n')
