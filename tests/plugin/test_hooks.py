@@ -1,26 +1,14 @@
 """The contract with LLaMA-Factory: every seam attaches, in every kind of process, and nothing else is touched."""
 
 import json
-import os
 import pickle
-import subprocess
-import sys
 from importlib import import_module, metadata
 
 import pytest
 from helpers import llamafactory_runs as runs
+from helpers.processes import python, started_ahead
 
 from lmtp_factory.plugin import hooks
-
-
-def python(program: str, *args: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess:
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | environment
-    result = subprocess.run(
-        [sys.executable, "-c", program, *args], env=env, capture_output=True, text=True, timeout=180
-    )
-    if check and result.returncode:
-        raise AssertionError(result.stderr[-4000:])
-    return result
 
 
 def test_every_seam_attaches():
@@ -87,13 +75,9 @@ def test_stages_are_offered_on_the_command_line():
     assert {"sft", "dpo", "lmtp1", "lmtp2"} <= set(action.choices)
 
 
-@pytest.mark.parametrize(
-    "first_import",
-    ["llamafactory.cli", "llamafactory.launcher", "llamafactory.train.tuner", "llamafactory.extras.constants",
-     "llamafactory.hparams", "llamafactory.model", "llamafactory.data", "llamafactory.webui.interface", "transformers"],
-)  # fmt: skip
-def test_every_way_in(first_import):
-    """Whatever a process imports first, torchrun's worker (tuner before torch) and the web UI included."""
+@pytest.fixture(scope="module")
+def after_first_import(request):
+    """The state of every seam in processes that begin with one import."""
     program = (
         "import importlib, json, sys\nimportlib.import_module(sys.argv[1])\n"
         "from lmtp_factory.plugin import hooks\nstates = hooks.attach_all()\n"
@@ -104,7 +88,20 @@ def test_every_way_in(first_import):
         "assert a.FinetuningArguments(stage='lmtp2').lmtp_stage == 2\n"
         "print(json.dumps(states))"
     )
-    states = json.loads(python(program, first_import).stdout.splitlines()[-1])
+    with started_ahead(
+        request, "test_seams_attach_whatever_a_process_imports_first", lambda name: python(program, name)
+    ) as started:
+        yield started
+
+
+@pytest.mark.parametrize(
+    "first_import",
+    ["llamafactory.cli", "llamafactory.launcher", "llamafactory.train.tuner", "llamafactory.extras.constants",
+     "llamafactory.hparams", "llamafactory.model", "llamafactory.data", "llamafactory.webui.interface", "transformers"],
+)  # fmt: skip
+def test_seams_attach_whatever_a_process_imports_first(first_import, after_first_import):
+    """torchrun's worker (tuner before torch) and the web UI included."""
+    states = json.loads(after_first_import[first_import,].result().stdout.splitlines()[-1])
     assert set(states.values()) == {None}, states
 
 
@@ -136,12 +133,31 @@ def test_a_failure_of_ours_leaves_torch_alone():
 def test_switched_off(llama, data, tmp_path):
     program = "import torch, sys; print('lmtp_factory.plugin.hooks' in sys.modules)"
     assert python(program, LMTP_FACTORY_DISABLE="1").stdout.strip() == "False"
-    assert python(program, LMTP_FACTORY_DISABLE="0").stdout.strip() == "True"
     args = runs.arguments(llama, data, tmp_path / "out")
     path = runs.write_yaml(tmp_path / "x.yaml", args)
     result = runs.cli("train", path, check=False, LMTP_FACTORY_DISABLE="1")
     assert result.returncode != 0, "an L-MTP stage must never train plain SFT"
     assert not (tmp_path / "out" / "trainer_state.json").exists()
+
+
+@pytest.fixture(scope="module")
+def with_unknown_layout(request, llama, data, tmp_path_factory):
+    """Processes that parse plain SFT and then an L-MTP stage while one upstream module looks otherwise."""
+    program = (
+        "import sys, json\nimport lmtp_factory.plugin.hooks as hooks\nextend = hooks._extend\n"
+        "def edited(seam, module):\n    if seam.name == sys.argv[1]:\n        exec(sys.argv[2])\n    extend(seam, module)\n"
+        "hooks._extend = edited\n"
+        "from llamafactory.hparams import get_train_args\n"
+        "args = json.load(open(sys.argv[3]))\n"
+        "print(get_train_args({**args, 'stage': 'sft'})[3].stage)\n"
+        "get_train_args(args)\n"
+    )
+    folder = tmp_path_factory.mktemp("layout")
+    path = runs.write_yaml(folder / "x.json", runs.arguments(llama, data, folder / "out"))
+    with started_ahead(
+        request, "test_an_unknown_layout_is_named", lambda seam, edit: python(program, seam, edit, path, check=False)
+    ) as started:
+        yield started
 
 
 @pytest.mark.parametrize(
@@ -152,19 +168,9 @@ def test_switched_off(llama, data, tmp_path):
         ("llamafactory.train.callbacks", "del module.LogCallback._write_log"),
     ],
 )
-def test_an_unknown_layout_is_named(seam, edit, llama, data, tmp_path):
+def test_an_unknown_layout_is_named(seam, edit, with_unknown_layout):
     """An upstream module that looks otherwise: plain SFT still trains, an L-MTP stage names the seam."""
-    program = (
-        "import sys, json\nimport lmtp_factory.plugin.hooks as hooks\nextend = hooks._extend\n"
-        "def edited(seam, module):\n    if seam.name == sys.argv[1]:\n        exec(sys.argv[2])\n    extend(seam, module)\n"
-        "hooks._extend = edited\n"
-        "from llamafactory.hparams import get_train_args\n"
-        "args = json.load(open(sys.argv[3]))\n"
-        "print(get_train_args({**args, 'stage': 'sft'})[3].stage)\n"
-        "get_train_args(args)\n"
-    )
-    path = runs.write_yaml(tmp_path / "x.json", runs.arguments(llama, data, tmp_path / "out"))
-    result = python(program, seam, edit, path, check=False)
+    result = with_unknown_layout[seam, edit].result()
     assert result.stdout.splitlines()[-1] == "sft"
     last = result.stderr.splitlines()[-1]
     assert seam in last and metadata.version("llamafactory") in last and "lmtp-cli doctor" in last

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 
 import pytest
 import torch
@@ -128,13 +129,15 @@ def test_values_of_another_kind_outside_of_training(llama, tmp_path, no_model_lo
         runs.export(model_name_or_path=llama, stage1_pretrained_path=1, export_dir=tmp_path / "out")
 
 
-def test_yaml_s_own_nan(llama, data, tmp_path):
+def test_a_weight_of_nan_in_a_yaml_file_is_refused(llama, data, tmp_path, monkeypatch, no_model_loads):
+    from llamafactory.train.tuner import run_exp
+
     path = tmp_path / "x.yaml"
     runs.write_yaml(path, runs.arguments(llama, data, tmp_path / "out", stage="lmtp2"))
     path.write_text(path.read_text().replace('"stage"', '"head_weight": .nan, "stage"'))
-    result = runs.cli("train", str(path), check=False)
-    assert result.returncode != 0
-    assert result.stderr.splitlines()[-1].endswith("a number of 0 or more: write for instance head_weight: 0.1.")
+    monkeypatch.setattr(sys, "argv", ["train", str(path)])
+    with pytest.raises(LMTPError, match="a number of 0 or more: write for instance head_weight: 0.1."):
+        run_exp()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel runs here")

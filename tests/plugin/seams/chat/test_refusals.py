@@ -1,14 +1,12 @@
 """What chat refuses before a model loads, and engines that it leaves as they are."""
 
-import os
 import shutil
-import subprocess
-import sys
 import types
 
 import pytest
 from helpers import chat_models, tiny_models
 from helpers.chat_models import ask, chat_model
+from helpers.processes import python
 
 from lmtp_factory import LMTPError
 from lmtp_factory.plugin.chat import extend_engine
@@ -95,9 +93,6 @@ def test_an_unknown_engine_chats_without_heads(ending):
         "print(model.chat([{'role': 'user', 'content': 'hi'}])[0].response_length)\n"
         "ChatModel(args | {'lmtp_decode': 'backward'})\n"
     )
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", program, str(ending)], env=env, capture_output=True, text=True, timeout=180
-    )
+    result = python(program, str(ending), check=False)
     assert result.stdout.splitlines()[-1] == "5", result.stderr[-2000:]
     assert "llamafactory.chat.hf_engine" in result.stderr.splitlines()[-1]

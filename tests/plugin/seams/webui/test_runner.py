@@ -6,6 +6,7 @@ import sys
 import pytest
 import yaml
 from helpers import llamafactory_runs as runs
+from helpers.processes import python, started_ahead
 
 from lmtp_factory.plugin.stages import STAGE_LABELS
 from lmtp_factory.plugin.webui.fields import ALL_FIELDS
@@ -162,17 +163,15 @@ def test_a_real_refusal_is_found(llama, data, tmp_path):
     assert "Stage 1 trains only the heads" in first and first.endswith("frozen).")
 
 
-@pytest.mark.parametrize(
-    "edit",
-    [
-        "module.create_train_tab = lambda: None",  # noticed when the module is extended
-        "from lmtp_factory.plugin.webui import panel; panel.LMTPConfig = None",  # when the panel is built
-        "from lmtp_factory.plugin.webui import panel; panel.place_before = None",  # when it finds its place
-    ],
-)
-def test_a_board_that_does_not_fit_is_upstreams(edit, folder):
-    program = f"""
+@pytest.fixture(scope="module")
+def board_that_does_not_fit(request, tmp_path_factory):
+    """Boards in processes of their own, whose Train tab is edited before it is extended."""
+
+    def run(edit):
+        program = f"""
+import os
 import lmtp_factory.plugin.hooks as hooks
+os.chdir({str(tmp_path_factory.mktemp("board"))!r})
 extend = hooks._extend
 def edited(seam, module):
     if seam.name == "llamafactory.webui.components.train":
@@ -189,6 +188,21 @@ interface.create_ui()
 hooks.require_all()
 print([name for name, reason in hooks.attach_all(hooks.BOARD_SEAMS).items() if reason])
 """
-    result = runs.cli(sys.executable, "-c", program)
+        return python(program)
+
+    with started_ahead(request, "test_a_train_tab_that_does_not_fit_is_upstreams", run) as started:
+        yield started
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        "module.create_train_tab = lambda: None",  # noticed when the module is extended
+        "from lmtp_factory.plugin.webui import panel; panel.LMTPConfig = None",  # when the panel is built
+        "from lmtp_factory.plugin.webui import panel; panel.place_before = None",  # when it finds its place
+    ],
+)
+def test_a_train_tab_that_does_not_fit_is_upstreams(edit, board_that_does_not_fit):
+    result = board_that_does_not_fit[edit,].result()
     assert "LLaMA Board goes on without it" in result.stderr
     assert result.stdout.splitlines()[-1] == "['llamafactory.webui.components.train']"
