@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from helpers import chat_models, tiny_data, tiny_models
+from helpers import chat_models, distillation, tiny_data, tiny_models
 from helpers import llamafactory_runs as runs
 
 
@@ -59,13 +59,13 @@ def no_model_loads(monkeypatch):
 @pytest.fixture(scope="session")
 def endless(tmp_path_factory):
     """A heads export whose answers go on for ever."""
-    return chat_models.endless(tmp_path_factory.mktemp("models") / "endless")
+    return chat_models.save_endless(tmp_path_factory.mktemp("models") / "endless")
 
 
 @pytest.fixture(scope="session")
 def ending(tmp_path_factory):
     """A heads export whose answers end."""
-    return chat_models.ending(tmp_path_factory.mktemp("models") / "ending")
+    return chat_models.save_ending(tmp_path_factory.mktemp("models") / "ending")
 
 
 @pytest.fixture
@@ -100,3 +100,19 @@ def adapter(llama, data, stage1, tmp_path_factory):
     output = tmp_path_factory.mktemp("runs") / "adapter"
     runs.train(llama, data, output, stage="lmtp2", finetuning_type="lora", stage1_pretrained_path=str(stage1))
     return output
+
+
+@pytest.fixture(scope="session")
+def distill_model(tmp_path_factory):
+    """Directory of a tiny model to distill from."""
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    distillation.save_model(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def prompts_file(tmp_path_factory):
+    """Fourteen prompts."""
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    distillation.save_prompts(path)
+    return path

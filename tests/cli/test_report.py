@@ -28,7 +28,7 @@ def rows(tmp_path):
     return path
 
 
-def test_the_command(model, rows, tmp_path, capsys):
+def test_report_command(model, rows, tmp_path, capsys):
     attach_heads(model, LMTPConfig(offsets=(2, 4), base_model="base"), stage=2).save_pretrained(tmp_path / "heads")
     plain = model.config.name_or_path
     assert (

@@ -40,11 +40,11 @@ def peaks(*offsets, height=20.0, candidates=13):
 
 
 @pytest.mark.parametrize("offsets", [(2, 3, 6), (3, 5, 7), (5, 6, 13)])
-def test_clear_heads_one_by_one(offsets):
+def test_offsets_of_clear_heads_are_found_one_by_one(offsets):
     assert decide(hits(peaks(*offsets))) == offsets
 
 
-def test_one_head():
+def test_the_offset_of_a_single_head():
     assert decide(hits(peaks(3, candidates=5))) == (3,)
 
 
@@ -61,12 +61,12 @@ def test_one_head():
         (peaks(1, 3, 5), r"The heads predict \+1, \+3, \+5, but the offsets of leap heads rise"),
     ],
 )
-def test_what_is_refused(rates, sentence):
+def test_rates_that_fit_no_offsets_are_refused(rates, sentence):
     with pytest.raises(LMTPError, match=sentence):
         decide(hits(rates))
 
 
-def test_chance_is_refused():
+def test_rates_of_chance_are_refused():
     """Heads that know nothing: each head's best is best by chance, and so is the stride that fits best."""
     answers = 0
     for seed in range(40):

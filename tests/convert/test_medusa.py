@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.third_party import foreign_logits, medusa_tensors, write_checkpoint
+from helpers.third_party import medusa_tensors, third_party_logits, write_checkpoint
 from safetensors.torch import load_file
 
 from lmtp_factory import load_model
@@ -38,10 +38,10 @@ def test_adjacent_heads(heads, config, base_model, tmp_path):
     assert len(logits) == 5
     for i in range(5):
         blocks = [(f"{i}.{j}.linear.weight", f"{i}.{j}.linear.bias") for j in range(2)]
-        torch.testing.assert_close(logits[i], foreign_logits(tensors, states, blocks, f"{i}.2.weight"))
+        torch.testing.assert_close(logits[i], third_party_logits(tensors, states, blocks, f"{i}.2.weight"))
 
 
-def test_they_are_adjacent(heads, config, rows_file, tmp_path, capsys):
+def test_medusa_heads_are_measured_as_adjacent(heads, config, rows_file, tmp_path, capsys):
     checkpoint = write_checkpoint(tmp_path / "checkpoint", medusa_tensors(heads), config, MEDUSA_FILE)
     assert command(checkpoint, tmp_path / "out", "--text", rows_file) == 0
     assert "offsets 2,3,4,5,6" in capsys.readouterr().out
@@ -56,7 +56,7 @@ def test_they_are_adjacent(heads, config, rows_file, tmp_path, capsys):
         (["--offsets", "2,3,6"], (2, 3, 6)),
     ],
 )
-def test_a_leap_subset(options, offsets, heads, config, tmp_path):
+def test_a_subset_of_medusa_heads_leaps(options, offsets, heads, config, tmp_path):
     checkpoint = write_checkpoint(tmp_path / "checkpoint", medusa_tensors(heads), config, MEDUSA_FILE)
     assert command(checkpoint, tmp_path / "out", *options) == 0
     imported = load_model(str(tmp_path / "out")).leap_heads
@@ -104,7 +104,7 @@ def test_heads_that_read_the_lm_head(heads, config, base_model, tmp_path):
     assert model.leap_heads.config.head_kind == "shared"
     states = base_model.model(torch.arange(40, 60)[None]).last_hidden_state
     blocks = [(f"1.{j}.linear.weight", f"1.{j}.linear.bias") for j in range(2)]
-    expected = foreign_logits(tensors | {"lm_head": base_model.lm_head.weight}, states, blocks, "lm_head")
+    expected = third_party_logits(tensors | {"lm_head": base_model.lm_head.weight}, states, blocks, "lm_head")
     torch.testing.assert_close(model.leap_heads.logits(states, model.lm_head)[1], expected)
 
 

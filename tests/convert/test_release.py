@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from helpers import tiny_data, tiny_models
-from helpers.third_party import foreign_logits, release_tensors, write_checkpoint
+from helpers.third_party import release_tensors, third_party_logits, write_checkpoint
 from safetensors.torch import load_file
 
 from lmtp_factory import load_model
@@ -35,7 +35,7 @@ def test_logits_are_the_checkpoint_s_own(heads, base, base_model, tmp_path):
     assert len(logits) == 3
     for i in range(3):
         blocks = [(f"heads.heads.{i}.resblock.0.l_proj.weight", f"heads.heads.{i}.resblock.0.l_proj.bias")]
-        expected = foreign_logits(tensors, states, blocks, f"heads.heads.{i}.lm_head.weight")
+        expected = third_party_logits(tensors, states, blocks, f"heads.heads.{i}.lm_head.weight")
         torch.testing.assert_close(logits[i], expected)
         assert not torch.allclose(logits[i], model.lm_head(states), atol=1e-2)
     config = model.leap_heads.config

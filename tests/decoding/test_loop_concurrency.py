@@ -49,13 +49,13 @@ def test_heads_beside_an_unmerged_adapter(leap, tmp_path):
     assert without.tolist() != output.tolist()
 
 
-def test_prompt_tuning_is_left_to_stock(leap, tmp_path, caplog):
+def test_prompt_tuning_falls_back(leap, tmp_path, caplog):
     model = adapted(leap, tmp_path, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     reason = "its inputs are prepared by another library, as in prompt tuning"
     assert_left_to_stock(model, reason, caplog, input_ids=prompt(), max_new_tokens=8, **GREEDY)
 
 
-def test_threads_that_ask_for_different_things(leap):
+def test_threads_with_different_requests(leap):
     model, outputs = leap(), {}
     expected = [stock(model, prompt(seed=seed), max_new_tokens=24, **GREEDY) for seed in range(4)]
 
@@ -74,7 +74,7 @@ def test_threads_that_ask_for_different_things(leap):
     assert all(torch.equal(outputs[seed][0], expected[seed]) for seed in range(4))
 
 
-def test_threads_that_are_a_model_s_first(leap):
+def test_the_first_calls_of_a_model_may_come_from_several_threads(leap):
     """They prove at once that it takes trees, and one of them fails in the middle."""
     model, outputs, together = copy.deepcopy(leap("mistral")), {}, threading.Barrier(6)
     model.__dict__.pop("_takes_trees", None)

@@ -30,7 +30,7 @@ from lmtp_factory.decoding.stats import DecodeStats
 
 
 @pytest.mark.parametrize("plan", ["chain", "dynamic"])
-def test_every_token_as_the_end_of_the_sequence(leap, plan):
+def test_any_generated_token_may_be_the_end_token(leap, plan):
     """Wherever the end comes in a branch: nothing follows it."""
     model, inputs = leap(), {"input_ids": prompt()}
     (tokens,) = after_prompt(stock(model, **inputs, max_new_tokens=20, **GREEDY), inputs)
@@ -78,7 +78,7 @@ def test_the_default_length(leap):
     assert output.shape[1] == 9 + 20
 
 
-def test_the_end_may_not_come_too_early(leap):
+def test_min_new_tokens(leap):
     model, inputs = leap(), {"input_ids": prompt()}
     (tokens,) = after_prompt(stock(model, **inputs, max_new_tokens=20, **GREEDY), inputs)
     for least in (1, 5, 11):
@@ -106,7 +106,7 @@ def test_stop_strings(leap, tokenizer, rows):
         assert not any(string in text[:-3] for string in strings)
 
 
-def test_a_context_used_up(leap):
+def test_generation_stops_where_the_context_ends(leap):
     """GPT-2 has a table of 48 positions: trees may not look beyond it, and the last place can be reached."""
     model = leap("gpt2")
     for plan in TREES.values():

@@ -77,7 +77,7 @@ from lmtp_factory.plugin.chat import Reader
     ],
     ids=str,
 )
-def test_calls_that_need_every_forward(leap, reason, kwargs, caplog):
+def test_calls_that_need_every_forward_fall_back(leap, reason, kwargs, caplog):
     output = assert_left_to_stock(
         leap("llama", "eager"), reason, caplog, prompt(), max_new_tokens=6, **GREEDY, **kwargs
     )
@@ -94,11 +94,11 @@ def test_calls_that_need_every_forward(leap, reason, kwargs, caplog):
     ],
     ids=str,
 )
-def test_other_ways_to_search_are_none_of_our_business(leap, kwargs, caplog):
+def test_beam_and_assisted_search_fall_back(leap, kwargs, caplog):
     assert_left_to_stock(leap(), OTHER_SEARCH, caplog, prompt(), max_new_tokens=8, **GREEDY, **kwargs)
 
 
-def test_beams_that_sample(leap):
+def test_sampling_beam_search_falls_back_and_takes_its_seed(leap):
     outputs = []
     for decode in ("off", "auto"):
         torch.manual_seed(0)
@@ -107,7 +107,7 @@ def test_beams_that_sample(leap):
     assert torch.equal(*outputs)
 
 
-def test_with_an_assistant_and_as_one(leap, caplog):
+def test_a_model_with_heads_is_assisted_and_assists(leap, caplog):
     """The assistant crops the cache that we hand back."""
     model = leap()
     other = copy.deepcopy(model)
@@ -129,7 +129,7 @@ def test_with_an_assistant_and_as_one(leap, caplog):
     ],
     ids=lambda kwargs: next(iter(kwargs)),
 )
-def test_processors_that_know_rows_by_number(leap, kwargs, caplog):
+def test_processors_that_index_rows_get_the_whole_batch(leap, kwargs, caplog):
     reason = "a logits processor wants the whole batch"
     assert_left_to_stock(leap(), reason, caplog, **padded([9, 5]), max_new_tokens=8, **GREEDY, **kwargs)
     assert_as_stock(leap(), prompt(), max_new_tokens=8, **GREEDY, **kwargs)
@@ -182,7 +182,7 @@ def test_processors_and_criteria_of_others_get_the_whole_batch(leap, name, argum
         assert output.shape[1] == 15 and output[0, 12:].tolist() == [0] * 3
 
 
-def test_a_row_of_its_own_is_a_whole_batch(leap):
+def test_custom_processors_of_a_single_row_do_not_fall_back(leap):
     kwargs = {"logits_processor": [nothing], "stopping_criteria": [AtLength()]}
     output, _ = assert_as_stock(leap(), prompt(), max_new_tokens=20, **kwargs, **GREEDY)
     assert output.shape[1] == 15
@@ -221,7 +221,7 @@ ROW_SAFE_BY_READING = {"WhisperTimeStampLogitsProcessor", "BarkEosPrioritizerLog
 
 
 @pytest.mark.parametrize("part", ROW_SAFE, ids=lambda part: type(part).__name__)
-def test_what_is_shown_rows_one_by_one_does_not_care(part):
+def test_row_safe_processors_and_criteria_give_the_same_row_by_row(part):
     generator = torch.Generator().manual_seed(0)
     for length in (9, 14, 15, 16):
         ids = torch.randint(40, (3, length), generator=generator)
@@ -231,7 +231,7 @@ def test_what_is_shown_rows_one_by_one_does_not_care(part):
         assert torch.equal(torch.cat([rows[1], rows[2], rows[0]]), whole)
 
 
-def test_every_processor_and_criterion_of_transformers_has_been_looked_at():
+def test_every_processor_and_criterion_of_transformers_is_classified():
     """A new one has to be put on one of the lists."""
     defined = set()
     for module, base in ((logits_process, LogitsProcessor), (stopping_criteria, StoppingCriteria)):
@@ -242,7 +242,7 @@ def test_every_processor_and_criterion_of_transformers_has_been_looked_at():
     assert defined == row_safe | whole_batch and not row_safe & whole_batch
 
 
-def test_the_chat_s_own_criterion_stays_fast(leap):
+def test_the_chat_s_own_criterion_does_not_fall_back(leap):
     assert_as_stock(
         leap(), **padded([9, 5]), max_new_tokens=8, eos_token_id=355, stopping_criteria=[Reader()], **GREEDY
     )
@@ -253,7 +253,7 @@ class AtLength(StoppingCriteria):
         return torch.full((len(input_ids),), input_ids.shape[1] >= 15)
 
 
-def test_rows_that_nothing_pads(leap, caplog):
+def test_rows_that_end_early_without_a_padding_token_fall_back(leap, caplog):
     reason = "rows of a batch end by a criterion of their own and there is no end-of-sequence token to pad with"
     kwargs = {"stopping_criteria": [AtLength()], "max_new_tokens": 9} | GREEDY
     assert_left_to_stock(leap(), reason, caplog, **padded([9, 5]), **kwargs)
@@ -262,7 +262,7 @@ def test_rows_that_nothing_pads(leap, caplog):
 
 
 @pytest.mark.parametrize("name", ["output_scores", "output_logits"])
-def test_scores_of_rows_that_end_before_others(leap, name, caplog):
+def test_scores_of_rows_that_end_before_others_fall_back(leap, name, caplog):
     """Stock goes on scoring their padding."""
     model, inputs, kwargs = leap(), padded([9, 5]), {name: True, "return_dict_in_generate": True} | GREEDY
     end = int(stock(model, **inputs, max_new_tokens=9, **GREEDY)[0, 13])
@@ -272,7 +272,7 @@ def test_scores_of_rows_that_end_before_others(leap, name, caplog):
     decoded(model, prompt(), max_new_tokens=9, eos_token_id=end, **kwargs)
 
 
-def test_caches_that_cannot_go_back(leap, caplog):
+def test_an_unknown_cache_falls_back(leap, caplog):
     kind = type("Unknown", (DynamicCache,), {})
     support.say_once.cache_clear()
     stats = DecodeStats()
@@ -283,7 +283,7 @@ def test_caches_that_cannot_go_back(leap, caplog):
     assert torch.equal(output, stock(leap(), prompt(), **kwargs))
 
 
-def test_gpus_in_step(leap, caplog, tmp_path):
+def test_synced_gpus_fall_back(leap, caplog, tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
         kwargs = {"synced_gpus": True, "max_new_tokens": 6} | GREEDY
@@ -306,7 +306,7 @@ ROPES = {
 
 
 @pytest.mark.parametrize("kind", ROPES)
-def test_rotary_embeddings_that_change_with_the_length(leap, kind, caplog):
+def test_rotary_embeddings_that_change_with_the_length_fall_back_beyond_it(leap, kind, caplog):
     """Up to the length where they do it is decoded; a tree that looks beyond is not let near it."""
     model = leap("llama", rope_parameters=ROPES[kind], max_position_embeddings=24 if kind == "dynamic" else 48)
     reason = "generation may pass the length at which this model's rotary embedding changes"
@@ -321,7 +321,7 @@ def test_rotary_embeddings_that_change_with_the_length(leap, kind, caplog):
     assert_left_to_stock(model, reason, caplog, prompt(), position_ids=late, max_new_tokens=6, **GREEDY)
 
 
-def test_models_that_cannot_be_sped_up(leap):
+def test_reasons_that_would_take_another_machine_or_model(leap):
     """What would take another machine or another model to run, by the words alone."""
     model = leap()
     config = SimpleNamespace(
@@ -366,7 +366,7 @@ def small(kind, config_kind, **config):
     ],
     ids=["openai-gpt"],
 )
-def test_models_whose_forward_takes_no_trees(build, caplog):
+def test_models_whose_forward_takes_no_tree_fall_back(build, caplog):
     """They are found out by trying."""
     reason = "a tree-masked forward does not match sequential forwards"
     assert_left_to_stock(build(), reason, caplog, prompt(), max_new_tokens=8, **GREEDY)
@@ -374,7 +374,7 @@ def test_models_whose_forward_takes_no_trees(build, caplog):
     assert_left_to_stock(build(), reason, caplog, **padded([9, 4]), max_new_tokens=8, **GREEDY)
 
 
-def test_dropout_does_not_spoil_the_trial(leap):
+def test_a_trial_under_dropout_is_not_remembered_in_eval_mode(leap):
     model = copy.deepcopy(leap("llama", attention_dropout=0.9))
     model.__dict__.pop("_takes_trees", None)
     model.train()
@@ -399,7 +399,7 @@ def test_dropout_is_left_to_stock_with_its_random_numbers(leap):
     assert stats.stock_reason == "a tree-masked forward does not match sequential forwards"
 
 
-def test_an_error_while_trying_is_not_remembered(leap):
+def test_an_error_during_the_trial_is_not_remembered(leap):
     """A device may have been out of memory."""
     model, stats = copy.deepcopy(leap()), DecodeStats()
     model.__dict__.pop("_takes_trees", None)
@@ -415,7 +415,7 @@ def test_an_error_while_trying_is_not_remembered(leap):
     assert_as_stock(model, prompt(), max_new_tokens=8, **GREEDY)
 
 
-def test_another_attention_is_tried_anew(leap, monkeypatch):
+def test_every_attention_implementation_gets_a_trial_of_its_own(leap, monkeypatch):
     """One that ignores its mask says nothing about others, nor others about it."""
     model, stats = copy.deepcopy(leap()), DecodeStats()
     model.__dict__.pop("_takes_trees", None)
@@ -451,7 +451,7 @@ def test_gradient_checkpointing_in_train_mode(leap, before, caplog):
 
 
 @pytest.mark.parametrize("rows", [1, 2])
-def test_a_plan_wider_than_the_vocabulary(leap, rows):
+def test_trees_wider_than_the_vocabulary(leap, rows):
     """Candidates end with the vocabulary; a static tree that names ranks beyond it was measured on another model."""
     model = leap("llama", vocab_size=9, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     inputs, kwargs = {"input_ids": prompt(rows, 6) % 7 + 2}, {"max_new_tokens": 12} | GREEDY

@@ -34,8 +34,8 @@ def test_a_base_model_continues_the_plain_text(tokenizer, with_template):
     assert list(ids) == tokenizer("tell me")["input_ids"]
 
 
-def test_all_end_tokens_are_found(tiny, tokenizer):
-    assert chat.stop_token_ids(str(tiny), tokenizer) == (2, *range(40, len(tokenizer), 20))
+def test_all_end_tokens_are_found(distill_model, tokenizer):
+    assert chat.stop_token_ids(str(distill_model), tokenizer) == (2, *range(40, len(tokenizer), 20))
 
 
 def test_a_model_without_an_end_token(tmp_path, tokenizer):

@@ -25,11 +25,11 @@ def write_prompt(number):
 
 
 @pytest.fixture
-def scripted(tiny, tmp_path, tokenizer):
+def scripted(distill_model, tmp_path, tokenizer):
     """Distill self-written prompts with a given engine; returns the rows."""
     # the words of the script would contain some of the tiny model's many end tokens
     model = tmp_path / "model"
-    shutil.copytree(tiny, model)
+    shutil.copytree(distill_model, model)
     (model / "generation_config.json").unlink()
 
     def run(engine, num_prompts, max_prompt_tokens=120):

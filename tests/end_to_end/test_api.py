@@ -15,7 +15,7 @@ import httpx
 import pytest
 from helpers import chat_models
 from helpers import llamafactory_runs as runs
-from helpers.chat_models import chat_model, soon
+from helpers.chat_models import chat_model, eventually
 
 
 TOKENS = 40
@@ -147,7 +147,7 @@ def test_a_client_that_goes_away(server, expected):
         meanwhile = pool.submit(server.stream, second)
         assert meanwhile.result() == expected[second].streamed
         gone.result()
-    told = soon(lambda: server.told("Stopped an answer that nobody reads any more"))
+    told = eventually(lambda: server.told("Stopped an answer that nobody reads any more"))
     assert len(told) == 1 and int(re.search(r"(\d+) tokens", told[0])[1]) < LONG / 2
     check(server.ask(first), expected[first])
     assert server.stream(second) == expected[second].streamed

@@ -50,7 +50,7 @@ def screenshots(tmp_path_factory):
 @pytest.fixture(scope="module")
 def speaking(tmp_path_factory):
     """A heads export that speaks English."""
-    return chat_models.speaking(tmp_path_factory.mktemp("models") / "speaking")
+    return chat_models.save_english_speaking(tmp_path_factory.mktemp("models") / "speaking")
 
 
 @pytest.fixture(scope="module")
@@ -100,13 +100,13 @@ def set_up(page, model, data, stage, output):
 def run(page, output):
     """Start, and wait for the end of the run that writes to ``output``."""
     page.press("start_btn")
-    board_page.soon(lambda: (output / "train_results.json").is_file(), "to the end of training", TRAINS_WITHIN)
+    board_page.eventually(lambda: (output / "train_results.json").is_file(), "to the end of training", TRAINS_WITHIN)
     page.says(page.alert("info_finished"), 30)
     page.settle()
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
-def test_the_whole_job(open_page, folder, llama, data, language):
+def test_training_export_and_chat_by_clicking(open_page, folder, llama, data, language):
     page = open_page(language)
     set_up(page, llama, data, STAGE1, f"warm_{language}")
     assert (page.value("finetuning_type"), page.value("learning_rate")) == ("full", "1e-3")
@@ -140,7 +140,7 @@ def test_the_whole_job(open_page, folder, llama, data, language):
     page.press("export_btn")
     page.settle()
     page.shoot("export")
-    board_page.soon(lambda: (folder / f"export_{language}" / "lmtp" / "config.json").is_file(), "an export", 60)
+    board_page.eventually(lambda: (folder / f"export_{language}" / "lmtp" / "config.json").is_file(), "an export", 60)
 
     page.load_model()
     page.fill("max_new_tokens", 40)
@@ -185,14 +185,14 @@ def test_typed_values_stay_and_the_reach_is_told(open_page):
     assert page.value("learning_rate") == "2e-4" and page.value("finetuning_type") == "full"
     assert page.value("lmtp_reach") == "+1, +3, +5, +7"
     page.fill("num_heads", 2)
-    board_page.soon(lambda: page.value("lmtp_reach") == "+1, +3, +5", "the reach of two heads")
+    board_page.eventually(lambda: page.value("lmtp_reach") == "+1, +3, +5", "the reach of two heads")
     page.fill("num_heads", "")
-    board_page.soon(lambda: page.value("lmtp_reach") == "+1, +3, +5, +7", "the reach of three heads")
+    board_page.eventually(lambda: page.value("lmtp_reach") == "+1, +3, +5, +7", "the reach of three heads")
     page.fill("leap_offsets", "6,3")
     page.says("leap_offsets is 6,3")
     assert page.value("lmtp_reach") == ""
     page.fill("leap_offsets", "")
-    board_page.soon(lambda: page.value("lmtp_reach") == "+1, +3, +5, +7", "the reach of three heads")
+    board_page.eventually(lambda: page.value("lmtp_reach") == "+1, +3, +5, +7", "the reach of three heads")
     assert not page.tab.get_by_text("leap_offsets is").is_visible()
 
 
@@ -204,7 +204,7 @@ def test_arguments_are_saved_and_loaded(open_page, folder, llama, data):
     page.enter("config_path", "lmtp.yaml")
     page.press("arg_save_btn")
     page.says("lmtp.yaml")
-    board_page.soon(lambda: (folder / "llamaboard_config" / "lmtp.yaml").is_file(), "saved arguments")
+    board_page.eventually(lambda: (folder / "llamaboard_config" / "lmtp.yaml").is_file(), "saved arguments")
 
     page = open_page()
     page.enter("config_path", "lmtp.yaml")

@@ -42,7 +42,7 @@ def deepspeed(name: str) -> str:
         ("zero3", "lmtp2", "full", "shared"),
     ],
 )
-def test_losses_equal_one_process(zero, stage, method, kind, llama, data, tmp_path):
+def test_losses_of_two_processes_equal_those_of_one(zero, stage, method, kind, llama, data, tmp_path):
     run = {"stage": stage, "finetuning_type": method, "head_kind": kind, **GLOBAL_BATCH}
     run |= {"train_lm_head": True} if (zero, method) == ("zero3", "lora") else {}
     alone = runs.train(llama, data, tmp_path / "one", per_device_train_batch_size=4, **run)
@@ -77,7 +77,7 @@ def wide_llama(tmp_path_factory):
 
 
 @pytest.mark.parametrize("zero", [*(pytest.param(zero, marks=pytest.mark.slow) for zero in (None, "zero2")), "zero3"])
-def test_hidden_states_from_the_cache(zero, wide_llama, tmp_path):
+def test_two_processes_train_from_the_hidden_state_cache(zero, wide_llama, tmp_path):
     llama, data = wide_llama, tmp_path / "data"
     tiny_data.save_dataset(data, rows=400)
     run = {"head_kind": "shared", **GLOBAL_BATCH}

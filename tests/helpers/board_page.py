@@ -66,8 +66,8 @@ class Page:
         self.tab.get_by_role("tab").first.wait_for()
         # The page asks for saved settings when it is loaded, and comes in the language that was chosen last; what is
         # filled in before would be lost.
-        self.language = soon(self._language, "a language")
-        soon(lambda: self.value("output_dir"), "an output name")
+        self.language = eventually(self._language, "a language")
+        eventually(lambda: self.value("output_dir"), "an output name")
         self.choose("lang", language)
         self.language = language
         self.tab.get_by_text(self.text("dataset_dir")).first.wait_for()
@@ -126,7 +126,7 @@ class Page:
         chosen = (
             "(input, value) => input.value === value || input.parentElement.parentElement.innerText.includes(value)"
         )
-        soon(lambda: field.evaluate(chosen, value), f"{value} as {name}")
+        eventually(lambda: field.evaluate(chosen, value), f"{value} as {name}")
 
     def enter(self, name: str, value: str) -> None:
         """Type into a dropdown what it may not offer."""
@@ -181,7 +181,7 @@ class Page:
             self.tab.screenshot(path=path, full_page=True, clip=clip)
 
 
-def soon(condition, what: str, seconds: float = 20):
+def eventually(condition, what: str, seconds: float = 20):
     """The condition's value once it holds."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):

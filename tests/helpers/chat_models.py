@@ -21,17 +21,17 @@ PROMPT = (
 LENGTH = 4096
 
 
-def endless(directory: str | Path) -> Path:
+def save_endless(directory: str | Path) -> Path:
     """A heads export whose answers never end by themselves: up to 4,000 tokens, in circles after a while."""
-    return _talker(directory, ends=False)
+    return _save_answering_model(directory, ends=False)
 
 
-def ending(directory: str | Path) -> Path:
+def save_ending(directory: str | Path) -> Path:
     """One whose answer to the first question ends after some 20 tokens."""
-    return _talker(directory, ends=True)
+    return _save_answering_model(directory, ends=True)
 
 
-def speaking(directory: str | Path) -> Path:
+def save_english_speaking(directory: str | Path) -> Path:
     """One that says in English what the tiny dataset taught it."""
     directory = tiny_models.save_llama(directory, hidden_size=64, intermediate_size=128)
     tokenizer, model = tiny_data.build_tokenizer(), AutoModelForCausalLM.from_pretrained(directory)
@@ -54,7 +54,7 @@ def _learn(model, parameters, batch, steps: int) -> None:
         optimizer.zero_grad()
 
 
-def _talker(directory: str | Path, ends: bool) -> Path:
+def _save_answering_model(directory: str | Path, ends: bool) -> Path:
     directory = tiny_models.save_llama(directory, max_position_embeddings=LENGTH)
     tokenizer = tiny_data.build_tokenizer()
     stops = tokenizer.convert_tokens_to_ids(["<|im_end|>", tiny_data.EOS, tiny_data.PAD])
@@ -94,7 +94,7 @@ def chat_model(model, **args):
     return ChatModel({key: str(value) if isinstance(value, os.PathLike) else value for key, value in args.items()})
 
 
-def soon(condition, seconds: float = 20):
+def eventually(condition, seconds: float = 20):
     """The condition's value once it holds; answers finish in other threads."""
     deadline = time.monotonic() + seconds
     while not (value := condition()) and time.monotonic() < deadline:

@@ -1,4 +1,4 @@
-"""Foreign checkpoints as other programs write them, and what their heads compute by the formula."""
+"""Checkpoints as other programs write them, and what their heads compute by the formula."""
 
 import json
 from collections.abc import Sequence
@@ -11,10 +11,10 @@ from torch import Tensor
 from lmtp_factory import LeapHeads
 
 
-def foreign_logits(
+def third_party_logits(
     tensors: dict[str, Tensor], states: Tensor, blocks: Sequence[tuple[str, str]], unembed: str
 ) -> Tensor:
-    """Logits of one foreign head by the formula, from its own tensors: blocks are names of (weight, bias)."""
+    """Logits of one head by the formula, from its own tensors: blocks are names of (weight, bias)."""
     for weight, bias in blocks:
         states = states + torch.nn.functional.silu(states @ tensors[weight].T + tensors[bias])
     return states @ tensors[unembed].T

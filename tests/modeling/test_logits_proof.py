@@ -103,14 +103,14 @@ def test_models_that_cannot_run_are_refused():
         prove_logits(headless)
 
 
-def test_two_words_are_enough():
+def test_a_vocabulary_of_two_words_is_enough():
     prove_logits(llama(vocab_size=2))
 
 
 @pytest.mark.parametrize(
     "make", [gemma3, qwen_vl, lambda: llama(attention_dropout=0.5)], ids=["gemma3", "qwen-vl", "llama"]
 )
-def test_it_leaves_no_trace(make):
+def test_the_proof_leaves_the_model_as_it_was(make):
     model = make()
     model.train()
     model.base_model.eval()  # a mixture
@@ -133,7 +133,7 @@ def test_it_leaves_no_trace(make):
     assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_it_leaves_no_trace_of_a_refusal():
+def test_a_refusal_leaves_the_model_as_it_was():
     model = granite(8.0).train()
     with pytest.raises(LMTPError):
         prove_logits(model)
@@ -141,7 +141,7 @@ def test_it_leaves_no_trace_of_a_refusal():
 
 
 @pytest.mark.parametrize("target", ["all-linear", "lm_head"])
-def test_behind_peft(target):
+def test_adapters_are_looked_through(target):
     config = LoraConfig(
         task_type="CAUSAL_LM", target_modules="all-linear", modules_to_save=["lm_head"] if target == "lm_head" else None
     )
@@ -158,7 +158,7 @@ def test_fp32_layers_that_are_trained_in_a_half_precision_model():
     attach_heads(model, stage=2)
 
 
-def test_an_lm_head_in_8_bits():
+def test_an_lm_head_in_8_bits_is_proved():
     bitsandbytes = pytest.importorskip("bitsandbytes")
     for model, refused in ((llama(), False), (granite(8.0), True)):
         dense = model.lm_head

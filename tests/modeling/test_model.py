@@ -60,7 +60,7 @@ def _saved(model):
 
 @pytest.mark.parametrize("stage", [None, 1, 2])
 @pytest.mark.parametrize("how", COPIES)
-def test_copies(how, stage):
+def test_copies_keep_heads_and_losses(how, stage):
     model = attach_heads(llama(), LMTPConfig(offsets=(2, 4)), stage=stage, head_weight=0.3)
     with torch.no_grad():
         for parameter in model.leap_heads.parameters():

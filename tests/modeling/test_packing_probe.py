@@ -42,7 +42,7 @@ def test_a_running_state_is_found_out(make, dtype):
 
 
 @pytest.mark.parametrize("words", [2, 3, 7, 80, 81, 159])
-def test_few_words_are_enough(words):
+def test_a_small_vocabulary_is_enough(words):
     assert keeps_documents_apart(with_heads(tiny_models.llama(vocab_size=words)))
     assert not keeps_documents_apart(with_heads(tiny_models.falcon_h1(vocab_size=words)))
 

@@ -117,7 +117,7 @@ CONFIGURATION = [
 
 
 @pytest.mark.parametrize(("overrides", "message"), CONFIGURATION, ids=[str(c[0]) for c in CONFIGURATION])
-def test_configuration(overrides, message, llama, data, tmp_path, no_model_loads):
+def test_keys_that_do_not_work_are_refused_in_one_sentence(overrides, message, llama, data, tmp_path, no_model_loads):
     with pytest.raises(LMTPError, match=re.escape(message)) as caught:
         runs.train(llama, data, tmp_path, **overrides)
     sentence = str(caught.value)
@@ -141,12 +141,12 @@ def test_a_weight_of_nan_in_a_yaml_file_is_refused(llama, data, tmp_path, monkey
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel runs here")
-def test_a_kernel_that_the_device_cannot_run(llama, data, tmp_path, no_model_loads):
+def test_a_kernel_that_the_device_cannot_run_is_refused(llama, data, tmp_path, no_model_loads):
     with pytest.raises(LMTPError, match="lmtp_loss: triton needs a CUDA device and Triton, and this is cpu"):
         runs.train(llama, data, tmp_path, lmtp_loss="triton")
 
 
-def test_deepspeed_without_torchrun(llama, data, tmp_path, no_model_loads):
+def test_deepspeed_without_torchrun_is_refused_on_the_last_line(llama, data, tmp_path, no_model_loads):
     config = tmp_path / "zero2.json"
     config.write_text('{"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": "auto"}')
     result = runs.cli(
@@ -157,19 +157,19 @@ def test_deepspeed_without_torchrun(llama, data, tmp_path, no_model_loads):
     assert "FORCE_TORCHRUN=1 llamafactory-cli train" in result.stderr.splitlines()[-1]
 
 
-def test_megatron(llama, data, tmp_path, monkeypatch, no_model_loads):
+def test_megatron_is_refused(llama, data, tmp_path, monkeypatch, no_model_loads):
     monkeypatch.setenv("USE_MCA", "1")
     with pytest.raises(LMTPError, match="do not run on Megatron"):
         runs.train(llama, data, tmp_path)
 
 
-def test_output_dir_that_cannot_be_written(llama, data, tmp_path, no_model_loads):
+def test_an_output_dir_that_cannot_be_written_is_refused(llama, data, tmp_path, no_model_loads):
     (tmp_path / "file").write_text("")
     with pytest.raises(LMTPError, match=r"output_dir .*file/out cannot be written \(Not a directory\)"):
         runs.train(llama, data, tmp_path / "file" / "out")
 
 
-def test_stage_two_with_another_stride(llama, data, stage1, tmp_path, no_model_loads):
+def test_stage_two_with_other_heads_than_stage_one_is_refused(llama, data, stage1, tmp_path, no_model_loads):
     run = {"stage": "lmtp2", "finetuning_type": "lora", "stage1_pretrained_path": str(stage1)}
     for wrong, message in [
         ({"leap_stride": 3}, "leap_stride 3, the heads have 2"),
@@ -187,7 +187,7 @@ def test_a_directory_without_heads_is_refused_unless_it_is_the_output(llama, dat
         runs.train(llama, data, tmp_path / "out", stage1_pretrained_path=str(tmp_path / "empty"))
 
 
-def test_heads_of_another_model(data, stage1, tmp_path, no_model_loads):
+def test_heads_of_another_model_are_refused(data, stage1, tmp_path, no_model_loads):
     other = tiny_models.save_llama(tmp_path / "other", hidden_size=16, head_dim=4)
     run = {"stage": "lmtp2", "finetuning_type": "lora", "stage1_pretrained_path": str(stage1)}
     with pytest.raises(
@@ -196,7 +196,7 @@ def test_heads_of_another_model(data, stage1, tmp_path, no_model_loads):
         runs.train(other, data, tmp_path / "out", **run)
 
 
-def test_heads_of_another_tokenizer(llama, data, stage1, tmp_path, no_model_loads):
+def test_heads_of_another_tokenizer_are_refused(llama, data, stage1, tmp_path, no_model_loads):
     other = tmp_path / "other"
     shutil.copytree(llama, other)
     tokenizer = json.loads((other / "tokenizer.json").read_text())
@@ -209,7 +209,7 @@ def test_heads_of_another_tokenizer(llama, data, stage1, tmp_path, no_model_load
 
 
 @pytest.mark.parametrize("damage", ["truncated", "no weights", "no config", "broken config"])
-def test_damaged_heads(damage, llama, data, stage1, tmp_path, no_model_loads):
+def test_damaged_heads_are_refused(damage, llama, data, stage1, tmp_path, no_model_loads):
     broken = tmp_path / "broken"
     shutil.copytree(stage1 / "lmtp", broken / "lmtp")
     weights, config = broken / "lmtp" / "model.safetensors", broken / "lmtp" / "config.json"
@@ -226,12 +226,12 @@ def test_damaged_heads(damage, llama, data, stage1, tmp_path, no_model_loads):
         runs.train(llama, data, tmp_path / "out", **run)
 
 
-def test_dataset_without_a_target_for_the_last_head(llama, data, tmp_path, no_model_loads):
+def test_a_dataset_without_a_target_for_the_last_head_is_refused(llama, data, tmp_path, no_model_loads):
     with pytest.raises(LMTPError, match="No training example has a valid target 300 tokens ahead"):
         runs.train(llama, data, tmp_path, leap_offsets="2,300", cutoff_len=512)
 
 
-def test_fsdp(llama, data, tmp_path, monkeypatch, no_model_loads):
+def test_fsdp_is_refused(llama, data, tmp_path, monkeypatch, no_model_loads):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(LMTPError, match="do not run with fsdp"):
         runs.train(llama, data, tmp_path)

@@ -48,7 +48,7 @@ def test_free_verification_cuts_nothing(observed):
     assert tau == pytest.approx(tau_of_dynamic(observed, [12])[12])
 
 
-def test_dear_verification_drafts_nothing(observed):
+def test_expensive_verification_drafts_nothing(observed):
     dear = TreeConfig("dynamic", 12, cost=CostCurve({1: 1.0, 2: 2.5, 64: 200.0}))
     assert rate_of_cut_trees(observed, dear, draft_cost=0.0) == (1.0, 1.0)
 

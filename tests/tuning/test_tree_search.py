@@ -8,7 +8,7 @@ from lmtp_factory.tuning.tree_search import measured, plan_of, table, weigh
 
 
 @pytest.mark.parametrize(("curve", "kind"), [({1: 1.0, 2: 3.0, 64: 90.0}, "none"), ({1: 1.0, 64: 1.0}, None)])
-def test_the_device_decides(observed, curve, kind):
+def test_the_costs_of_the_device_decide(observed, curve, kind):
     costs = StepCosts(CostCurve(curve), draft=0.01)
     options = weigh(observed, costs)
     best = max(options, key=lambda option: option.tokens_per_second)

@@ -7,7 +7,6 @@ import pytest
 import torch
 from helpers import llamafactory_runs as runs
 from helpers import tiny_data, tiny_models
-from transformers import AutoConfig
 
 from lmtp_factory.errors import LMTPError
 from lmtp_factory.modeling import model_facts
@@ -196,16 +195,6 @@ def test_rounding_alone_stays_below_what_is_allowed(precision, tmp_path, data, m
         < rounding_error(torch.bfloat16, 80)
         < 0.1
     )
-
-
-def test_facts_of_a_hub_snapshot_are_those_of_the_files_it_links_to(llama, tmp_path):
-    config = AutoConfig.from_pretrained(llama)
-    for path in llama.iterdir():
-        (tmp_path / path.name).symlink_to(path)
-    assert model_facts.model_facts(str(tmp_path), config) == model_facts.model_facts(str(llama), config)
-    assert list(model_facts.model_facts("org/name", config)) == ["configuration"]
-    config._commit_hash = "abc"
-    assert model_facts.model_facts("org/name", config)["commit"] == "abc"
 
 
 @pytest.mark.parametrize(

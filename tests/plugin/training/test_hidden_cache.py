@@ -126,7 +126,7 @@ def test_a_document_is_the_callers_own(cache, states):
     assert_holds(cache, states)
 
 
-def test_no_documents(tmp_path):
+def test_a_cache_of_no_documents(tmp_path):
     cache = HiddenCache.open(tmp_path, CachePlan([], 4), FACTS)
     assert cache.missing() == [] and cache.plan.bytes == 0
 

@@ -209,7 +209,7 @@ def test_evaluating_a_finished_stage(llama, data, stage1, tmp_path):
         assert scored[f"eval_loss_head_{head}"] == pytest.approx(expected[f"eval_loss_head_{head}"], rel=1e-4)
 
 
-def test_streaming(llama, data, tmp_path):
+def test_a_streamed_dataset_trains(llama, data, tmp_path):
     entries = runs.train(
         llama, data, tmp_path, streaming=True, preprocessing_num_workers=None, dataloader_num_workers=1
     )
@@ -217,7 +217,7 @@ def test_streaming(llama, data, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["own", "shared"])
-def test_qlora(kind, data, tmp_path):
+def test_qlora_trains_backbone_and_heads(kind, data, tmp_path):
     pytest.importorskip("bitsandbytes")
     model = tiny_models.save_llama(tmp_path / "model", hidden_size=64, intermediate_size=128, head_dim=16)
     run = {"stage": "lmtp2", "finetuning_type": "lora", "quantization_bit": 4, "head_kind": kind, "max_steps": 8}

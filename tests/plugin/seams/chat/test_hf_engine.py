@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import chat_models
 from helpers import llamafactory_runs as runs
-from helpers.chat_models import ask, chat_model, soon, stream
+from helpers.chat_models import ask, chat_model, eventually, stream
 from transformers import GenerationMixin
 
 from lmtp_factory import LMTPError
@@ -166,7 +166,7 @@ def test_a_stream_that_nobody_reads_stops(endless, lines):
     assert [next(texts) for _ in range(3)]
     texts.close()
     del texts
-    told = soon(lambda: next((line for line in lines if line.startswith("Stopped an answer")), None))
+    told = eventually(lambda: next((line for line in lines if line.startswith("Stopped an answer")), None))
     assert told and int(re.search(r"(\d+) tokens", told)[1]) < 2000
     assert (ask(model), stream(model)) == before
 

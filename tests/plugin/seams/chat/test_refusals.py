@@ -23,7 +23,7 @@ def refused(message: str, model, **args) -> None:
 
 @pytest.mark.parametrize("decode", ["auto", "backward"])
 @pytest.mark.parametrize("damage", ["truncated", "no weights", "broken config", "broken tree"])
-def test_damaged_heads(damage, decode, ending, tmp_path, no_model_loads):
+def test_damaged_heads_are_refused(damage, decode, ending, tmp_path, no_model_loads):
     broken = shutil.copytree(ending, tmp_path / "broken")
     weights = broken / "lmtp" / "model.safetensors"
     if damage == "truncated":
@@ -42,13 +42,13 @@ def test_damaged_heads_do_not_matter_where_they_are_off(ending, expected, tmp_pa
     assert ask(chat_model(broken, lmtp_decode="off")) == expected[FIRST]
 
 
-def test_heads_of_another_model(stage1, tmp_path, no_model_loads):
+def test_heads_of_another_model_are_refused(stage1, tmp_path, no_model_loads):
     other = tiny_models.save_llama(tmp_path / "other", hidden_size=16, head_dim=4)
     refused(r"belong to .*tiny-llama \(hidden size 32\), not to .*other", other, stage1_pretrained_path=stage1)
 
 
 @pytest.mark.parametrize("decode", ["backward", "forward"])
-def test_no_heads(decode, llama, no_model_loads):
+def test_a_strategy_without_heads_is_refused(decode, llama, no_model_loads):
     refused(f"lmtp_decode: {decode} asks for leap heads, but neither", llama, lmtp_decode=decode)
 
 

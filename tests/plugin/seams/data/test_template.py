@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from helpers.distillation import SYSTEM, build_tokenizer, distill, read_rows, save_model, save_prompts
+from helpers.distillation import SYSTEM, build_tokenizer, distill, read_rows, save_prompts
 
 from lmtp_factory.distill.dataset import write_dataset
 from lmtp_factory.distill.rows import format_ids, parse_ids
@@ -53,31 +53,23 @@ def assert_same_tokens(examples, rows):
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """Directory of the tiny model."""
-    directory = tmp_path_factory.mktemp("models") / "tiny"
-    save_model(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
 def tokenizer():
     return build_tokenizer()
 
 
 @pytest.fixture(scope="module")
-def distilled(tiny, tmp_path_factory):
+def distilled(distill_model, tmp_path_factory):
     """Rows sampled from the tiny model, and their directory."""
     directory = tmp_path_factory.mktemp("distilled")
     save_prompts(directory / "prompts.jsonl")
     options = ["--max-new-tokens", 24, "--temperature", 1, "--keep-truncated", "--name", "own"]
-    distill(tiny, "--prompts", directory / "prompts.jsonl", "--output-dir", directory, *options)
+    distill(distill_model, "--prompts", directory / "prompts.jsonl", "--output-dir", directory, *options)
     return directory, read_rows(directory / "own.jsonl")
 
 
-def test_training_tokens_equal_the_rows_tokens(tiny, distilled, tmp_path, tokenizer):
+def test_training_tokens_equal_the_rows_tokens(distill_model, distilled, tmp_path, tokenizer):
     directory, rows = distilled
-    examples, loaded = load(tiny, directory, "own", tmp_path)
+    examples, loaded = load(distill_model, directory, "own", tmp_path)
     assert_same_tokens(examples, rows)
 
     # the rows have a default system text, both finish reasons, and text that tokenizes to other ids
@@ -92,18 +84,18 @@ def test_training_tokens_equal_the_rows_tokens(tiny, distilled, tmp_path, tokeni
     assert len(loaded) == len(tokenizer)
 
 
-def test_an_end_of_turn_is_kept_and_none_is_added(tiny, distilled, tmp_path):
+def test_an_end_of_turn_is_kept_and_none_is_added(distill_model, distilled, tmp_path):
     directory, rows = distilled
-    examples, loaded = load(tiny, directory, "own", tmp_path)
+    examples, loaded = load(distill_model, directory, "own", tmp_path)
     for example, row in zip(examples, rows, strict=True):
         ends = [2, *range(40, len(loaded), 20)]
         assert (example["labels"][-1] in ends) == (row["finish_reason"] == "stop")
         assert not set(example["labels"][:-1]) & set(ends)
 
 
-def test_packed_documents_are_whole(tiny, distilled, tmp_path):
+def test_packed_documents_are_whole(distill_model, distilled, tmp_path):
     directory, rows = distilled
-    examples, _ = load(tiny, directory, "own", tmp_path, packing=True, neat_packing=True, cutoff_len=256)
+    examples, _ = load(distill_model, directory, "own", tmp_path, packing=True, neat_packing=True, cutoff_len=256)
     found = set()
     for example in examples:
         documents = {}
@@ -134,7 +126,7 @@ def test_tokens_of_a_real_model(smollm2, tmp_path):
         ({"prompt_ids": "5 6", "output_ids": "5 2"}, {"default_system": "Be brief."}, "default_system"),
     ],
 )
-def test_rows_that_are_not_ids_are_refused(tiny, tmp_path, row, options, message):
+def test_rows_that_are_not_ids_are_refused(distill_model, tmp_path, row, options, message):
     write_dataset(tmp_path, "wrong", [row])
     with pytest.raises(LMTPError, match=message):
-        load(tiny, tmp_path, "wrong", tmp_path, **options)
+        load(distill_model, tmp_path, "wrong", tmp_path, **options)

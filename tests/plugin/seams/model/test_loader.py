@@ -15,13 +15,6 @@ from lmtp_factory.modeling.checkpoint import load_heads
 
 
 @pytest.fixture(scope="module")
-def adapter(llama, data, stage1, tmp_path_factory):
-    output = tmp_path_factory.mktemp("runs") / "adapter"
-    runs.train(llama, data, output, stage="lmtp2", finetuning_type="lora", stage1_pretrained_path=str(stage1))
-    return output
-
-
-@pytest.fixture(scope="module")
 def adapter_with_lm_head(llama, data, stage1, tmp_path_factory):
     output = tmp_path_factory.mktemp("runs") / "adapter"
     runs.train(
