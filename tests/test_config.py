@@ -4,9 +4,11 @@ import copy
 import pickle
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoConfig
 
-from lmtp_factory import LMTPConfig, LMTPError
+from lmtp_factory import LMTPConfig, LMTPError, geometry
 
 
 @pytest.mark.parametrize(
@@ -66,3 +68,35 @@ def test_it_survives_being_written_and_read(tmp_path):
             other.base_model,
         )
         assert facts == ((1, 2, 3, 6), 2, "shared", 8, 32, "b")
+
+
+rising = st.lists(st.integers(2, 40), min_size=1, max_size=6, unique=True).map(sorted)
+
+
+@given(rising)
+def test_config_keeps_the_full_offsets(extra):
+    config = LMTPConfig(offsets=extra)
+    assert config.offsets == (1, *extra)
+    assert LMTPConfig(offsets=config.offsets).offsets == config.offsets
+    assert config.num_heads == len(extra)
+    assert config.stride == geometry.stride((1, *extra))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_heads": 0}, "at least one extra head"),
+        ({"stride": 0}, "leap_stride is 0"),
+        ({"offsets": (2, 2)}, "have to rise"),
+        ({"offsets": (3, 2)}, "have to rise"),
+        ({"offsets": ()}, "empty"),
+        ({"offsets": (0, 3)}, "have to rise"),
+        ({"offsets": (2, 3, 6), "num_heads": 2}, "names 3 heads but num_heads says 2"),
+        ({"offsets": (2, 3, 6), "stride": 2}, "does not leap by"),
+        ({"head_kind": "both"}, "head_kind is 'both'"),
+        ({"head_layers": 0}, "head_layers is 0"),
+    ],
+)
+def test_impossible_configs_are_refused(arguments, message):
+    with pytest.raises(LMTPError, match=message):
+        LMTPConfig(**arguments)

@@ -5,8 +5,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmtp_factory import geometry
-from lmtp_factory.config import LMTPConfig
-from lmtp_factory.errors import LMTPError
 
 
 rising = st.lists(st.integers(2, 40), min_size=1, max_size=6, unique=True).map(sorted)
@@ -50,41 +48,3 @@ def test_every_depth_is_covered_by_the_nearest_state(extra):
     for outside in (0, geometry.reach(offsets) + 1):
         with pytest.raises(ValueError, match="outside"):
             geometry.lookback(outside, offsets)
-
-
-@given(rising)
-def test_config_keeps_the_full_offsets(extra):
-    config = LMTPConfig(offsets=extra)
-    assert config.offsets == (1, *extra)
-    assert LMTPConfig(offsets=config.offsets).offsets == config.offsets
-    assert config.num_heads == len(extra)
-    assert config.stride == geometry.stride((1, *extra))
-
-
-def test_config_defaults_and_round_trip(tmp_path):
-    assert LMTPConfig().offsets == (1, 3, 5, 7)
-    config = LMTPConfig(offsets=(2, 3, 6), head_layers=2, head_kind="shared", base_model="some/model")
-    config.save_pretrained(tmp_path)
-    loaded = LMTPConfig.from_pretrained(tmp_path)
-    assert (loaded.offsets, loaded.head_layers, loaded.head_kind) == ((1, 2, 3, 6), 2, "shared")
-    assert loaded.base_model == "some/model"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"num_heads": 0}, "at least one extra head"),
-        ({"stride": 0}, "leap_stride is 0"),
-        ({"offsets": (2, 2)}, "have to rise"),
-        ({"offsets": (3, 2)}, "have to rise"),
-        ({"offsets": ()}, "empty"),
-        ({"offsets": (0, 3)}, "have to rise"),
-        ({"offsets": (2, 3, 6), "num_heads": 2}, "names 3 heads but num_heads says 2"),
-        ({"offsets": (2, 3, 6), "stride": 2}, "does not leap by"),
-        ({"head_kind": "both"}, "head_kind is 'both'"),
-        ({"head_layers": 0}, "head_layers is 0"),
-    ],
-)
-def test_impossible_configs_are_refused(arguments, message):
-    with pytest.raises(LMTPError, match=message):
-        LMTPConfig(**arguments)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
+from helpers import tiny_models
 
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "stage_throughput.py"
@@ -16,7 +16,7 @@ ARMS = ("stage 1, naive", "stage 1", "stage 1, cached", "stage 2", "LoRA SFT")
 
 @pytest.mark.slow
 def test_both_stages(tmp_path):
-    model = tiny.tiny_llama(tmp_path / "model")
+    model = tiny_models.save_llama(tmp_path / "model")
     rows = [{"prompt_ids": "40 41 42", "output_ids": " ".join("50" for _ in range(4 + 9 * i))} for i in range(6)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     numbers, plot = tmp_path / "stages.json", tmp_path / "stages.png"

@@ -4,24 +4,10 @@ import subprocess
 import sys
 
 import pytest
-from tiny_chat_model import distill, save_model, save_prompts
+from helpers.distillation import distill
 
 from lmtp_factory.cli import distill as cli
 from lmtp_factory.errors import LMTPError
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("models") / "tiny"
-    save_model(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def prompts_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
-    save_prompts(path)
-    return path
 
 
 @pytest.mark.parametrize(
@@ -40,7 +26,7 @@ def prompts_file(tmp_path_factory):
         ([], "No tokenizer"),
     ],
 )
-def test_mistakes(options, words, tmp_path):
+def test_wrong_options_are_refused_before_a_model_loads(options, words, tmp_path):
     with pytest.raises(LMTPError) as error:
         distill(tmp_path / "no-model", "--output-dir", tmp_path / "out", *options)
     sentence = str(error.value)
@@ -59,34 +45,34 @@ def test_mistakes(options, words, tmp_path):
         (["--prompts", "p.json", "--dataset", "d"], "not allowed with"),
     ],
 )
-def test_mistakes_that_the_parser_finds(options, words, capsys):
+def test_wrong_numbers_are_refused_by_the_parser(options, words, capsys):
     with pytest.raises(SystemExit):
         distill("model", *options)
     assert words in capsys.readouterr().err
 
 
-def test_a_broken_dataset_info_is_found_before_generating(tiny, prompts_file, tmp_path, monkeypatch):
+def test_a_broken_dataset_info_is_found_before_generating(distill_model, prompts_file, tmp_path, monkeypatch):
     (tmp_path / "dataset_info.json").write_text("{")
     monkeypatch.setattr(cli, "_engine", None)
     with pytest.raises(LMTPError, match="dataset_info.json"):
-        distill(tiny, "--prompts", prompts_file, "--output-dir", tmp_path)
+        distill(distill_model, "--prompts", prompts_file, "--output-dir", tmp_path)
 
 
-def test_an_output_dir_that_cannot_be_made(tiny, prompts_file, tmp_path):
+def test_an_output_dir_that_cannot_be_made(distill_model, prompts_file, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(LMTPError, match="--output-dir"):
-        distill(tiny, "--prompts", prompts_file, "--output-dir", tmp_path / "file" / "out")
+        distill(distill_model, "--prompts", prompts_file, "--output-dir", tmp_path / "file" / "out")
 
 
-def test_no_prompt_fits(tiny, prompts_file, tmp_path):
+def test_no_prompt_fits(distill_model, prompts_file, tmp_path):
     with pytest.raises(LMTPError, match="--max-prompt-tokens"):
-        distill(tiny, "--prompts", prompts_file, "--output-dir", tmp_path, "--max-prompt-tokens", 3)
+        distill(distill_model, "--prompts", prompts_file, "--output-dir", tmp_path, "--max-prompt-tokens", 3)
 
 
-def test_filters_that_leave_nothing(tiny, prompts_file, tmp_path, capsys):
+def test_filters_that_leave_nothing(distill_model, prompts_file, tmp_path, capsys):
     options = ["--max-new-tokens", 4, "--name", "n", "--output-dir", tmp_path]
     with pytest.raises(LMTPError, match="No row passes"):
-        distill(tiny, "--prompts", prompts_file, *options)
+        distill(distill_model, "--prompts", prompts_file, *options)
     assert "14 too short" in capsys.readouterr().out
     assert not (tmp_path / "n.jsonl").exists()
 

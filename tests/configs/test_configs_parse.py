@@ -4,9 +4,9 @@ import contextlib
 import re
 
 import pytest
-import tiny
 import torch
-from recipes import CONFIGS, KINDS, MODELS, ROOT, STAND_INS, read, stand_in
+from helpers import tiny_data
+from helpers.recipes import CONFIGS, KINDS, MODELS, ROOT, STAND_INS, read, stand_in
 from transformers import AutoConfig
 from transformers.integrations import HfTrainerDeepSpeedConfig, unset_hf_deepspeed_config
 
@@ -22,7 +22,7 @@ GEOMETRY = ("num_heads", "leap_stride", "head_layers", "head_kind")
 def bases(tmp_path_factory):
     """Tiny stand-ins, and ``data``."""
     directory = tmp_path_factory.mktemp("bases")
-    tiny.tiny_dataset(directory / "data")
+    tiny_data.save_dataset(directory / "data")
     return {name: model.save(directory / name) for name, model in STAND_INS.items()} | {"data": directory / "data"}
 
 

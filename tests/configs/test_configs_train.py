@@ -1,23 +1,15 @@
 """Every file under ``configs/`` does its work: stage 1, stage 2 and export on a tiny model of that architecture."""
 
-import contextlib
 import json
-import math
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import pytest
-import tiny
 import torch
-from recipes import KINDS, MODELS, SMALL, STAND_INS, read, stand_in
+from helpers.recipes import KINDS, MODELS, STAND_INS, check_losses, heads_in, read, steps, train_and_export, weights_in
 from safetensors.torch import load_file
 
-
-WEIGHTS = ("*.safetensors", "*model*.bin")
 
 LOAD_EXPORTS = """
 import json, sys, torch
@@ -34,33 +26,6 @@ for path in sys.argv[1:]:
 """
 
 
-@dataclass(frozen=True)
-class Trained:
-    """What the three files of a model left on disk."""
-
-    base: Path
-    stage1: Path
-    stage2: Path
-    export: Path
-
-
-def train_and_export(
-    directory: Path, base: Path, s1: dict[str, Any], s2: dict[str, Any], merge: dict[str, Any]
-) -> Trained:
-    """Run both stages and the export in ``directory``, which the files' relative paths start from."""
-    from llamafactory.train.tuner import export_model, run_exp
-
-    data = directory / "data"
-    tiny.tiny_dataset(data)
-    torch.set_num_threads(1)
-    with contextlib.chdir(directory):
-        for keys in (s1, s2):
-            run_exp(stand_in(keys, base, data) | SMALL)
-        export_model(stand_in(merge, base))
-    written = (s1["output_dir"], s2["output_dir"], merge["export_dir"])
-    return Trained(base, *(directory / path for path in written))
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """Every model's three files, run once."""
@@ -70,35 +35,6 @@ def trained(tmp_path_factory):
         base = STAND_INS[model].save(directory / "base")
         results[model] = train_and_export(directory, base, *(read(kind, model) for kind in KINDS))
     return results
-
-
-def steps(output_dir: Path) -> list[dict[str, float]]:
-    """The training steps in ``trainer_log.jsonl``."""
-    lines = (output_dir / "trainer_log.jsonl").read_text(encoding="utf-8").splitlines()
-    return [entry for entry in map(json.loads, lines) if "loss" in entry]
-
-
-def weights_in(folder: Path) -> set[str]:
-    """Model weights below ``folder``."""
-    return {path.relative_to(folder).as_posix() for pattern in WEIGHTS for path in folder.rglob(pattern)}
-
-
-def heads_in(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "lmtp" / "model.safetensors")
-
-
-def check_losses(stage1: Path, stage2: Path) -> None:
-    """Every head's loss of both steps is finite and near that of a model that knows nothing."""
-    for folder, heads in ((stage1, range(1, 4)), (stage2, range(4))):
-        entries = steps(folder)
-        assert len(entries) == 2
-        for entry in entries:
-            assert {key for key in entry if "_head_" in key} == {
-                f"{m}_head_{i}" for m in ("loss", "acc") for i in heads
-            }
-            values = [entry["loss"], *(entry[f"loss_head_{i}"] for i in heads)]
-            assert all(math.isfinite(value) for value in values)
-            assert all(abs(value - math.log(tiny.MAX_VOCAB_SIZE)) < 1.5 for value in values[1:])
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -2,8 +2,7 @@
 
 import pytest
 import yaml
-from recipes import SMALL, STAND_INS, stand_in
-from test_configs_train import check_losses, heads_in, train_and_export, weights_in
+from helpers.recipes import SMALL, STAND_INS, check_losses, heads_in, stand_in, train_and_export, weights_in
 
 
 STAGE1 = """

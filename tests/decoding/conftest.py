@@ -3,36 +3,26 @@
 import functools
 
 import pytest
-import tiny
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GPT2Config, GPT2LMHeadModel
-from trials import randomise, stir
+from helpers import tiny_data, tiny_models
+from helpers.decoding import enlarge_weights
+from helpers.tiny_models import randomise_heads
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from lmtp_factory import LMTPConfig, attach_heads
 
 
 ARCHITECTURES = {
-    "llama": tiny.tiny_llama,
-    "llama-tied": functools.partial(tiny.tiny_llama, tie=True),
-    "qwen2": tiny.tiny_qwen2,
-    "qwen3": tiny.tiny_qwen3,
-    "mistral": tiny.tiny_mistral,
-    "gemma3-text": tiny.tiny_gemma3_text,
-    "gemma3-softcap": functools.partial(tiny.tiny_gemma3_text, final_logit_softcapping=2.0),
-    "gemma3": tiny.tiny_gemma3,
-    "gpt2": lambda directory, **config: GPT2LMHeadModel(
-        GPT2Config(**{"vocab_size": 400, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 48} | config)
-    ).save_pretrained(directory),
+    "llama": tiny_models.save_llama,
+    "llama-tied": functools.partial(tiny_models.save_llama, tie=True),
+    "qwen2": tiny_models.save_qwen2,
+    "qwen3": tiny_models.save_qwen3,
+    "mistral": tiny_models.save_mistral,
+    "gemma3-text": tiny_models.save_gemma3_text,
+    "gemma3-softcap": functools.partial(tiny_models.save_gemma3_text, final_logit_softcapping=2.0),
+    "gemma3": tiny_models.save_gemma3,
+    "gpt2": functools.partial(tiny_models.save_gpt2, n_positions=48),
 }
-
-
-@pytest.fixture(scope="package", autouse=True)
-def one_thread():
-    """Threads that wait for each other cost these tiny models more than they gain, on a busy machine most of all."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -58,13 +48,13 @@ def load(folder, attention="sdpa", heads=None):
     conditional = "Conditional" in AutoConfig.from_pretrained(folder).architectures[0]
     auto = AutoModelForImageTextToText if conditional else AutoModelForCausalLM
     model = auto.from_pretrained(folder, attn_implementation=attention).eval()
-    stir(model)
+    enlarge_weights(model)
     attach_heads(model, LMTPConfig(**heads or {}))
-    randomise(model)
+    randomise_heads(model)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
     return model
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return tiny.tiny_tokenizer()
+    return tiny_data.build_tokenizer()

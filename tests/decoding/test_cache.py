@@ -5,9 +5,9 @@ import random
 
 import pytest
 import torch
+from helpers.decoding import TREES, assert_as_stock, decoded, oracle, padded, prompt, stock
 from transformers import DynamicCache, GPT2Config, MistralConfig, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from trials import PLANS, check, decoded, oracle, padded, prompt, stock
 
 from lmtp_factory.decoding.cache import GrowingLayer, TreeCache, _Moves
 from lmtp_factory.decoding.stats import DecodeStats
@@ -236,7 +236,7 @@ def test_turns_of_a_conversation(leap, architecture, made_with):
             before = torch.zeros(1, expected.shape[1] - 9, dtype=torch.long)
             answer = torch.cat([before, expected[:, -9:]], dim=1)
             with oracle(answer, lambda row, place: (0, 1, None)[place % 3]):
-                ids, _ = decoded(model, ids, lmtp_tree=PLANS["dynamic"], **kwargs)
+                ids, _ = decoded(model, ids, lmtp_tree=TREES["dynamic"], **kwargs)
         turns.append(ids)
         return ids
 
@@ -264,7 +264,7 @@ def test_turns_of_a_batch_whose_rows_end_early(leap):
     seen = []
     for decode in ("off", "auto"):
         cache = DynamicCache(config=model.config)
-        kwargs = {"past_key_values": cache, "lmtp_decode": decode, "lmtp_tree": PLANS["dynamic"]} | settings
+        kwargs = {"past_key_values": cache, "lmtp_decode": decode, "lmtp_tree": TREES["dynamic"]} | settings
         with oracle(plain, lambda row, place: (0, 1, None)[(place + row) % 3]):
             first = model.generate(**inputs, max_new_tokens=20, **kwargs)
         length = cache.get_seq_length()
@@ -283,7 +283,7 @@ def test_past_key_values_of_the_output(leap, architecture):
     kwargs = {"return_dict_in_generate": True, "max_new_tokens": 15, "do_sample": False}
     theirs = stock(model, prompt(), **kwargs)
     with oracle(theirs.sequences):
-        ours, _ = decoded(model, prompt(), lmtp_tree=PLANS["chain"], **kwargs)
+        ours, _ = decoded(model, prompt(), lmtp_tree=TREES["chain"], **kwargs)
     assert type(ours) is type(theirs) and type(ours.past_key_values) is DynamicCache
     assert ours.past_key_values.get_seq_length() == theirs.past_key_values.get_seq_length() == 9 + 15 - 1
     for mine, expected in zip(ours.past_key_values.layers, theirs.past_key_values.layers):
@@ -304,7 +304,7 @@ def test_a_static_cache_from_call_to_call(leap, architecture):
         kwargs = {"cache_implementation": "static", "max_new_tokens": new, "do_sample": False}
         expected = stock(model, prompt(1, length), **kwargs)
         with oracle(expected, lambda row, place: (0, 0, 1, None)[place % 4]):
-            _, stats = check(model, prompt(1, length), **kwargs)
+            _, stats = assert_as_stock(model, prompt(1, length), **kwargs)
         assert stats.tau > 1.2
 
 

@@ -4,32 +4,32 @@ import ctypes
 import threading
 
 import pytest
-import tiny
 import torch
+from helpers import tiny_models
+from helpers.decoding import CHAIN, GREEDY, assert_as_stock, enlarge_weights, prompt
+from helpers.tiny_models import randomise_heads
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
-from trials import CHAIN, GREEDY, check, prompt, randomise, stir
 
 from lmtp_factory import attach_heads
 from lmtp_factory.decoding import cpu_prepacked
 from lmtp_factory.decoding.cpu_prepacked import can_prepack, int8_linear, prepacked
-from lmtp_factory.decoding.free_memory import free_in_cgroup
 
 
 @pytest.fixture
 def model(tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(tiny.tiny_llama(tmp_path)).eval()
-    stir(model)
+    model = AutoModelForCausalLM.from_pretrained(tiny_models.save_llama(tmp_path)).eval()
+    enlarge_weights(model)
     attach_heads(model)
-    randomise(model)
+    randomise_heads(model)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
     assert can_prepack(model)
     return model
 
 
 def generates_as_stock(model):
-    return check(model, prompt(), max_new_tokens=16, lmtp_tree=CHAIN, **GREEDY)[0].tolist()
+    return assert_as_stock(model, prompt(), max_new_tokens=16, lmtp_tree=CHAIN, **GREEDY)[0].tolist()
 
 
 def fused_adamw(model):
@@ -87,14 +87,14 @@ def test_changed_weights_are_used(model, change):
 
 
 def test_merged_and_unmerged_adapters_are_used(tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(tiny.tiny_llama(tmp_path))
-    stir(model)
+    model = AutoModelForCausalLM.from_pretrained(tiny_models.save_llama(tmp_path))
+    enlarge_weights(model)
     model.generation_config.eos_token_id = None
     torch.manual_seed(0)
     config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     model = get_peft_model(model, config)
     attach_heads(model)
-    randomise(model)
+    randomise_heads(model)
     model.eval()
     outputs = [generates_as_stock(model)]
     model.base_model.unmerge_adapter()  # nothing is merged: a warning, no change
@@ -222,39 +222,6 @@ def test_int8_follows_the_weight(model):
             assert not torch.equal(exact, rough)
             assert (exact - rough).norm() < 0.02 * exact.norm()
             unembedding.weight.data.copy_(unembedding.weight.data.flip(0))
-
-
-# Memory --------------------------------------------------------------------------------------------------------------
-
-
-def write_group(folder, limit, used, inactive, version):
-    folder.mkdir(parents=True, exist_ok=True)
-    names = {2: ("memory.max", "memory.current"), 1: ("memory.limit_in_bytes", "memory.usage_in_bytes")}[version]
-    (folder / names[0]).write_text(f"{limit}\n")
-    (folder / names[1]).write_text(f"{used}\n")
-    prefix = "" if version == 2 else "total_"
-    (folder / "memory.stat").write_text(f"anon 5\n{prefix}inactive_file {inactive}\n")
-
-
-def test_memory_left_in_control_groups(tmp_path):
-    membership = tmp_path / "cgroup"
-    membership.write_text("0::/outer/inner\n")
-    assert free_in_cgroup(tmp_path, membership) is None
-    write_group(tmp_path / "outer/inner", "max", 300, 0, version=2)
-    assert free_in_cgroup(tmp_path, membership) is None
-    write_group(tmp_path / "outer", 1000, 700, 50, version=2)
-    assert free_in_cgroup(tmp_path, membership) == 350
-    write_group(tmp_path / "outer/inner", 500, 300, 0, version=2)
-    assert free_in_cgroup(tmp_path, membership) == 200
-
-
-def test_memory_left_where_a_container_names_its_group_as_the_host_does(tmp_path):
-    membership = tmp_path / "cgroup"
-    membership.write_text("4:cpu,memory:/docker/0123\n0::/\n")
-    write_group(tmp_path / "memory", 900, 800, 100, version=1)
-    assert free_in_cgroup(tmp_path, membership) == 200
-    write_group(tmp_path / "memory", 900, 1200, 100, version=1)
-    assert free_in_cgroup(tmp_path, membership) == 0
 
 
 def test_a_model_without_room_is_not_packed(model, monkeypatch):

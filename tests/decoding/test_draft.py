@@ -5,9 +5,9 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.decoding import GEOMETRIES, TREES, decoded, oracle, padded, prompt, stock
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trials import GEOMETRIES, PLANS, decoded, oracle, padded, prompt, stock
 
 from lmtp_factory.decoding import draft as draft_module
 from lmtp_factory.decoding import tree_builder
@@ -122,7 +122,7 @@ def check_drafts(model, inputs, plan, monkeypatch, seed=0, new=16):
 @torch.no_grad()
 def test_candidates_are_the_heads_of_the_right_states(leap, geometry, heads, monkeypatch):
     model = leap(heads=GEOMETRIES[geometry] | HEADS[heads])
-    seen, stats = check_drafts(model, {"input_ids": prompt(1, 7)}, PLANS["dynamic"], monkeypatch)
+    seen, stats = check_drafts(model, {"input_ids": prompt(1, 7)}, TREES["dynamic"], monkeypatch)
     assert stats.tau > 1.3 and len(seen) == stats.steps
     offsets = model.leap_heads.config.offsets
     assert seen[0][1].tokens.shape[1] == offsets[-1] - 1
@@ -133,7 +133,7 @@ def test_candidates_are_the_heads_of_the_right_states(leap, geometry, heads, mon
 @torch.no_grad()
 def test_prompts_shorter_than_the_window(leap, geometry, length, monkeypatch):
     model = leap(heads=GEOMETRIES[geometry])
-    seen, _ = check_drafts(model, {"input_ids": prompt(1, length)}, PLANS["dynamic"], monkeypatch, new=9)
+    seen, _ = check_drafts(model, {"input_ids": prompt(1, length)}, TREES["dynamic"], monkeypatch, new=9)
     offsets = model.leap_heads.config.offsets
     possible = seen[0][1].probabilities[0, :, 0] > 0  # of the first draft
     sources = [min(o for o in offsets if o >= level + 1) - level for level in range(1, offsets[-1])]
@@ -145,7 +145,7 @@ def test_prompts_shorter_than_the_window(leap, geometry, length, monkeypatch):
 @torch.no_grad()
 def test_rows_of_a_batch_have_windows_of_their_own(leap, architecture, plan, monkeypatch):
     model = leap(architecture, heads=GEOMETRIES["stride 3"])
-    seen, _ = check_drafts(model, padded([2, 7, 1]), PLANS[plan], monkeypatch)
+    seen, _ = check_drafts(model, padded([2, 7, 1]), TREES[plan], monkeypatch)
     assert any(len(set(lengths.values())) > 1 for lengths, _ in seen)
 
 
@@ -163,7 +163,7 @@ def test_a_conversation_s_next_turn_starts_a_window_of_what_is_new(leap, monkeyp
 
     monkeypatch.setattr(tree_builder, "propose_candidates", recorded)
     kwargs = {"max_new_tokens": 9, "do_sample": False}
-    output, _ = decoded(model, ids, past_key_values=first.past_key_values, lmtp_tree=PLANS["dynamic"], **kwargs)
+    output, _ = decoded(model, ids, past_key_values=first.past_key_values, lmtp_tree=TREES["dynamic"], **kwargs)
     assert torch.equal(output, stock(model, ids, **kwargs))
     # Stride 3 reads the states 2, 1, 0 places back, twice over.
     assert (drafts[0].probabilities[0, :, 0] > 0).tolist() == [False, True, True, False, True, True]
@@ -183,7 +183,7 @@ def test_int8_heads_propose_nearly_the_same(leap, kind, monkeypatch):
         return quick
 
     monkeypatch.setattr(tree_builder, "propose_candidates", recorded)
-    decoded(model, prompt(), max_new_tokens=6, do_sample=False, lmtp_tree=PLANS["dynamic"])
+    decoded(model, prompt(), max_new_tokens=6, do_sample=False, lmtp_tree=TREES["dynamic"])
     assert drafts
     for quick, exact in drafts:
         of_token = torch.zeros_like(exact.probabilities).scatter(2, exact.tokens, exact.probabilities)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_chat_model import SYSTEM, distill, read_rows
+from helpers.distillation import SYSTEM, distill, read_rows
 
 from lmtp_factory.distill.engine import Request, Sampling
 from lmtp_factory.distill.hf_engine import HFEngine, group_batches
@@ -35,13 +35,13 @@ def greedy(model, ids, stops, limit):
     return output
 
 
-def test_greedy_rows_are_the_models_own_tokens(tiny, prompts_file, tmp_path, tokenizer):
+def test_greedy_rows_are_the_models_own_tokens(distill_model, prompts_file, tmp_path, tokenizer):
     options = ["--name", "g", "--output-dir", tmp_path, "--max-new-tokens", 20, "--keep-truncated"]
-    distill(tiny, "--prompts", prompts_file, *options)
+    distill(distill_model, "--prompts", prompts_file, *options)
     rows = sorted(read_rows(tmp_path / "g.raw.jsonl"), key=lambda row: row["id"])
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(distill_model, dtype=torch.float32)
     stops = {2, *range(40, len(tokenizer), 20)}
     assert [row["id"] for row in rows] == list(range(14))
     for row in rows:
@@ -54,8 +54,8 @@ def test_greedy_rows_are_the_models_own_tokens(tiny, prompts_file, tmp_path, tok
     assert kept and kept == [row for row in rows if row["id"] in {row["id"] for row in kept}]
 
 
-def test_sampling_depends_only_on_the_seed(tiny):
-    engine = HFEngine(str(tiny))
+def test_sampling_depends_only_on_the_seed(distill_model):
+    engine = HFEngine(str(distill_model))
     requests = [Request(number, (1, 30 + number)) for number in range(14)]
 
     def outputs(seed):

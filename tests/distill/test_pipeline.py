@@ -8,9 +8,9 @@ import sys
 import time
 
 import pytest
-from scripted_engine import ANSWER, ScriptedEngine
-from tiny_chat_model import distill as run_command
-from tiny_chat_model import read_rows
+from helpers.distillation import distill as run_command
+from helpers.distillation import read_rows
+from helpers.scripted_engine import ANSWER, ScriptedEngine
 
 from lmtp_factory.cli import distill as cli
 from lmtp_factory.distill.hf_engine import HFEngine
@@ -23,11 +23,11 @@ PROMPTS = ["tell me", "tell me", "tell me about tokens", "tell me about heads " 
 
 
 @pytest.fixture
-def scripted(tiny, tmp_path, tokenizer):
+def scripted(distill_model, tmp_path, tokenizer):
     """Distill with a scripted engine; returns the files and the engine."""
     # the words of the script would contain some of the tiny model's many end tokens
     model = tmp_path / "model"
-    shutil.copytree(tiny, model)
+    shutil.copytree(distill_model, model)
     (model / "generation_config.json").unlink()
 
     def run(prompts, **options):
@@ -76,10 +76,10 @@ class Interrupted(Exception):
     pass
 
 
-def test_a_resumed_run_writes_what_an_uninterrupted_one_writes(tiny, prompts_file, tmp_path, monkeypatch):
+def test_a_resumed_run_writes_what_an_uninterrupted_one_writes(distill_model, prompts_file, tmp_path, monkeypatch):
     options = ["--prompts", prompts_file, "--max-new-tokens", 16, "--temperature", 1, "--batch-size", 3]
     options += ["--keep-truncated", "--name", "d"]
-    run_command(tiny, "--output-dir", tmp_path / "whole", *options)
+    run_command(distill_model, "--output-dir", tmp_path / "whole", *options)
 
     generate_batch = HFEngine._generate_batch
     batches = []
@@ -91,7 +91,7 @@ def test_a_resumed_run_writes_what_an_uninterrupted_one_writes(tiny, prompts_fil
         return generate_batch(self, batch, *rest)
 
     monkeypatch.setattr(HFEngine, "_generate_batch", fail_at_third)
-    again = [tiny, "--output-dir", tmp_path / "parts", *options]
+    again = [distill_model, "--output-dir", tmp_path / "parts", *options]
     with pytest.raises(Interrupted):
         run_command(*again)
     journal = tmp_path / "parts" / "d.raw.jsonl"
@@ -116,12 +116,12 @@ def test_a_resumed_run_writes_what_an_uninterrupted_one_writes(tiny, prompts_fil
 
 
 @pytest.mark.slow
-def test_a_killed_run_is_resumed(tiny, prompts_file, tmp_path):
+def test_a_killed_run_is_resumed(distill_model, prompts_file, tmp_path):
     """A run killed twice while it writes rows ends with the rows of an undisturbed run."""
     options = ["--prompts", prompts_file, "--max-new-tokens", 200, "--temperature", 1, "--batch-size", 1, "--name", "d"]
-    run_command(tiny, "--output-dir", tmp_path / "whole", *options)
+    run_command(distill_model, "--output-dir", tmp_path / "whole", *options)
     code = "import sys; from lmtp_factory.cli import main; sys.exit(main())"
-    command = [sys.executable, "-c", code, "distill", tiny, "--output-dir", tmp_path / "killed", *options]
+    command = [sys.executable, "-c", code, "distill", distill_model, "--output-dir", tmp_path / "killed", *options]
     command = [str(argument) for argument in command]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     journal = tmp_path / "killed" / "d.raw.jsonl"

@@ -40,7 +40,7 @@ def contents(prompts):
     ],
 )
 @pytest.mark.parametrize("form", ["array", "lines"])
-def test_fields(tmp_path, entry, expected, form):
+def test_entries_of_every_form_are_read(tmp_path, entry, expected, form):
     path = write(tmp_path, json.dumps([entry], indent=1) if form == "array" else json.dumps(entry) + "\n\n")
     assert contents(prompts_from_file(path)) == [expected]
 

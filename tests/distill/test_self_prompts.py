@@ -3,9 +3,9 @@
 import shutil
 
 import pytest
-from scripted_engine import ANSWER, ScriptedEngine
-from tiny_chat_model import SYSTEM, read_rows
-from tiny_chat_model import distill as run_command
+from helpers.distillation import SYSTEM, read_rows
+from helpers.distillation import distill as run_command
+from helpers.scripted_engine import ANSWER, ScriptedEngine
 
 from lmtp_factory.distill.pipeline import Settings, distill
 from lmtp_factory.distill.rows import parse_ids
@@ -25,11 +25,11 @@ def write_prompt(number):
 
 
 @pytest.fixture
-def scripted(tiny, tmp_path, tokenizer):
+def scripted(distill_model, tmp_path, tokenizer):
     """Distill self-written prompts with a given engine; returns the rows."""
     # the words of the script would contain some of the tiny model's many end tokens
     model = tmp_path / "model"
-    shutil.copytree(tiny, model)
+    shutil.copytree(distill_model, model)
     (model / "generation_config.json").unlink()
 
     def run(engine, num_prompts, max_prompt_tokens=120):

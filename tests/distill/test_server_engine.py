@@ -7,8 +7,8 @@ import threading
 import time
 
 import pytest
-from tiny_chat_model import distill as run_command
-from tiny_chat_model import read_rows
+from helpers.distillation import distill as run_command
+from helpers.distillation import read_rows
 
 from lmtp_factory.distill import chat
 from lmtp_factory.distill.engine import Request, Sampling
@@ -150,7 +150,7 @@ def test_another_server_takes_over(tokenizer):
     assert len(good.requests) == 20
 
 
-def test_a_run_resumes_after_a_server_failed(tokenizer, tiny, prompts_file, tmp_path):
+def test_a_run_resumes_after_a_server_failed(tokenizer, distill_model, prompts_file, tmp_path):
     count = 0
 
     def answer(ids):
@@ -161,16 +161,20 @@ def test_a_run_resumes_after_a_server_failed(tokenizer, tiny, prompts_file, tmp_
         return ANSWER_IDS, "stop"
 
     settings = Settings(
-        model=str(tiny), name="s", output_dir=tmp_path, engine="server", prompts=prompts_from_file(prompts_file)
+        model=str(distill_model),
+        name="s",
+        output_dir=tmp_path,
+        engine="server",
+        prompts=prompts_from_file(prompts_file),
     )
 
     with FakeServer(answer) as server, pytest.raises(LMTPError, match=f"{server.url}.*finished rows are kept"):
-        engine = ServerEngine([server.url], tokenizer, model=str(tiny), concurrency=1, max_retries=0)
+        engine = ServerEngine([server.url], tokenizer, model=str(distill_model), concurrency=1, max_retries=0)
         distill(settings, tokenizer, lambda: engine)
     assert len(read_rows(tmp_path / "s.raw.jsonl")) == 6
     options = ["--prompts", prompts_file, "--name", "s", "--output-dir", tmp_path]
     with FakeServer(lambda ids: (ANSWER_IDS, "stop")) as server:
-        run_command(tiny, "--engine", "server", "--base-url", server.url, *options)
+        run_command(distill_model, "--engine", "server", "--base-url", server.url, *options)
     assert len(server.requests) == 14 - 6
     rows = read_rows(tmp_path / "s.jsonl")
     assert [row["id"] for row in rows] == list(range(14))

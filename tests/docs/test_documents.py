@@ -19,10 +19,9 @@ import runpy
 import sys
 from dataclasses import MISSING, fields
 
-import documents
 import pytest
-import tiny
-from documents import DOCUMENTS, README, README_ZH, ROOT
+from helpers import documents, tiny_models
+from helpers.documents import DOCUMENTS, README, README_ZH, ROOT
 from transformers import AutoConfig
 
 from lmtp_factory import LMTPConfig
@@ -47,11 +46,11 @@ COMMANDS = [command for block in BASH_BLOCKS for command in block.commands]
 def workplace(tmp_path_factory):
     """A folder with what the documents' YAML names: datasets, heads, an adapter and an export, all tiny."""
     folder = tmp_path_factory.mktemp("documents")
-    base = tiny.tiny_qwen2(folder / "base", tie=True)
+    base = tiny_models.save_qwen2(folder / "base", tie=True)
     text = AutoConfig.from_pretrained(base)
     heads = LeapHeads(LMTPConfig(3, 2, hidden_size=text.hidden_size, vocab_size=text.vocab_size))
     saves = folder / "saves" / "my_model"
-    tiny.tiny_qwen2(saves / "heads", tie=True)
+    tiny_models.save_qwen2(saves / "heads", tie=True)
     for name in ("stage1", "stage2", "heads"):
         save_heads(heads, saves / name / "lmtp")
     (saves / "stage2" / "adapter_config.json").write_text("{}")

@@ -16,11 +16,10 @@ import json
 import shutil
 import sys
 
-import documents
 import pytest
-import tiny
 import torch
-from documents import README, ROOT
+from helpers import documents, tiny_data, tiny_models
+from helpers.documents import README, ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lmtp_factory.cli import main as lmtp_cli
@@ -37,20 +36,20 @@ SMALL = {
     ("llamafactory-cli", "chat"): ["max_new_tokens=24", "do_sample=false"],
 }
 # Questions of the tiny dataset, made different from each other: distill asks a prompt once.
-TEXTS = [(f"{question} {number}", answer) for number, (question, answer) in enumerate(tiny.tiny_texts(60))]
+TEXTS = [(f"{question} {number}", answer) for number, (question, answer) in enumerate(tiny_data.texts(60))]
 pytestmark = pytest.mark.slow
 
 
 def teach(directory):
     """A tiny model of README's architecture that answers the questions of the tiny dataset and ends its answers."""
-    tiny.tiny_qwen2(directory, tie=True, hidden_size=64, intermediate_size=128)
+    tiny_models.save_qwen2(directory, tie=True, hidden_size=64, intermediate_size=128)
     settings = directory / "tokenizer_config.json"
     inputs = {"model_input_names": ["input_ids", "attention_mask"]}  # as Qwen's tokenizer: no token types
     settings.write_text(json.dumps(json.loads(settings.read_text()) | inputs))
     model, tokenizer = AutoModelForCausalLM.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
     asked = [[{"role": "user", "content": question}] for question, _ in TEXTS]
     prompts = [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in asked]
-    texts = [prompt + answer + tiny.EOS for prompt, (_, answer) in zip(prompts, TEXTS)]
+    texts = [prompt + answer + tiny_data.EOS for prompt, (_, answer) in zip(prompts, TEXTS)]
     batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
     labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)

@@ -5,8 +5,8 @@ import subprocess
 import sys
 
 import pytest
-import tiny
 import torch
+from helpers import tiny_models
 from transformers import AutoModelForCausalLM
 
 import lmtp_factory
@@ -46,7 +46,7 @@ print("forwards", len(forwards))
 
 @pytest.fixture
 def export(tmp_path):
-    path = tiny.tiny_qwen3(tmp_path / "export")
+    path = tiny_models.save_qwen3(tmp_path / "export")
     attach_heads(AutoModelForCausalLM.from_pretrained(path), LMTPConfig(num_heads=2)).save_pretrained(path)
     write_custom_generate(path)
     write_tree(TreeConfig("chain", 4), path / HEADS_FOLDER, Conditions("cpu", "float32", True), measured={})
@@ -75,7 +75,7 @@ def test_the_folder_holds_a_loader_and_its_requirement(export):
 
 
 def test_a_model_without_heads_is_told(tmp_path):
-    path = tiny.tiny_qwen3(tmp_path / "plain")
+    path = tiny_models.save_qwen3(tmp_path / "plain")
     write_custom_generate(path)
     model = AutoModelForCausalLM.from_pretrained(path)
     with pytest.raises(LMTPError, match="has no lmtp/ folder"):

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import tiny_models
+from helpers.tiny_models import llama, randomise_heads
 from safetensors.torch import load_file, save_file
-from tiny_random import llama
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForCausalLM
 
-from lmtp_factory import LeapHeads, LMTPError, attach_heads
-from lmtp_factory.modeling.checkpoint import load_heads, read_config, save_heads, validate_checkpoint
+from lmtp_factory import LeapHeads, LMTPConfig, LMTPError, attach_heads
+from lmtp_factory.modeling.checkpoint import find_heads, load_heads, read_config, save_heads, validate_checkpoint
 
 
 # Written by version 0.1.0: two heads at stride 3 on hidden size 8 and 32 words.
@@ -138,3 +139,63 @@ def test_other_floats_load(dtype, folder):
     weights = load_file(folder / "model.safetensors")
     save_file({name: tensor.to(dtype) for name, tensor in weights.items()}, folder / "model.safetensors")
     assert load_heads(folder.parent).dtype == dtype
+
+
+def test_heads_of_another_base_are_refused(tmp_path):
+    model = attach_heads(llama(), LMTPConfig(base_model="first"), stage=2)
+    save_heads(model.leap_heads, tmp_path / "lmtp")
+    other = AutoModelForCausalLM.from_pretrained(tiny_models.save_llama(tmp_path / "b", hidden_size=16, head_dim=4))
+    with pytest.raises(LMTPError, match=r"belong to first \(hidden size 32\), not to .*b \(hidden size 16\)"):
+        attach_heads(other, heads=load_heads(tmp_path))
+
+
+def test_damaged_heads_are_refused_before_they_load(tmp_path):
+    (tmp_path / "base").mkdir()
+    save_heads(attach_heads(llama()).leap_heads, tmp_path / "lmtp")
+    weights, config = tmp_path / "lmtp" / "model.safetensors", tmp_path / "lmtp" / "config.json"
+    validate_checkpoint(tmp_path / "lmtp")
+
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(LMTPError, match="truncated or damaged"):
+        validate_checkpoint(tmp_path / "lmtp")
+    weights.write_bytes(whole)
+
+    tensors = load_file(weights)
+    save_file({name: tensor for name, tensor in tensors.items() if ".2." not in name}, weights)
+    with pytest.raises(LMTPError, match="does not fit"):
+        load_heads(tmp_path)
+    weights.unlink()
+    with pytest.raises(LMTPError, match="is missing"):
+        validate_checkpoint(tmp_path / "lmtp")
+
+    config.write_text(config.read_text()[:40])
+    with pytest.raises(LMTPError, match="is damaged"):
+        validate_checkpoint(tmp_path / "lmtp")
+    config.unlink()
+    with pytest.raises(LMTPError, match="is missing"):
+        validate_checkpoint(tmp_path / "lmtp")
+    with pytest.raises(LMTPError, match="has no lmtp/ folder"):
+        load_heads(tmp_path / "base")
+    assert find_heads("no/such-model-anywhere") is None
+
+
+@pytest.mark.parametrize(
+    "fails", ["lmtp_factory.modeling.checkpoint.save_file", "lmtp_factory.LMTPConfig.save_pretrained"]
+)
+def test_a_full_disk_leaves_the_old_heads(fails, tmp_path, monkeypatch):
+    """Before the weights, and between them and their configuration."""
+    model = attach_heads(llama())
+    folder = tmp_path / "lmtp"
+    save_heads(model.leap_heads, folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    randomise_heads(model)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(fails, full)
+    with pytest.raises(OSError, match="No space left"):
+        save_heads(model.leap_heads, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["lmtp"]

@@ -1,88 +1,62 @@
-import logging
-
 import pytest
-import talkers
-import tiny
+
+
+class Board:
+    """The Board's components in this process, with nobody looking at them.
+
+    Attributes:
+        engine: upstream's.
+        blocks: what a browser would show.
+    """
+
+    def __init__(self):
+        from llamafactory.webui import interface
+
+        engines = []
+
+        class Engine(interface.Engine):
+            def __init__(self, *args, **kwargs):
+                super().__init__(*args, **kwargs)
+                engines.append(self)
+
+        upstream, interface.Engine = interface.Engine, Engine
+        try:
+            self.blocks = interface.create_ui()
+        finally:
+            interface.Engine = upstream
+        self.engine = engines[0]
+
+    def component(self, id):
+        return self.engine.manager.get_elem_by_id(id)
+
+    def data(self, stage: str, **values) -> dict:
+        """What a button of the Train tab gets: its inputs' values, some of them changed (``top__lang="en"``)."""
+        fixed = dict(
+            train__training_stage=stage, train__dataset=["tiny"], train__output_dir="run", train__config_path="saved.yaml"
+        )  # fmt: skip
+        return self._inputs("preview_train", fixed | values)
+
+    def evaluation_data(self, **values) -> dict:
+        """The same for the Evaluate tab."""
+        return self._inputs("preview_eval", values)
+
+    def _inputs(self, handler: str, values: dict) -> dict:
+        fixed = dict(top__lang="en", top__model_name="Custom", top__model_path="some/model")
+        inputs = next(fn for fn in self.blocks.fns.values() if fn.name == handler).inputs
+        data = {component: component.value for component in inputs}
+        return data | {self.component(id.replace("__", ".")): value for id, value in (fixed | values).items()}
 
 
 @pytest.fixture(scope="session")
-def data(tmp_path_factory):
-    """Directory of the tiny dataset."""
-    directory = tmp_path_factory.mktemp("data")
-    tiny.tiny_dataset(directory)
-    return directory
-
-
-@pytest.fixture(scope="session")
-def llama(tmp_path_factory):
-    """A tiny Llama with tied embeddings, as most small models have."""
-    return tiny.tiny_llama(tmp_path_factory.mktemp("models") / "tiny-llama", tie=True)
-
-
-@pytest.fixture(scope="session")
-def stage1(tmp_path_factory, llama, data):
-    """Output of a short stage 1."""
-    import runs
-
-    output = tmp_path_factory.mktemp("runs") / "stage1"
-    runs.train(llama, data, output)
-    return output
+def board(tmp_path_factory):
+    """Built in a folder of its own: upstream writes into the current one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("board"))
+        yield Board()
 
 
 @pytest.fixture
-def no_model_loads(monkeypatch):
-    """Loading a model is a failure here: the refusal has to come first."""
-    from llamafactory.model import loader
-
-    def load(*args, **kwargs):
-        raise AssertionError("a model was about to load")
-
-    monkeypatch.setattr(loader.AutoModelForCausalLM, "from_pretrained", load)
-
-
-@pytest.fixture(scope="session")
-def endless(tmp_path_factory):
-    """A heads export whose answers go on for ever."""
-    return talkers.endless(tmp_path_factory.mktemp("models") / "endless")
-
-
-@pytest.fixture(scope="session")
-def ending(tmp_path_factory):
-    """A heads export whose answers end."""
-    return talkers.ending(tmp_path_factory.mktemp("models") / "ending")
-
-
-@pytest.fixture
-def lines():
-    """What the plugin writes to LLaMA-Factory's log."""
-    messages = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())
-    logger = logging.getLogger("llamafactory.lmtp")
-    logger.addHandler(handler)
-    yield messages
-    logger.removeHandler(handler)
-
-
-@pytest.fixture(scope="session")
-def expected(ending):
-    """Stock answers."""
-    model = talkers.chat_model(ending, lmtp_decode="off")
-    return {question: talkers.ask(model, question) for question in talkers.QUESTIONS}
-
-
-@pytest.fixture(scope="session")
-def streamed(ending):
-    """The same as streams: bytes that are no text may be shown otherwise there."""
-    model = talkers.chat_model(ending, lmtp_decode="off")
-    return {question: talkers.stream(model, question) for question in talkers.QUESTIONS}
-
-
-@pytest.fixture(scope="session")
-def adapter(llama, data, stage1, tmp_path_factory):
-    """Output of a short stage 2 with LoRA."""
-    import runs
-
-    output = tmp_path_factory.mktemp("runs") / "adapter"
-    runs.train(llama, data, output, stage="lmtp2", finetuning_type="lora", stage1_pretrained_path=str(stage1))
-    return output
+def folder(tmp_path, monkeypatch):
+    """An empty current folder, where saves/ and saved arguments appear."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -1,18 +1,22 @@
 """Resuming: only from a checkpoint that is whole, of the same stage, and whose heads mean what this run's mean."""
 
 import json
+import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
+from pathlib import Path
 
+import peft
 import pytest
-import runs
 import torch
+import transformers
+from helpers import llamafactory_runs as runs
+from helpers.processes import exit_code_of_fork
 
 from lmtp_factory import LMTPError
 from lmtp_factory.modeling.checkpoint import load_heads, read_config
+from lmtp_factory.plugin.training import trainer
 
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "overwrite_output_dir": None}
@@ -103,9 +107,9 @@ def test_stage_two_from_other_heads_than_its_checkpoint_s(llama, data, saved_lor
 
 
 def test_another_base_model_s_checkpoint(data, llama, saved, tmp_path, no_model_loads):
-    import tiny
+    from helpers import tiny_models
 
-    other = tiny.tiny_llama(tmp_path / "other", hidden_size=16, head_dim=4)
+    other = tiny_models.save_llama(tmp_path / "other", hidden_size=16, head_dim=4)
     with refused(f"hidden_size 32 there and 16 here): write model_name_or_path: {llama} to go on"):
         runs.train(other, data, cut_short(saved, tmp_path), **SAVING)
 
@@ -153,24 +157,27 @@ def test_the_best_checkpoint_may_hold_other_heads(llama, data, tmp_path, lines):
     assert said.endswith("The heads of the last step are kept.")
 
 
-KILLED = """
-import json, os, signal, sys
-from lmtp_factory.plugin.training import trainer
-import peft, transformers
-target, name = {"heads": (trainer, "save_heads"), "weights": (peft.PeftModel, "save_pretrained"),
-    "optimizer": (transformers.Trainer, "_save_optimizer_and_scheduler"),
-    "state": (transformers.TrainerState, "save_to_json")}[sys.argv[2]]
-original = getattr(target, name)
-def killed(*args, **kwargs):
-    if "checkpoint-4" in " ".join(map(str, args)):
-        if sys.argv[2] == "state":
-            open(args[1], "w").write("{")
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(*args, **kwargs)
-setattr(target, name, killed)
-from llamafactory.train.tuner import run_exp
-run_exp(json.load(open(sys.argv[1])))
-"""
+def killed_while_saving(where, args):
+    """Train until a part of checkpoint 4 is about to be written; to be run in a fork."""
+    from llamafactory.train.tuner import run_exp
+
+    target, name = {
+        "heads": (trainer, "save_heads"),
+        "weights": (peft.PeftModel, "save_pretrained"),
+        "optimizer": (transformers.Trainer, "_save_optimizer_and_scheduler"),
+        "state": (transformers.TrainerState, "save_to_json"),
+    }[where]
+    original = getattr(target, name)
+
+    def killed(*args, **kwargs):
+        if "checkpoint-4" in " ".join(map(str, args)):
+            if where == "state":
+                Path(args[1]).write_text("{")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(target, name, killed)
+    run_exp(args)
 
 
 @pytest.mark.parametrize(
@@ -184,8 +191,7 @@ run_exp(json.load(open(sys.argv[1])))
 )
 def test_killed_while_it_saves(where, stage, reason, llama, data, saved, saved_lora, tmp_path, lines):
     args = runs.arguments(llama, data, tmp_path, **SAVING, **stage)
-    program = [sys.executable, "-c", KILLED, runs.write_yaml(tmp_path / "x.json", args), where]
-    assert subprocess.run(program, capture_output=True, timeout=240).returncode == -signal.SIGKILL
+    assert exit_code_of_fork(lambda: killed_while_saving(where, args)) == -signal.SIGKILL
     assert (tmp_path / "checkpoint-4").is_dir()
     runs.train(llama, data, tmp_path, **SAVING, **stage)
     assert f"{tmp_path}/checkpoint-4 was not saved whole ({reason}): training resumes from checkpoint-2." in lines

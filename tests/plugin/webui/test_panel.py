@@ -1,6 +1,7 @@
 """The L-MTP panel: what it shows, says and fills in."""
 
 import pytest
+from helpers.llamafactory_runs import write_finished_stage1
 
 from lmtp_factory.plugin.stages import STAGE_LABELS
 from lmtp_factory.plugin.webui import fields, panel, runs, texts
@@ -10,17 +11,6 @@ from lmtp_factory.plugin.webui.suggestions import Suggestions
 STAGE1, STAGE2 = STAGE_LABELS
 SFT = "Supervised Fine-Tuning"
 LANGUAGES = ("en", "ru", "zh", "ko", "ja")
-
-
-def finished(folder, base="some/model", name="run", model="Custom"):
-    """A directory as a finished stage 1 leaves it."""
-    from lmtp_factory import LMTPConfig
-
-    heads = folder / "saves" / model / "full" / name / "lmtp"
-    heads.mkdir(parents=True)
-    LMTPConfig(num_heads=2, stride=3, hidden_size=32, vocab_size=400, base_model=base).save_pretrained(heads)
-    (heads / "model.safetensors").touch()
-    return heads.parent
 
 
 def test_every_component_of_ours_speaks_every_language(board):
@@ -111,14 +101,14 @@ def test_what_was_typed_stays(board, folder):
 
 
 def test_stage_2_proposes_the_newest_warm_up(board, folder):
-    run = finished(folder)
+    run = write_finished_stage1(folder)
     assert followed(board, STAGE2)["train.stage1_pretrained_path"] == str(run.relative_to(folder))
     assert "train.stage1_pretrained_path" not in followed(board, STAGE1)
 
 
 def test_finished_warm_ups_of_the_chosen_model(folder):
-    run, other = finished(folder), finished(folder, base="another", name="other")
-    tuned = finished(folder, name="stage2")
+    run, other = write_finished_stage1(folder), write_finished_stage1(folder, base="another", name="other")
+    tuned = write_finished_stage1(folder, name="stage2")
     (tuned / "config.json").touch()
     unfinished = folder / "saves" / "Custom" / "full" / "aborted" / "checkpoint-10" / "lmtp"
     unfinished.mkdir(parents=True)
@@ -127,7 +117,7 @@ def test_finished_warm_ups_of_the_chosen_model(folder):
     assert runs.finished_stage1_runs("Custom", "another") == [str(other.relative_to(folder))]
     assert runs.finished_stage1_runs("Qwen2.5-3B", "some/model") == []
     assert runs.finished_stage1_runs(None, None) == []
-    named = finished(folder, base="Qwen/Qwen2.5-3B", model="Qwen2.5-3B")
+    named = write_finished_stage1(folder, base="Qwen/Qwen2.5-3B", model="Qwen2.5-3B")
     assert runs.finished_stage1_runs("Qwen2.5-3B", "a/local/copy") == [str(named.relative_to(folder))]
 
 
@@ -141,7 +131,7 @@ def test_the_panel_tells_how_far_the_heads_look(folder):
     assert told(STAGE1, 2, 1, "", None) == "+1, +2, +3"
     assert told(STAGE1, None, None, "2,3,6", "") == "+1, +2, +3, +6"
     assert "leap_offsets" in told(STAGE1, None, None, "two", "")
-    run = str(finished(folder))
+    run = str(write_finished_stage1(folder))
     assert told(STAGE2, None, None, "", run) == "+1, +4, +7"
     assert "the heads have 2" in told(STAGE2, 3, None, "", run)
     assert told(STAGE2, None, None, "", "somebody/heads") == ""  # of the hub

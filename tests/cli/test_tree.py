@@ -1,0 +1,47 @@
+"""lmtp-cli tree on tiny models."""
+
+import json
+
+from helpers import tiny_data, tiny_models
+from transformers import AutoModelForCausalLM
+
+from lmtp_factory import LMTPConfig, attach_heads
+from lmtp_factory.cli import main
+from lmtp_factory.decoding.tree_config import Conditions, read_tree
+
+
+def test_tree_command(tmp_path, capsys):
+    path = tiny_models.save_qwen3(tmp_path / "model")
+    model = attach_heads(AutoModelForCausalLM.from_pretrained(path), LMTPConfig(num_heads=2))
+    model.save_pretrained(path)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(json.dumps({"instruction": text}) for text, _ in tiny_data.texts(4)))
+    arguments = ["--prompts", str(prompts), "--max-new-tokens", "12", "--context", "16"]
+    assert main(["tree", str(path), *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "<- chosen" in printed and "level 1:" in printed
+    plan, conditions = read_tree(path / "lmtp")
+    assert plan.source.endswith("tree.json")
+    facts = json.loads((path / "lmtp" / "tree.json").read_text())["measured"]
+    best = max(facts["options"], key=lambda option: option["tokens_per_second"])
+    assert best["nodes"] == plan.nodes
+    assert (path / "lmtp" / "tree.png").stat().st_size > 10_000
+    assert conditions == Conditions("cpu", "float32", True)
+
+
+def test_missing_heads_are_named(tmp_path):
+    path = tiny_models.save_llama(tmp_path / "model")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "what?"}')
+    assert main(["tree", str(path), "--prompts", str(prompts)]) == 1
+
+
+def test_answers_without_a_draft_to_measure_are_refused(tmp_path, capsys):
+    path = tiny_models.save_qwen3(tmp_path / "model")
+    model = attach_heads(AutoModelForCausalLM.from_pretrained(path), LMTPConfig(num_heads=1))
+    model.save_pretrained(path)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"instruction": "what?"}))
+    assert main(["tree", str(path), "--prompts", str(prompts), "--max-new-tokens", "1", "--context", "16"]) == 1
+    assert "no draft can be measured" in capsys.readouterr().err
+    assert not (path / "lmtp" / "tree.json").exists()

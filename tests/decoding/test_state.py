@@ -1,0 +1,71 @@
+"""Sequences, cache, window and positions agree after the prefill and after every step."""
+
+import pytest
+import torch
+from helpers.decoding import padded, prompt
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
+
+from lmtp_factory import geometry
+from lmtp_factory.decoding.accept import Acceptor
+from lmtp_factory.decoding.cache import TreeCache
+from lmtp_factory.decoding.state import DecodeState
+from lmtp_factory.decoding.tree import fixed
+from lmtp_factory.decoding.verify import Verifier
+from lmtp_factory.modeling.heads import lm_logits
+
+
+MOST = 40
+
+
+def prefilled(model, inputs) -> DecodeState:
+    """As ``decode`` prepares it."""
+    config, ids = model.config.get_text_config(), inputs["input_ids"]
+    criteria = StoppingCriteriaList([MaxLengthCriteria(MOST)])
+    cache = TreeCache.replacing(DynamicCache(config=config), config, columns=MOST)
+    state = DecodeState(Acceptor(ids, LogitsProcessorList(), criteria, GenerationConfig()), cache)
+    mask = inputs.get("attention_mask", torch.ones_like(ids))
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    state.prefill(model, ids, {"attention_mask": mask, "position_ids": positions, "use_cache": True})
+    return state
+
+
+def whole_row(state, row: int, inputs) -> torch.Tensor:
+    """A row's real tokens up to now, without its padding."""
+    mask = inputs.get("attention_mask")
+    first = 0 if mask is None else int((mask[row] == 0).sum())
+    return state.acceptor.sequences[row : row + 1, first : state.acceptor.rows[row].length]
+
+
+def assert_agrees(model, state, inputs) -> None:
+    """Every row's window is what the backbone computes of all its tokens but the root, alone and without a cache."""
+    size = geometry.window(model.leap_heads.config.offsets)
+    for row, facts in enumerate(state.acceptor.rows):
+        tokens = whole_row(state, row, inputs)
+        assert int(state.roots[row]) == facts.last == int(tokens[0, -1])
+        assert int(state.columns[row]) == facts.columns == facts.length - 1
+        assert int((state.shift + state.columns).view(-1)[row]) == tokens.shape[1] - 1  # the root's position
+        hidden = model.base_model(input_ids=tokens[:, :-1]).last_hidden_state[:, -size:]
+        torch.testing.assert_close(state.window.states[row : row + 1], hidden, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3-text"])
+@pytest.mark.parametrize("lengths", [[9], [9, 5, 7]], ids=["one row", "padded rows"])
+@torch.no_grad()
+def test_all_of_it_agrees_after_every_step(leap, architecture, lengths):
+    model = leap(architecture, heads={"num_heads": 2, "stride": 3})
+    inputs = padded(lengths) if len(lengths) > 1 else {"input_ids": prompt(length=lengths[0])}
+    state, tree, verify = prefilled(model, inputs), fixed([(), (0,), (1,), (0, 0)]), Verifier(model)
+    assert_agrees(model, state, inputs)
+    for step in range(6):
+        # Drafts that are right to a depth of 0, 1 or 2, each row at its own pace.
+        tokens = state.roots[:, None].repeat(1, tree.nodes)
+        for row in range(len(lengths)):
+            known = whole_row(state, row, inputs)
+            for node in (1, 3)[: (step + row) % 3]:
+                known = torch.cat([known, model(input_ids=known).logits[:, -1].argmax(-1, keepdim=True)], 1)
+                tokens[row, node] = known[0, -1]
+        hidden = verify(tokens, tree, state)
+        branches = state.acceptor.walk(lm_logits(model, hidden), tokens, tree.parents)
+        assert [len(branch) >= 1 + (step + row) % 3 for row, branch in enumerate(branches)] == [True] * len(lengths)
+        state.advance(hidden, branches)
+        assert_agrees(model, state, inputs)

@@ -1,0 +1,115 @@
+"""The tree of each step, and steps without one."""
+
+import dataclasses
+
+import pytest
+import torch
+from helpers.decoding import GREEDY, PATHS, assert_as_stock, oracle, prompt, stock
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
+
+from lmtp_factory.decoding import loop
+from lmtp_factory.decoding.accept import Acceptor
+from lmtp_factory.decoding.cache import TreeCache
+from lmtp_factory.decoding.state import DecodeState
+from lmtp_factory.decoding.stats import DecodeStats
+from lmtp_factory.decoding.tree_builder import TreeBuilder
+from lmtp_factory.decoding.tree_config import CostCurve, TreeConfig
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        TreeConfig("chain", 5),
+        TreeConfig("static", 12, paths=PATHS),
+        TreeConfig("dynamic", 9, width=3),
+    ],
+    ids=["chain", "static", "dynamic"],
+)
+def test_every_kind_of_tree_stops_where_nothing_is_accepted(leap, plan, monkeypatch):
+    """A real generation whose drafts are always wrong, on a clock on which a draft costs half a plain step more."""
+    now, decode_step = 0.0, loop.Verifier.__call__
+
+    def verify(self, tokens, *args):
+        nonlocal now
+        now += 1.0 if tokens.shape[1] == 1 else 1.5
+        return decode_step(self, tokens, *args)
+
+    monkeypatch.setattr(loop.Verifier, "__call__", verify)
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: now)
+    model = leap()
+    kwargs = {"max_new_tokens": 80} | GREEDY
+    whole = stock(model, prompt(), **kwargs)
+    stats = DecodeStats()
+    with oracle(whole, lambda row, place: None):
+        ours = model.generate(prompt(), lmtp_tree=plan, lmtp_stats=stats, **kwargs)
+    assert ours.tolist() == whole.tolist()
+    assert stats.steps < stats.nodes and stats.seconds["total"] <= 80 * 1.02
+    with oracle(whole, lambda row, place: None):
+        _, stats = assert_as_stock(model, prompt(), lmtp_tree=dataclasses.replace(plan, always=True), **kwargs)
+    assert stats.seconds["total"] > 80 * 1.4
+
+
+def state_of(model, inputs, most=40):
+    """A state behind its prefill, in which a row may still get ``most`` tokens."""
+    config, ids = model.config.get_text_config(), inputs["input_ids"]
+    criteria = StoppingCriteriaList([MaxLengthCriteria(ids.shape[1] + most)])
+    cache = TreeCache.replacing(DynamicCache(config=config), config, columns=ids.shape[1] + most)
+    state = DecodeState(Acceptor(ids, LogitsProcessorList(), criteria, GenerationConfig()), cache)
+    positions = torch.arange(ids.shape[1])[None].expand_as(ids)
+    with torch.no_grad():
+        state.prefill(model, ids, {"position_ids": positions, "use_cache": True})
+    return state
+
+
+def shape(tree):
+    return tree.nodes, tree.height
+
+
+def test_the_first_step_is_plain_because_a_draft_has_nothing_to_be_compared_with(leap):
+    model = leap()
+    state, builder = (
+        state_of(model, {"input_ids": prompt(2)}),
+        TreeBuilder(model, TreeConfig("chain", 4), constant=False),
+    )
+    tree, tokens = builder.build(state)
+    assert shape(tree) == (1, 0) and tokens.tolist() == state.roots[:, None].tolist() and not builder.drafted
+    builder.learn(tree, [[0], [0]], seconds=1.0)
+    tree, tokens = builder.build(state)
+    assert shape(tree) == (4, 3) and tokens.shape == (2, 4) and builder.drafted
+
+
+def test_trees_end_where_the_heads_do(leap):
+    """Offsets 1, 3, 5: the heads draft four tokens behind the root's next one."""
+    model = leap(heads={"num_heads": 2, "stride": 2})
+    state = state_of(model, {"input_ids": prompt()})
+    with torch.no_grad():
+        for config in (TreeConfig("chain", 50, always=True), TreeConfig("dynamic", 5, width=1, always=True)):
+            tree, _ = TreeBuilder(model, config, constant=False).build(state)
+            assert tree.height == 4 and tree.nodes == 5
+
+
+def test_dynamic_trees_are_no_higher_than_the_tokens_that_may_still_come(leap):
+    model, config = leap(), TreeConfig("dynamic", 9, width=2, always=True)
+    with torch.no_grad():
+        for left, height in (
+            (2, 0),
+            (3, 1),
+            (4, 2),
+            (40, 6),
+        ):  # the prefill takes one token, the step's own is the last
+            state = state_of(model, {"input_ids": prompt()}, most=left)
+            tree, _ = TreeBuilder(model, config, constant=False).build(state)
+            assert tree.height <= height and (tree.nodes == 1) == (height == 0)
+
+
+def test_what_was_accepted_calibrates_the_size_of_dynamic_trees(leap):
+    model = leap()
+    state = state_of(model, {"input_ids": prompt()})
+    config = TreeConfig("dynamic", 9, width=3, cost=CostCurve({1: 1.0, 64: 1.0}), always=True)
+    builder = TreeBuilder(model, config, constant=False)
+    with torch.no_grad():
+        tree, _ = builder.build(state)
+        builder.learn(tree, [[0]], seconds=1.0)
+    assert tree.nodes == 9 and builder.calibration.ratio < 1
+    promised = sum(tree.values[0, 1:].tolist())
+    assert builder.calibration.predicted == pytest.approx(promised) and builder.calibration.accepted == 0

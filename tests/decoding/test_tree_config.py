@@ -1,0 +1,140 @@
+"""Which tree a model drafts with: the measured one where it was measured, else the device's default."""
+
+import json
+
+import pytest
+import torch
+from helpers import tiny_models
+from transformers import AutoModelForCausalLM
+
+from lmtp_factory import LMTPConfig, LMTPError, attach_heads, load_model
+from lmtp_factory.decoding import cpu_prepacked
+from lmtp_factory.decoding.tree_config import (
+    AcceptanceCalibration,
+    Conditions,
+    CostCurve,
+    TreeConfig,
+    read_tree,
+    tree_config_for,
+    write_tree,
+)
+
+
+MEASURED = TreeConfig("static", 3, paths=((), (0,), (1,)), cost=CostCurve({1: 1.0, 8: 1.5}))
+HERE = Conditions("cpu", "float32", True)
+
+
+@pytest.fixture
+def export(tmp_path):
+    path = tiny_models.save_llama(tmp_path / "model")
+    attach_heads(AutoModelForCausalLM.from_pretrained(path), LMTPConfig()).save_pretrained(path)
+    return path
+
+
+def test_a_plan_is_read_as_it_was_written(tmp_path):
+    write_tree(MEASURED, tmp_path, HERE, measured={})
+    assert read_tree(tmp_path) == (MEASURED, HERE)
+
+
+def test_a_tree_is_used_where_it_was_measured(export):
+    write_tree(MEASURED, export / "lmtp", HERE, measured={})
+    plan = tree_config_for(load_model(export))
+    assert plan == MEASURED and plan.source.endswith("tree.json")
+
+
+@pytest.mark.parametrize(
+    "elsewhere",
+    [Conditions("cuda", "float32", True), Conditions("cpu", "bfloat16", False), Conditions("cpu", "float32", False)],
+)
+def test_a_tree_that_was_measured_elsewhere_is_not_used(export, elsewhere):
+    write_tree(MEASURED, export / "lmtp", elsewhere, measured={})
+    plan = tree_config_for(load_model(export))
+    assert plan.kind == "dynamic" and plan.cost is not None
+    assert f"was measured on {elsewhere}, this is {HERE}" in plan.source
+
+
+def test_a_tree_measured_with_prepacked_weights_is_not_used_without(export, monkeypatch):
+    write_tree(MEASURED, export / "lmtp", HERE, measured={})
+    model = load_model(export)
+    monkeypatch.setattr(cpu_prepacked, "free_memory", lambda: None)  # as where psutil is missing
+    plan = tree_config_for(model)
+    assert plan.kind == "dynamic" and plan.cost.at(8) == 1.6
+    monkeypatch.undo()
+    assert tree_config_for(model) == MEASURED
+    assert tree_config_for(model.to(torch.bfloat16)).kind == "dynamic"
+
+
+def test_a_tree_that_does_not_say_what_it_was_measured_with_is_not_used(export):
+    path = write_tree(MEASURED, export / "lmtp", HERE, measured={})
+    values = json.loads(path.read_text())
+    del values["prepacked"]
+    path.write_text(json.dumps(values))
+    plan = tree_config_for(load_model(export))
+    assert plan.kind == "dynamic" and "was measured on an unknown machine" in plan.source
+
+
+def test_a_damaged_plan_is_named(export):
+    (export / "lmtp" / "tree.json").write_text("{}")
+    with pytest.raises(LMTPError, match="tree.json is damaged"):
+        tree_config_for(load_model(export))
+
+
+def test_costs_between_and_beyond_the_measured_sizes():
+    curve = CostCurve({1: 1.0, 4: 2.5, 8: 3.5})
+    assert [curve.at(tokens) for tokens in (1, 2, 4, 6, 8, 12)] == [1.0, 1.5, 2.5, 3.0, 3.5, 4.5]
+    assert CostCurve({8: 2.0}).at(1) == CostCurve({8: 2.0}).at(64) == 2.0
+
+
+def test_calibrated_heads_keep_a_ratio_of_one():
+    calibration = AcceptanceCalibration()
+    assert calibration.ratio == 1.0
+    for accepted in (0, 1, 2, 1, 0, 2) * 20:
+        calibration.learn(1.0, accepted)
+    assert calibration.ratio == pytest.approx(1.0, abs=0.05)
+
+
+def test_heads_that_promise_too_much_are_found_out_and_forgiven():
+    calibration = AcceptanceCalibration()
+    for _ in range(100):
+        calibration.learn(2.0, 1)
+    assert calibration.ratio == pytest.approx(0.5, abs=0.03)
+    for _ in range(200):  # the text has changed
+        calibration.learn(2.0, 2)
+    assert calibration.ratio == pytest.approx(1.0, abs=0.03)
+
+
+def test_one_step_says_little():
+    calibration = AcceptanceCalibration()
+    calibration.learn(1.0, 0)
+    assert 0.5 < calibration.ratio < 1.0
+
+
+def test_a_tree_is_cut_where_tokens_per_second_are_greatest():
+    plan = TreeConfig("dynamic", 5, cost=CostCurve({1: 1.0, 2: 1.1, 3: 1.2, 4: 2.4, 5: 3.6}))
+    values = [[1.0, 0.9, 0.5, 0.3, 0.2]]
+    assert plan.best_size(values, 1.0) == 3  # (1 + 0.9 + 0.5) / 1.2 is the greatest
+    assert plan.best_size(values, 0.05) == 1  # heads whose drafts are not accepted
+    # Two rows share a forward: its cost is that of twice the nodes.
+    assert plan.best_size(values * 2, 1.0) == 1
+    assert TreeConfig("dynamic", 5).best_size(values, 1.0) == 5  # without costs nothing is cut
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("tree", 4), "kind is 'tree', but it has to be one of chain, static, dynamic"),
+        (("chain", 0), "no root: write 1 or more"),
+        (("static", 3, ((), (0,))), "static tree of 3 nodes needs as many paths"),
+    ],
+)
+def test_impossible_trees_are_refused(arguments, said):
+    with pytest.raises(LMTPError, match=said):
+        TreeConfig(*arguments)
+
+
+def test_ranks_beyond_the_vocabulary_are_refused():
+    plan = TreeConfig("static", 3, paths=((), (0,), (9,)))
+    plan.check_ranks(10)
+    with pytest.raises(LMTPError, match=r"down to rank 9, but the vocabulary has 9 tokens \(ranks 0 to 8\)"):
+        plan.check_ranks(9)
+    TreeConfig("dynamic", 64, width=40).check_ranks(9)  # takes what there is

@@ -1,0 +1,60 @@
+"""Ways of decoding side by side: the same answers, and counts that agree with each other."""
+
+import pytest
+import torch
+from helpers import tiny_models
+
+from lmtp_factory import LMTPConfig, attach_heads
+from lmtp_factory.decoding.tree_config import TreeConfig
+from lmtp_factory.evaluation.bench import OWN_LOOP, STOCK, Arm, default_arms, margins, results, run_arms, table
+
+
+PROMPTS = [[30, 40, 50], [60, 61, 62, 63]]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return attach_heads(tiny_models.qwen3(), LMTPConfig()).eval()
+
+
+@pytest.fixture(scope="module")
+def arms(model):
+    arms = default_arms(model, [[0.5, 0.2], [0.4]], nodes=4)
+    run_arms(model, arms, PROMPTS, max_new_tokens=12, repeats=2)
+    return arms
+
+
+def test_every_arm_answers_every_prompt_once_for_the_record(arms):
+    for arm in arms.values():
+        assert [output.shape[1] for output in arm.outputs] == [len(ids) + 12 for ids in PROMPTS]
+        assert len(arm.seconds) == len(PROMPTS)
+    assert arms[STOCK].forwards == arms[OWN_LOOP].forwards == 12 * len(PROMPTS)
+    assert arms["backward, chain"].forwards < arms[STOCK].forwards
+
+
+def test_rows_of_the_table(arms):
+    rows = {row.name: row for row in results(arms, PROMPTS)}
+    assert rows[STOCK].tau == rows[OWN_LOOP].tau == 1 and rows[STOCK].over_stock == 1
+    for name, row in rows.items():
+        assert row.differing == 0
+        if name.startswith(("backward", "forward")):
+            assert row.tau == pytest.approx(1 + sum(row.acceptance))
+            assert 0 < row.verify_share < 1
+    lines = table(list(rows.values())).splitlines()
+    assert len(lines) == 1 + len(rows) and lines[0].endswith("accepted at level    1    2    3    4    5    6")
+
+
+def test_where_answers_part_their_logits_are_compared(model, arms):
+    parted = torch.cat([arms[STOCK].outputs[0][:, :5], arms[STOCK].outputs[0][:, 5:] + 1], dim=1)
+    other = Arm({}, outputs=[parted, arms[STOCK].outputs[1]])
+    found = margins(model, {STOCK: arms[STOCK], "other": other})
+    logits = model(parted[:, :5]).logits[0, -1].detach()
+    stock_token, token = arms[STOCK].outputs[0][0, 5], parted[0, 5]
+    assert found == {"other": [pytest.approx(float(logits[stock_token] - logits[token]), abs=1e-5)]}
+    assert margins(model, {STOCK: arms[STOCK]}) == {}
+
+
+def test_the_tree_that_is_left_to_the_model_is_the_devices_default(model):
+    arms = default_arms(model, [[0.5]], nodes=4)
+    assert arms["backward, as left to us"].options["lmtp_tree"] == model.tree_config()
+    assert arms[OWN_LOOP].options["lmtp_tree"] == TreeConfig("chain", 1)

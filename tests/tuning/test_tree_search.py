@@ -1,0 +1,36 @@
+"""The tree that promises most tokens a second on this device."""
+
+import pytest
+
+from lmtp_factory.decoding.tree_config import CostCurve
+from lmtp_factory.tuning.costs import StepCosts
+from lmtp_factory.tuning.tree_search import measured, rank_trees, table, tree_config_of
+
+
+@pytest.mark.parametrize(("curve", "kind"), [({1: 1.0, 2: 3.0, 64: 90.0}, "none"), ({1: 1.0, 64: 1.0}, None)])
+def test_the_costs_of_the_device_decide(observed, curve, kind):
+    costs = StepCosts(CostCurve(curve), draft=0.01)
+    options = rank_trees(observed, costs)
+    best = max(options, key=lambda option: option.tokens_per_second)
+    assert (best.kind == "none") == (kind == "none")
+    plan = tree_config_of(best, observed, costs)
+    assert plan.nodes == best.nodes
+
+
+def test_every_kind_and_size_is_ranked_and_can_be_carried_out(observed):
+    costs = StepCosts(CostCurve({1: 1.0, 64: 2.0}), draft=0.01)
+    options = rank_trees(observed, costs)
+    assert {option.kind for option in options} == {"none", "chain", "static", "dynamic", "dynamic, cut"}
+    for option in options:
+        plan = tree_config_of(option, observed, costs)
+        assert plan.nodes <= option.nodes and (plan.cost is not None) == (option.kind == "dynamic, cut")
+    best = max(options, key=lambda option: option.tokens_per_second)
+    marked = [line for line in table(options).splitlines() if "<- chosen" in line]
+    assert len(marked) == 1 and marked[0].startswith(best.kind)
+
+
+def test_what_the_choice_rests_on_is_kept(observed):
+    costs = StepCosts(CostCurve({1: 1.0, 64: 2.0}), draft=0.01)
+    kept = measured(rank_trees(observed, costs), observed, costs)
+    assert kept["steps"] == sum(map(len, observed))
+    assert kept["verify_seconds"] == {"1": 1.0, "64": 2.0} and kept["draft_seconds"] == 0.01
