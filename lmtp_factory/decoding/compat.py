@@ -8,12 +8,16 @@ import inspect
 from functools import cache
 
 import transformers
+from packaging import version
 from torch import nn
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from ..errors import LMTPError
 
+
+# The first version that does not work: it passes the key-value cache under another name.
+TOO_NEW = "5.24"
 
 # Attributes used of each class, and arguments passed to each method.
 ATTRIBUTES = {
@@ -40,8 +44,13 @@ def check_transformers() -> None:
     """Check once per process that the installed transformers has every private name that decoding uses.
 
     Raises:
-        LMTPError: A name is missing.
+        LMTPError: A name is missing, or the version is too new.
     """
+    if version.parse(transformers.__version__) >= version.parse(TOO_NEW):
+        raise LMTPError(
+            f"Decoding with leap heads does not work with transformers {transformers.__version__}: "
+            f'pip install "transformers<{TOO_NEW}".'
+        )
     missing = [
         f"{owner.__name__}.{name}" for owner, names in ATTRIBUTES.items() for name in names if not hasattr(owner, name)
     ]
@@ -51,7 +60,7 @@ def check_transformers() -> None:
     if missing:
         raise LMTPError(
             f"Decoding with leap heads does not support transformers {transformers.__version__}, which has no "
-            f'{", ".join(missing)}: pip install "transformers<5.18".'
+            f'{", ".join(missing)}: pip install "transformers<{TOO_NEW}".'
         )
 
 

@@ -59,6 +59,12 @@ def test_what_generate_prepares_is_read_under_its_names():
 def test_a_missing_name_is_refused_before_heads_attach(table, owner, name, named, monkeypatch):
     known = getattr(compat, table)
     monkeypatch.setattr(compat, table, known | {owner: (*known.get(owner, ()), name)})
-    message = rf"does not know transformers {transformers.__version__}, which has no {named}: pip install"
+    message = rf"does not support transformers {transformers.__version__}, which has no {named}: pip install"
     with pytest.raises(LMTPError, match=message):
+        attach_heads(tiny_models.llama())
+
+
+def test_a_version_that_is_too_new_is_refused_by_its_number(monkeypatch):
+    monkeypatch.setattr(transformers, "__version__", compat.TOO_NEW)
+    with pytest.raises(LMTPError, match=r"transformers 5\.24: pip install \"transformers<5\.24\""):
         attach_heads(tiny_models.llama())
