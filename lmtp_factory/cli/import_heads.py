@@ -94,9 +94,7 @@ def _measured(base: str, heads, text: str) -> tuple[int, ...]:
         found = decide(hits)
     finally:  # print the table on failure too, because it explains the error
         if hits.shape[-1]:
-            print(
-                f"Share of {hits.shape[-1]} positions of {text} where a head predicts the token at an offset correctly"
-            )
-            print("and the LM head's prediction is another token:")
+            print(f"Share of {hits.shape[-1]} positions of {text} where a head predicts the token at an offset")
+            print("correctly and the LM head's prediction is another token:")
             print(table(hits, found))
     return found

@@ -173,10 +173,8 @@ def grow(probabilities: Tensor, nodes: int) -> Tree:
     log_probabilities = probabilities.float().log().nan_to_num(nan=_MIN_LOG_PROBABILITY)
     log_probabilities = log_probabilities.clamp(_MIN_LOG_PROBABILITY, 0.0) + _CHILD_DISCOUNT
     values, parents, ranks, levels = [], [], [], []
-    above, first_above = (
-        log_probabilities.new_zeros(batch, 1),
-        0,
-    )  # values of the previous level, index of its first node
+    above = log_probabilities.new_zeros(batch, 1)  # values of the previous level, at first of the root
+    first_above = 0  # index of the previous level's first node
     for level in range(height):
         # (batch, above, 1) + (batch, 1, width) -> (batch, above * width): every candidate below every node above.
         paths = (above[:, :, None] + log_probabilities[:, level, None, :]).flatten(1)
