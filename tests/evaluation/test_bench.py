@@ -56,5 +56,5 @@ def test_where_answers_part_their_logits_are_compared(model, arms):
 
 def test_the_tree_that_is_left_to_the_model_is_the_devices_default(model):
     arms = default_arms(model, [[0.5]], nodes=4)
-    assert arms["backward, as left to us"].options["lmtp_tree"] == model.tree_config()
+    assert arms["backward, default tree"].options["lmtp_tree"] == model.tree_config()
     assert arms[OWN_LOOP].options["lmtp_tree"] == TreeConfig("chain", 1)
