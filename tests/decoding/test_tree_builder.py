@@ -69,7 +69,7 @@ def test_the_first_step_is_plain_because_a_draft_has_nothing_to_be_compared_with
     model = leap()
     state, builder = (
         state_of(model, {"input_ids": prompt(2)}),
-        TreeBuilder(model, TreeConfig("chain", 4), constant=False),
+        TreeBuilder(model, TreeConfig("chain", 4), constant=False, device=torch.device("cpu")),
     )
     tree, tokens = builder.build(state)
     assert shape(tree) == (1, 0) and tokens.tolist() == state.roots[:, None].tolist() and not builder.drafted
@@ -84,7 +84,7 @@ def test_trees_end_where_the_heads_do(leap):
     state = state_of(model, {"input_ids": prompt()})
     with torch.no_grad():
         for config in (TreeConfig("chain", 50, always=True), TreeConfig("dynamic", 5, width=1, always=True)):
-            tree, _ = TreeBuilder(model, config, constant=False).build(state)
+            tree, _ = TreeBuilder(model, config, constant=False, device=torch.device("cpu")).build(state)
             assert tree.height == 4 and tree.nodes == 5
 
 
@@ -98,7 +98,7 @@ def test_dynamic_trees_are_no_higher_than_the_tokens_that_may_still_come(leap):
             (40, 6),
         ):  # the prefill takes one token, the step's own is the last
             state = state_of(model, {"input_ids": prompt()}, most=left)
-            tree, _ = TreeBuilder(model, config, constant=False).build(state)
+            tree, _ = TreeBuilder(model, config, constant=False, device=torch.device("cpu")).build(state)
             assert tree.height <= height and (tree.nodes == 1) == (height == 0)
 
 
@@ -106,7 +106,7 @@ def test_what_was_accepted_calibrates_the_size_of_dynamic_trees(leap):
     model = leap()
     state = state_of(model, {"input_ids": prompt()})
     config = TreeConfig("dynamic", 9, width=3, cost=CostCurve({1: 1.0, 64: 1.0}), always=True)
-    builder = TreeBuilder(model, config, constant=False)
+    builder = TreeBuilder(model, config, constant=False, device=torch.device("cpu"))
     with torch.no_grad():
         tree, _ = builder.build(state)
         builder.learn(tree, [[0]], seconds=1.0)

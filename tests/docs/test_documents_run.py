@@ -29,7 +29,7 @@ MODEL = "Qwen/Qwen2.5-3B-Instruct"
 TRAIN = ["use_cpu=true", "max_steps=6", "per_device_train_batch_size=4", "gradient_accumulation_steps=1"]
 TRAIN += ["preprocessing_num_workers=1", "logging_steps=2", "learning_rate=1.0e-2"]
 SMALL = {
-    ("lmtp-cli", "distill"): ["--max-new-tokens", "64", "--min-distinct", "0"],
+    ("lmtp-cli", "distill"): ["--max-new-tokens", "64"],
     ("lmtp-cli", "tree"): ["--limit", "2", "--max-new-tokens", "16", "--context", "16"],
     ("lmtp-cli", "bench"): ["--limit", "2", "--max-new-tokens", "16"],
     ("llamafactory-cli", "train"): TRAIN,

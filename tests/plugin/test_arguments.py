@@ -65,7 +65,7 @@ def test_the_keys_name_offsets_in_either_way(written, offsets):
     ],
 )
 def test_only_keys_that_were_written_contradict_trained_heads(written, difference):
-    assert keys(stage="lmtp2", **written).contradicts(LMTPConfig()) == difference
+    assert keys(stage="lmtp2", **written).first_difference(LMTPConfig()) == difference
 
 
 @pytest.mark.parametrize(

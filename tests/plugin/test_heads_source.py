@@ -7,7 +7,6 @@ from collections import Counter
 import pytest
 from helpers import chat_models, tiny_models
 from helpers import llamafactory_runs as runs
-from transformers import OPTConfig, OPTForCausalLM
 
 from lmtp_factory.modeling import heads_of
 from lmtp_factory.plugin import heads_source
@@ -107,8 +106,7 @@ def test_arguments_that_were_not_parsed_are_refused_for_a_stage(llama):
 
 def test_a_backbone_that_projects_its_embeddings(data, tmp_path):
     """The LM head of such an OPT reads states of the embeddings' width, so fresh heads and cached states have that width."""
-    shape = {"ffn_dim": 64, "word_embed_proj_dim": 16, "num_attention_heads": 4, "hidden_size": 32}
-    opt = tiny_models._save(OPTForCausalLM, OPTConfig, tmp_path / "opt", **shape)
+    opt = tiny_models.save(tiny_models.opt(), tmp_path / "opt")
     run = {"hidden_cache_dir": str(tmp_path / "cache"), "save_strategy": "steps", "save_steps": 2}
     runs.train(opt, data, tmp_path / "out", overwrite_output_dir=None, **run | {"max_steps": 2})
     runs.train(opt, data, tmp_path / "out", overwrite_output_dir=None, **run)
