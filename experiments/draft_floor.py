@@ -76,13 +76,23 @@ def main() -> None:
     table = {name: {kind: rates[name][kind] / rates[OWN_LOOP][kind] for kind, _ in columns} for name in arms}
     print(f"\n{describe(model.device)}\n{len(prompts)} answers of at most {args.max_new_tokens} tokens, x own loop:")
     print(f"{'':<20} {' '.join(f'{kind:>11}' for kind, _ in columns)}     tau")
+    lengths = {kind: sum(tokens[OWN_LOOP][i] for i in at) / len(at) for kind, at in columns}
+    print(f"{'tokens an answer':<20} {' '.join(f'{lengths[kind]:>11.0f}' for kind, _ in columns)}")
     for name, row in table.items():
         print(f"{name:<20} {' '.join(f'{row[kind]:>11.3f}' for kind, _ in columns)}  {arms[name].stats.tau:>6.2f}")
     if args.output:
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-        facts = {"machine": describe(model.device), "answers": len(prompts), "max_new_tokens": args.max_new_tokens}
+        facts = {
+            "machine": describe(model.device),
+            "answers": len(prompts),
+            "max_new_tokens": args.max_new_tokens,
+            "repeats": args.repeats,
+        }
         taus = {name: arm.stats.tau for name, arm in arms.items()}
-        Path(args.output).write_text(json.dumps(facts | {"x_own_loop": table, "tau": taus}, indent=1), encoding="utf-8")
+        Path(args.output).write_text(
+            json.dumps(facts | {"tokens_an_answer": lengths, "x_own_loop": table, "tau": taus}, indent=1),
+            encoding="utf-8",
+        )
 
 
 if __name__ == "__main__":

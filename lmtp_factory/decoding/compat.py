@@ -19,7 +19,7 @@ from ..errors import LMTPError
 # The first version that does not work: it passes the key-value cache under another name.
 TOO_NEW = "5.24"
 
-# Attributes used of each class, and arguments passed to each method.
+# Attributes used of each class, and arguments passed to each method of `GenerationMixin`.
 ATTRIBUTES = {
     GenerationMixin: ("_sample", "_valid_auto_compile_criteria", "prepare_inputs_for_generation"),
     DynamicLayer: ("lazy_initialization", "get_seq_length"),
@@ -27,7 +27,7 @@ ATTRIBUTES = {
     StaticLayer: ("update", "get_mask_sizes"),
 }
 PARAMETERS = {
-    GenerationMixin._sample: (
+    "_sample": (
         "input_ids",
         "logits_processor",
         "stopping_criteria",
@@ -35,7 +35,7 @@ PARAMETERS = {
         "synced_gpus",
         "streamer",
     ),
-    GenerationMixin.prepare_inputs_for_generation: ("input_ids", "next_sequence_length", "is_first_iteration"),
+    "prepare_inputs_for_generation": ("input_ids", "next_sequence_length", "is_first_iteration"),
 }
 
 
@@ -55,8 +55,9 @@ def check_transformers() -> None:
         f"{owner.__name__}.{name}" for owner, names in ATTRIBUTES.items() for name in names if not hasattr(owner, name)
     ]
     for method, names in PARAMETERS.items():
-        known = inspect.signature(method).parameters
-        missing += [f"{method.__qualname__}({name})" for name in names if name not in known]
+        function = getattr(GenerationMixin, method, None)
+        known = inspect.signature(function).parameters if function else ()
+        missing += [f"GenerationMixin.{method}({name})" for name in names if name not in known]
     if missing:
         raise LMTPError(
             f"Decoding with leap heads does not support transformers {transformers.__version__}, which has no "

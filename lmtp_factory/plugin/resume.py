@@ -137,13 +137,13 @@ def check_checkpoint(checkpoint: Path, stage: int, config: LMTPConfig, heads: Pa
     Raises:
         LMTPError: The other stage saved it, or its heads differ; the message names both sides.
     """
-    anew = "leave resume_from_checkpoint out and write another output_dir" if named else "write another output_dir"
+    instead = "leave resume_from_checkpoint out and write another output_dir" if named else "write another output_dir"
     if stage == 1 and _has_backbone(checkpoint):
-        raise LMTPError(f"Stage 2 saved {checkpoint}, from which stage 1 would resume: {anew}.")
+        raise LMTPError(f"Stage 2 saved {checkpoint}, from which stage 1 would resume: {instead}.")
     if stage == 2 and not _has_backbone(checkpoint) and not any(checkpoint.glob("global_step*")):
         raise LMTPError(
-            f"Stage 1 saved {checkpoint}, from which stage 2 would resume: {anew}, and stage1_pretrained_path: {checkpoint} "
-            "to start from its heads."
+            f"Stage 1 saved {checkpoint}, from which stage 2 would resume: {instead}, and stage1_pretrained_path: "
+            f"{checkpoint} to start from its heads."
         )
     theirs = read_config(checkpoint / HEADS_FOLDER)
     differing = differences(config, theirs)
@@ -155,7 +155,7 @@ def check_checkpoint(checkpoint: Path, stage: int, config: LMTPConfig, heads: Pa
         this_run, same = "this run", f"write {_in_yaml(theirs, differing)}"
     raise LMTPError(
         f"Training would resume from {checkpoint}, whose heads are not those of {this_run} "
-        f"({in_words(differing)}): {same} to go on, or {anew} to begin anew."
+        f"({in_words(differing)}): {same} to go on, or {instead} to train from the beginning."
     )
 
 

@@ -3,8 +3,7 @@
 import json
 
 import pytest
-import torch
-from helpers import tiny_models
+from helpers import tiny_data, tiny_models
 from transformers import AutoModelForCausalLM
 
 from lmtp_factory import LMTPConfig, attach_heads
@@ -18,14 +17,7 @@ def model(tmp_path):
 
 @pytest.fixture
 def rows(tmp_path):
-    generator = torch.Generator().manual_seed(0)
-    path = tmp_path / "rows.jsonl"
-    with path.open("w") as file:
-        for prompt, output in ((3, 9), (5, 2), (4, 14)):
-            ids = torch.randint(20, 200, (prompt + output,), generator=generator).tolist()
-            row = {"prompt_ids": " ".join(map(str, ids[:prompt])), "output_ids": " ".join(map(str, ids[prompt:]))}
-            file.write(json.dumps(row) + "\n")
-    return path
+    return tiny_data.save_token_rows(tmp_path / "rows.jsonl")
 
 
 def test_report_command(model, rows, tmp_path, capsys):

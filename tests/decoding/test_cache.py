@@ -184,7 +184,7 @@ def test_a_cache_without_layers_gets_the_model_s():
 
 
 def test_buffers_of_a_static_cache_are_used_again():
-    """Compiled code knows their addresses: a second call with other ones would compile anew."""
+    """Compiled code knows their addresses: a second call with other ones would compile again."""
     given = static(30)
     first = TreeCache.replacing(given, None, columns=40)
     plain = Plain(first, 2, seed=0)

@@ -14,7 +14,7 @@ from lmtp_factory.decoding import compat
 
 
 @pytest.fixture(autouse=True)
-def asked_anew():
+def check_is_not_cached():
     """The check is made once in a process."""
     compat.check_transformers.cache_clear()
     yield
@@ -33,10 +33,9 @@ def test_every_attribute_exists(owner, name):
 @pytest.mark.parametrize(
     ("method", "name"),
     [(method, name) for method, names in compat.PARAMETERS.items() for name in names],
-    ids=lambda part: getattr(part, "__name__", part),
 )
 def test_every_parameter_exists(method, name):
-    assert name in inspect.signature(method).parameters
+    assert name in inspect.signature(getattr(GenerationMixin, method)).parameters
 
 
 def test_what_generate_prepares_is_read_under_its_names():
@@ -53,7 +52,8 @@ def test_what_generate_prepares_is_read_under_its_names():
     [
         ("ATTRIBUTES", GenerationMixin, "_gone", r"GenerationMixin\._gone"),
         ("ATTRIBUTES", DynamicLayer, "also_gone", r"DynamicLayer\.also_gone"),
-        ("PARAMETERS", GenerationMixin._sample, "gone", r"GenerationMixin\._sample\(gone\)"),
+        ("PARAMETERS", "_sample", "gone", r"GenerationMixin\._sample\(gone\)"),
+        ("PARAMETERS", "_gone", "input_ids", r"GenerationMixin\._gone\(input_ids\)"),
     ],
 )
 def test_a_missing_name_is_refused_before_heads_attach(table, owner, name, named, monkeypatch):

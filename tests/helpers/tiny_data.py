@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -84,3 +85,22 @@ def save_dataset(directory: str | Path, rows: int = 48) -> str:
     info = {DATASET: {"file_name": f"{DATASET}.json"}}
     (directory / "dataset_info.json").write_text(json.dumps(info, indent=1), encoding="utf-8")
     return DATASET
+
+
+def batch(rows: int = 2, length: int = 19, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random `input_ids`, `attention_mask` and partly masked `labels`, (rows, length) each."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(20, 200, (rows, length), generator=generator)
+    labels = ids.masked_fill(torch.rand(ids.shape, generator=generator) < 0.3, -100)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def save_token_rows(path: Path) -> Path:
+    """Three rows of random token ids as `lmtp-cli distill` writes them, one with an answer of two tokens."""
+    generator = torch.Generator().manual_seed(0)
+    with path.open("w") as file:
+        for prompt, output in ((3, 9), (5, 2), (4, 14)):
+            ids = torch.randint(20, 200, (prompt + output,), generator=generator).tolist()
+            row = {"prompt_ids": " ".join(map(str, ids[:prompt])), "output_ids": " ".join(map(str, ids[prompt:]))}
+            file.write(json.dumps(row) + "\n")
+    return path

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     BertConfig,
     BertLMHeadModel,
     BloomConfig,
@@ -245,6 +248,12 @@ MULTIPLIED = {
     "cohere": cohere,
     "cohere2": cohere2,
 }
+
+
+def load(path: str | Path) -> PreTrainedModel:
+    """The model of a directory, of the class that its configuration names."""
+    conditional = "Conditional" in AutoConfig.from_pretrained(path).architectures[0]
+    return (AutoModelForImageTextToText if conditional else AutoModelForCausalLM).from_pretrained(path)
 
 
 def save(model: PreTrainedModel, directory: str | Path) -> Path:

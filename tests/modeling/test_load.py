@@ -6,37 +6,25 @@ import sys
 
 import pytest
 import torch
-from helpers import tiny_models
+from helpers import tiny_data, tiny_models
 from helpers.tiny_models import randomise_heads
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModel
 
 from lmtp_factory import LeapHeads, LMTPConfig, LMTPError, attach_heads, load_model
 from lmtp_factory.modeling import heads_of
 from lmtp_factory.modeling.checkpoint import save_heads
 
 
-def load(path):
-    auto = AutoModelForImageTextToText if "gemma3" in str(AutoConfig.from_pretrained(path).architectures) and (
-        "Conditional" in str(AutoConfig.from_pretrained(path).architectures)
-    ) else AutoModelForCausalLM  # fmt: skip
-    return auto.from_pretrained(path)
-
-
-def batch(rows=2, length=19, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(20, 200, (rows, length), generator=generator)
-    labels = ids.masked_fill(torch.rand(ids.shape, generator=generator) < 0.3, -100)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-
-
 def test_save_and_load_an_export_with_heads(tmp_path):
-    model = attach_heads(load(tiny_models.save_llama(tmp_path / "base")), LMTPConfig(offsets=(2, 3, 6)), stage=2)
+    model = attach_heads(
+        tiny_models.load(tiny_models.save_llama(tmp_path / "base")), LMTPConfig(offsets=(2, 3, 6)), stage=2
+    )
     randomise_heads(model)
     model.save_pretrained(tmp_path / "out")
     loaded = load_model(tmp_path / "out")
-    ids = batch()["input_ids"]
+    ids = tiny_data.batch()["input_ids"]
     assert loaded.leap_heads.config.offsets == (1, 2, 3, 6)
     assert torch.equal(loaded(ids).logits, model(ids).logits)
     for name, tensor in model.leap_heads.state_dict().items():
@@ -44,11 +32,13 @@ def test_save_and_load_an_export_with_heads(tmp_path):
     assert isinstance(AutoModel.from_pretrained(tmp_path / "out" / "lmtp"), LeapHeads)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "llama"
     # What tools that know nothing of heads see: exactly the base's tensors.
-    assert set(load_file(tmp_path / "out" / "model.safetensors")) == set(load(tmp_path / "base").state_dict())
+    assert set(load_file(tmp_path / "out" / "model.safetensors")) == set(
+        tiny_models.load(tmp_path / "base").state_dict()
+    )
 
 
 def test_plain_transformers_reads_a_heads_export(tmp_path):
-    model = attach_heads(load(tiny_models.save_llama(tmp_path / "base")), stage=2)
+    model = attach_heads(tiny_models.load(tiny_models.save_llama(tmp_path / "base")), stage=2)
     model.save_pretrained(tmp_path / "out")
     program = (
         "import sys, transformers; m = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1]);"
@@ -60,7 +50,7 @@ def test_plain_transformers_reads_a_heads_export(tmp_path):
 
 def test_stage_one_saves_heads_only(tmp_path):
     base = tiny_models.save_llama(tmp_path / "base")
-    model = attach_heads(load(base), LMTPConfig(base_model=str(base)), stage=1)
+    model = attach_heads(tiny_models.load(base), LMTPConfig(base_model=str(base)), stage=1)
     randomise_heads(model)
     model.save_pretrained(tmp_path / "out")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["lmtp"]
@@ -72,10 +62,10 @@ def test_stage_one_saves_heads_only(tmp_path):
 def test_heads_beside_a_peft_adapter(tmp_path):
     base = tiny_models.save_llama(tmp_path / "base")
     model = get_peft_model(
-        load(base), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
+        tiny_models.load(base), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
     )
     attach_heads(model, stage=2)
-    outputs = model(**batch())
+    outputs = model(**tiny_data.batch())
     outputs.loss.backward()
     assert all(p.grad is not None for n, p in model.named_parameters() if "lora_" in n or "leap_heads" in n)
     model.save_pretrained(tmp_path / "adapter")
@@ -83,13 +73,15 @@ def test_heads_beside_a_peft_adapter(tmp_path):
     save_heads(heads_of(model), tmp_path / "adapter" / "lmtp")
     loaded = load_model(tmp_path / "adapter")
     assert isinstance(loaded, PeftModel)
-    ids = batch()["input_ids"]
+    ids = tiny_data.batch()["input_ids"]
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
 
 
 def test_a_heads_export_whose_tokenizer_was_changed_is_refused(tmp_path):
     base = tiny_models.save_llama(tmp_path / "base")
-    model = attach_heads(load(base), LMTPConfig(base_model="base", tokenizer_fingerprint="0123456789abcdef"), stage=1)
+    model = attach_heads(
+        tiny_models.load(base), LMTPConfig(base_model="base", tokenizer_fingerprint="0123456789abcdef"), stage=1
+    )
     model.leap_heads.config.base_model = str(base)
     model.save_pretrained(tmp_path / "out")
     with pytest.raises(LMTPError, match=r"tokenizer 0123456789abcdef\), not to .*base \(tokenizer"):

@@ -7,10 +7,9 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import tiny_models
+from helpers import tiny_data, tiny_models
 from helpers.tiny_models import gemma3, gpt2, llama, randomise_heads
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from lmtp_factory import LMTPConfig, attach_heads
 from lmtp_factory.modeling import heads_of
@@ -85,7 +84,7 @@ def test_copies_keep_heads_and_losses(how, stage):
 def test_copies_behind_peft():
     model = get_peft_model(llama(), LoraConfig(target_modules="all-linear"))
     attach_heads(model, stage=2)
-    other, inputs = copy.deepcopy(model), batch()
+    other, inputs = copy.deepcopy(model), tiny_data.batch()
     assert heads_of(other) is not heads_of(model)
     assert torch.equal(other(**inputs).loss, model(**inputs).loss)
 
@@ -115,20 +114,6 @@ CONFIGS = {
     "rising": {"offsets": (2, 3, 6), "head_layers": 2},
     "one head": {"num_heads": 1, "stride": 4},
 }
-
-
-def load(path):
-    auto = AutoModelForImageTextToText if "gemma3" in str(AutoConfig.from_pretrained(path).architectures) and (
-        "Conditional" in str(AutoConfig.from_pretrained(path).architectures)
-    ) else AutoModelForCausalLM  # fmt: skip
-    return auto.from_pretrained(path)
-
-
-def batch(rows=2, length=19, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(20, 200, (rows, length), generator=generator)
-    labels = ids.masked_fill(torch.rand(ids.shape, generator=generator) < 0.3, -100)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
 def brute_force(model, inputs, stage):
@@ -164,11 +149,11 @@ def brute_force(model, inputs, stage):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("kind", ["own", "shared"])
 def test_losses_of_every_architecture(architecture, kind, tmp_path):
-    model = load(ARCHITECTURES[architecture](tmp_path))
+    model = tiny_models.load(ARCHITECTURES[architecture](tmp_path))
     attach_heads(model, LMTPConfig(head_kind=kind), stage=2, head_weight=0.1)
     randomise_heads(model)
     model.train()
-    inputs = batch()
+    inputs = tiny_data.batch()
     outputs = model(**inputs)
     expected = brute_force(model, inputs, stage=2)
     torch.testing.assert_close(outputs.losses, expected.detach(), rtol=1e-4, atol=1e-5)
@@ -179,10 +164,10 @@ def test_losses_of_every_architecture(architecture, kind, tmp_path):
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("stage", [1, 2])
 def test_gradients_of_every_geometry(name, stage, tmp_path):
-    model = load(tiny_models.save_llama(tmp_path))
+    model = tiny_models.load(tiny_models.save_llama(tmp_path))
     attach_heads(model, LMTPConfig(**CONFIGS[name]), stage=stage, head_decay=0.5)
     randomise_heads(model)
-    inputs = batch()
+    inputs = tiny_data.batch()
     model(**inputs).loss.backward()
     trained = [p for p in model.parameters() if p.requires_grad]
     ours = [p.grad for p in trained]
@@ -200,17 +185,17 @@ def test_gradients_of_every_geometry(name, stage, tmp_path):
 
 def test_next_token_loss_is_upstream_s_own(tmp_path):
     path = tiny_models.save_llama(tmp_path, tie=True)
-    inputs = batch()
-    plain = load(path)(**inputs).loss
-    model = attach_heads(load(path), stage=2)
+    inputs = tiny_data.batch()
+    plain = tiny_models.load(path)(**inputs).loss
+    model = attach_heads(tiny_models.load(path), stage=2)
     torch.testing.assert_close(model(**inputs).losses[0], plain)
 
 
 def test_packed_documents_equal_separate_ones(tmp_path):
     """Losses of two documents in one row, with a block-diagonal mask, are those of the documents on their own."""
     path = tiny_models.save_llama(tmp_path)
-    model = attach_heads(load(path), LMTPConfig(offsets=(2, 5)), stage=2)
-    first, second = batch(1, 7, seed=1), batch(1, 11, seed=2)
+    model = attach_heads(tiny_models.load(path), LMTPConfig(offsets=(2, 5)), stage=2)
+    first, second = tiny_data.batch(1, 7, seed=1), tiny_data.batch(1, 11, seed=2)
     separate = [model(**document) for document in (first, second)]
     mask = torch.block_diag(*(torch.ones(n, n).tril() for n in (7, 11))).bool()[None, None]
     packed = model(
@@ -224,15 +209,17 @@ def test_packed_documents_equal_separate_ones(tmp_path):
 
 
 def test_heads_are_averaged_over_the_given_counts(tmp_path):
-    model = attach_heads(load(tiny_models.save_llama(tmp_path)), LMTPConfig(num_heads=1), stage=2, head_weight=1.0)
-    outputs = model(**batch(), num_items_in_batch=torch.tensor([10, 40]))
+    model = attach_heads(
+        tiny_models.load(tiny_models.save_llama(tmp_path)), LMTPConfig(num_heads=1), stage=2, head_weight=1.0
+    )
+    outputs = model(**tiny_data.batch(), num_items_in_batch=torch.tensor([10, 40]))
     torch.testing.assert_close(outputs.loss, outputs.loss_sums[0] / 10 + outputs.loss_sums[1] / 40)
 
 
 def test_without_labels_or_stage_the_model_is_its_base(tmp_path):
     path = tiny_models.save_llama(tmp_path)
-    inputs = batch()
-    plain, model = load(path), attach_heads(load(path))
+    inputs = tiny_data.batch()
+    plain, model = tiny_models.load(path), attach_heads(tiny_models.load(path))
     assert torch.equal(model(inputs["input_ids"]).logits, plain(inputs["input_ids"]).logits)
     assert torch.equal(model(**inputs).loss, plain(**inputs).loss)  # an evaluation harness passes labels
     generated = [m.generate(inputs["input_ids"], max_new_tokens=4, do_sample=False) for m in (plain, model)]

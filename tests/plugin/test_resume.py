@@ -81,8 +81,8 @@ def test_heads_of_another_shape_are_not_resumed(named, keys, message, llama, dat
 
 def test_the_advice_about_other_heads_works(llama, data, cut, tmp_path):
     run = SAVING | {"max_steps": 5}
-    runs.train(llama, data, tmp_path / "anew", leap_stride=3, **run)
-    assert load_heads(tmp_path / "anew").config.offsets == (1, 4, 7, 10)
+    runs.train(llama, data, tmp_path / "another", leap_stride=3, **run)
+    assert load_heads(tmp_path / "another").config.offsets == (1, 4, 7, 10)
     entries = runs.train(llama, data, cut, leap_offsets="3,5,7", **run)
     assert [entry["step"] for entry in entries if "loss" in entry] == [1, 2, 3, 4, 5]
     assert load_heads(cut).config.offsets == (1, 3, 5, 7)
@@ -263,7 +263,7 @@ def test_a_checkpoint_that_is_not_there(llama, data, tmp_path, no_model_loads):
 
 
 def test_a_checkpoint_that_is_written_again_is_not_whole_meanwhile(llama, data, cut, monkeypatch):
-    """A run that begins anew in an old folder is killed: the old state beside new weights would look whole."""
+    """A run that begins in an old folder is killed: the old state beside new weights would look whole."""
     from lmtp_factory.plugin.training import trainer
 
     def killed(*args, **kwargs):

@@ -171,13 +171,13 @@ class HiddenCache:
             rows = _open_shard(path, os.getpid(), (status.st_ino, status.st_mtime_ns, status.st_size))
             found = tuple(rows.get_shape()), rows.get_dtype()
         except FileNotFoundError:
-            raise LMTPError(f"{path} is missing: start the training again, which computes it anew.") from None
+            raise LMTPError(f"{path} is missing: start the training again, which computes it again.") from None
         except (SafetensorError, OSError) as error:
             raise LMTPError(
-                f"{path} is truncated or damaged ({first_line(error)}): start the training again, which computes it anew."
+                f"{path} is truncated or damaged ({first_line(error)}): start the training again, which computes it again."
             ) from None
         if found != (self.layout.shape(shard_index), _HEADER_DTYPE):
-            raise LMTPError(f"{path} holds states of another shape: start the training again, which computes it anew.")
+            raise LMTPError(f"{path} holds states of another shape: start the training again, which computes it again.")
         return rows
 
 

@@ -135,7 +135,7 @@ def test_shard_that_is_missing_or_damaged_is_named(cache, states, damage, messag
     assert torch.equal(cache.document(4), states[4])
 
 
-def test_a_folder_that_was_deleted_and_filled_anew_is_read_anew(cache, plan, tmp_path):
+def test_a_folder_that_was_deleted_and_filled_again_is_read_again(cache, plan, tmp_path):
     cache.document(3)
     shutil.rmtree(cache.folder)
     other = HiddenCache.open(cache.folder, plan, {"base model": "other"})

@@ -1,0 +1,20 @@
+"""The versions that setup.py installs are those that the code accepts."""
+
+import re
+from pathlib import Path
+
+from lmtp_factory.decoding import compat
+from lmtp_factory.plugin import hooks
+
+
+def requirement(package: str) -> str:
+    text = Path(__file__).parents[1].joinpath("setup.py").read_text(encoding="utf-8")
+    return re.search(rf'"{package}([<>=!][^"]+)"', text)[1]
+
+
+def test_llamafactory():
+    assert requirement("llamafactory") == f"=={hooks.SUPPORTED_VERSION}"
+
+
+def test_transformers():
+    assert requirement("transformers").split(",")[-1] == f"<{compat.TOO_NEW}"
