@@ -1,78 +1,123 @@
-"""Simulation of the draft budget: tokens per duration of a plain step.
+"""Choice of the draft budget's constants: speed by kind of text for several values, replayed on the model's own answers.
 
-Baseline: 1.0, plain steps only. The column `always` drafts in every step. Rows are kinds of text (acceptance rate at
-    each
-level) combined with the extra duration of a step with a draft. Other columns are values of the constants in
-lmtp_factory/decoding/draft_budget.py. Step durations have 5 % noise.
+Baseline: 1.0, plain steps only. Answers to prompts of several kinds are generated once. What a draft would have
+accepted is replayed at each of their positions; durations are this device's, with 5 % noise. The lowest kind of text is
+shown beside all text, because the budget has to limit the loss on every kind, short answers included.
 
-    python experiments/draft_budget.py
+    python experiments/draft_budget.py demo_run/export_heads
 """
 
 import argparse
+import json
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-from lmtp_factory.decoding.draft_budget import ALLOWANCE, MOST, STAKE, DraftBudget
+from lmtp_factory import resources
+from lmtp_factory.decoding.draft_budget import ALLOWANCE, MOST, DraftBudget
+from lmtp_factory.decoding.tree import assumed_accuracies, best_first_paths, chain_paths
+from lmtp_factory.decoding.tree_config import DEFAULT_WIDTH
+from lmtp_factory.evaluation.report import load_for_scoring
+from lmtp_factory.evaluation.self_generated import read_prompts, self_generated_rows
+from lmtp_factory.modeling.model import base_of
+from lmtp_factory.tuning.costs import StepCosts, measure_costs
+from lmtp_factory.tuning.replay import accepted_levels, accepted_of_paths, observe
 
 
-TEXTS = {
-    "nothing accepted": (0.02,),
-    "hardly any": (0.15, 0.1),
-    "general, weak heads": (0.25, 0.15),
-    "better": (0.35, 0.25),
-    "own topics": (0.55, 0.3, 0.2),
-    "good heads": (0.7, 0.5, 0.4, 0.3),
-}
-EXTRAS = (0.25, 0.4)
+# (initial balance, allowance, largest balance), in plain steps. The constants in use are the first.
 SETTINGS = (
-    (STAKE, ALLOWANCE, MOST),
+    (0.0, ALLOWANCE, MOST),
+    (0.0, 0.005, 3.0),
+    (0.0, 0.02, 3.0),
+    (0.0, 0.01, 1.0),
     (0.5, 0.01, 3.0),
-    (1.0, 0.01, 3.0),
-    (2.0, 0.01, 3.0),
-    (0.75, 0.005, 3.0),
-    (1.0, 0.005, 1.5),
-    (1.0, 0.005, 6.0),
+    (1.0, 0.005, 3.0),
 )
 
 
-def rate(accuracies: Sequence[float], extra: float, tokens: int, seed: int, setting: Sequence[float]) -> float:
-    """Simulate one answer and return its tokens per duration of a plain step."""
-    generator, budget = random.Random(seed), DraftBudget(*setting)
-    seconds, done = 0.0, 0
-    while done < tokens:
-        step = max(0.2, generator.gauss(1, 0.05))
-        if budget.allows_draft():
-            accepted = 0
-            while accepted < len(accuracies) and generator.random() < accuracies[accepted]:
-                accepted += 1
-            step *= 1 + extra
-            budget.record_draft(step, 8, accepted)
-            done += 1 + accepted
+@dataclass(frozen=True)
+class Tree:
+    """A tree of constant size: its number of nodes, and the levels it would accept at each position of each answer."""
+
+    nodes: int
+    accepted: Sequence[Sequence[int]]
+
+
+def cost_of(accepted: Sequence[int], step_with_draft: float, setting: Sequence[float] | None, seed: int) -> float:
+    """Simulate one answer.
+
+    Args:
+        accepted: For each position, the number of drafted tokens that a step from there would accept.
+        step_with_draft: Duration of a step with a draft, in plain steps.
+        setting: Initial balance, allowance and largest balance; None drafts in every step.
+        seed: Seed of the noise.
+
+    Returns:
+        Duration of the answer, in plain steps.
+    """
+    noise, budget = random.Random(seed), DraftBudget(*(setting or (0.0, ALLOWANCE, MOST))[1:])
+    budget.balance = setting[0] if setting else 0.0
+    total, position = 0.0, 0
+    while position < len(accepted):
+        step = max(0.2, noise.gauss(1, 0.05))
+        if setting is None or budget.allows_draft():
+            step *= step_with_draft
+            if setting is not None:
+                budget.record_draft(step, 8, accepted[position])
+            position += 1 + accepted[position]
         else:
             budget.record_plain(step)
-            done += 1
-        seconds += step
-    return done / seconds
+            position += 1
+        total += step
+    return total
+
+
+def print_table(kinds: Sequence[str], trees: dict[str, Tree], costs: StepCosts, repeats: int) -> None:
+    """Print, for each tree and setting, the ratio on all text and on the kind with the lowest ratio."""
+    print(f"{'':<12} {'always':>24} " + " ".join(f"{'/'.join(f'{v:g}' for v in s):>24}" for s in SETTINGS))
+    for name, tree in trees.items():
+        step = (costs.verify.at(tree.nodes) + costs.draft) / costs.verify.at(1)
+        cells = []
+        for setting in (None, *SETTINGS):
+            durations = [
+                sum(cost_of(accepted, step, setting, seed) for seed in range(repeats)) / repeats
+                for accepted in tree.accepted
+            ]
+            rates = {
+                kind: sum(len(tree.accepted[i]) for i, k in enumerate(kinds) if kind in (k, "all"))
+                / sum(durations[i] for i, k in enumerate(kinds) if kind in (k, "all"))
+                for kind in (*dict.fromkeys(kinds), "all")
+            }
+            every = rates.pop("all")
+            lowest = min(rates, key=rates.__getitem__)
+            cells.append(f"{f'{every:.3f}  {lowest} {rates[lowest]:.3f}':>24}")
+        print(f"{name:<12} {' '.join(cells)}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=100, help="length of an answer (default: 100)")
-    parser.add_argument("--answers", type=int, default=400, help="simulated answers per number (default: 400)")
+    parser.add_argument("model", help="export, adapter or stage-1 directory with heads")
+    parser.add_argument("--prompts", default=str(resources.folder("datasets") / "general_prompts.jsonl"))
+    parser.add_argument("--max-new-tokens", type=int, default=96)
+    parser.add_argument("--repeats", type=int, default=20, help="simulations of each answer (default: 20)")
     args = parser.parse_args()
-    settings = " ".join(f"{'/'.join(f'{value:g}' for value in setting):>12}" for setting in SETTINGS)
-    print(f"{'':<20} {'extra':>5} {'always':>7} {settings}   stake/allowance/most, in use first")
-    for name, accuracies in TEXTS.items():
-        for extra in EXTRAS:
-            tau, reached = 1.0, 1.0
-            for accuracy in accuracies:
-                reached *= accuracy
-                tau += reached
-            means = [
-                sum(rate(accuracies, extra, args.tokens, seed, setting) for seed in range(args.answers)) / args.answers
-                for setting in SETTINGS
-            ]
-            print(f"{name:<20} {extra:>5} {tau / (1 + extra):>7.3f} {' '.join(f'{mean:>12.3f}' for mean in means)}")
+    kinds = [json.loads(line)["kind"] for line in Path(args.prompts).read_text(encoding="utf-8").splitlines()]
+    _, prompts = read_prompts(args.model, args.prompts, None)
+    model = base_of(load_for_scoring(args.model))
+    costs = measure_costs(model)
+    answers = [observe(model, row, DEFAULT_WIDTH) for row in self_generated_rows(model, prompts, args.max_new_tokens)]
+
+    def by_paths(paths) -> Tree:
+        return Tree(len(paths), [accepted_of_paths(answer, paths) for answer in answers])
+
+    def dynamic(nodes: int) -> Tree:
+        return Tree(nodes, [accepted_levels(answer, nodes)[0][:, -1].tolist() for answer in answers])
+
+    trees = {"chain 6": by_paths(chain_paths(6)), "static 8": by_paths(best_first_paths(assumed_accuracies(5), 8))}
+    trees |= {f"dynamic {nodes}": dynamic(nodes) for nodes in (8, 16)}
+    print("initial balance/allowance/largest balance, in use first: x plain steps on all text, and on the lowest kind")
+    print_table(kinds, trees, costs, args.repeats)
 
 
 if __name__ == "__main__":

@@ -3,16 +3,17 @@
 The unit is the duration of a plain step, which yields one token. A step with a draft yields `accepted` more tokens and
 takes `extra` longer, for the draft and the wider forward. Compared with plain steps it gains `accepted - extra`. The
 balance is the sum of these gains. Steps draft while it is positive and are plain otherwise. Each plain step adds a
-small allowance to the balance, which pays for an occasional draft; an accepted draft pays for the next one.
+small allowance to the balance, which pays for an occasional draft; an accepted draft pays for the next one. The balance
+starts at 0, because a short answer could not earn back an initial stake.
 """
 
 from collections import defaultdict, deque
 from statistics import median_low
 
 
-# In plain steps. STAKE: initial balance. ALLOWANCE: added by each plain step. MOST: largest balance, which limits the
-# loss on text that is harder than what came before. Chosen with experiments/draft_budget.py.
-STAKE, ALLOWANCE, MOST = 1.0, 0.005, 3.0
+# In plain steps. ALLOWANCE: added by each plain step. MOST: largest balance, which limits the loss on text that is
+# harder than what came before. Chosen with experiments/draft_budget.py.
+ALLOWANCE, MOST = 0.01, 3.0
 # Cap of `extra` for the first step with a tree size: its time may include kernel selection or int8 quantisation.
 _FIRST_EXTRA = 0.5
 # Number of latest times per tree size, of which the median is used.
@@ -26,7 +27,6 @@ class DraftBudget:
     """Decides for each step of one generation whether it drafts.
 
     Args:
-        stake: Initial balance, in plain steps.
         allowance: Gain per plain step.
         most: Largest balance.
 
@@ -34,9 +34,9 @@ class DraftBudget:
         balance: Time that drafting may still lose, in plain steps.
     """
 
-    def __init__(self, stake: float = STAKE, allowance: float = ALLOWANCE, most: float = MOST):
+    def __init__(self, allowance: float = ALLOWANCE, most: float = MOST):
         self.allowance, self.most = allowance, most
-        self.balance = stake
+        self.balance = 0.0
         self._plain: deque[float] = deque(maxlen=_TIMES)
         self._drafted: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=_TIMES))
         self._intervals = list(_DRAFTS_BETWEEN_PLAIN)
@@ -64,7 +64,8 @@ class DraftBudget:
         """
         times = self._drafted[nodes.bit_length()]  # sizes within a factor of two share their times
         times.append(seconds)
-        extra = median_low(times) / median_low(self._plain) - 1
+        # Not below 0: one slow plain step must not make drafts look free.
+        extra = max(median_low(times) / median_low(self._plain) - 1, 0.0)
         if len(times) == 1:
             extra = min(extra, _FIRST_EXTRA)
         self.balance = min(self.balance + accepted - extra, self.most)

@@ -83,17 +83,26 @@ def accuracies(observed: Sequence[Observed]) -> list[list[float]]:
     ]
 
 
-def tau_of_paths(observed: Sequence[Observed], paths: Sequence[Sequence[int]]) -> float:
-    """Return tau with a static tree, given by its paths (`decoding.tree.fixed`)."""
-    known = {tuple(path) for path in paths}
+def accepted_of_paths(answer: Observed, paths: Sequence[Sequence[int]]) -> list[int]:
+    """Return, for each step of an answer, how many levels a static tree would accept.
 
-    def accepted(answer: Observed, step: int) -> int:
-        path, ranks = (), answer.ranks[step].tolist()
+    Args:
+        answer: The observed answer.
+        paths: Paths of the tree's nodes, see `decoding.tree.fixed`.
+    """
+    known, accepted = {tuple(path) for path in paths}, []
+    for ranks in answer.ranks.tolist():
+        path = ()
         while len(path) < len(ranks) and (*path, ranks[len(path)]) in known:
             path = (*path, ranks[len(path)])
-        return len(path)
+        accepted.append(len(path))
+    return accepted
 
-    return _tau(observed, accepted)
+
+def tau_of_paths(observed: Sequence[Observed], paths: Sequence[Sequence[int]]) -> float:
+    """Return tau with a static tree, given by its paths (`decoding.tree.fixed`)."""
+    levels = {id(answer): accepted_of_paths(answer, paths) for answer in observed}
+    return _tau(observed, lambda answer, step: levels[id(answer)][step])
 
 
 def accepted_levels(answer: Observed, nodes: int) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmtp_factory.decoding.draft_budget import ALLOWANCE, MOST, STAKE, DraftBudget
+from lmtp_factory.decoding.draft_budget import ALLOWANCE, MOST, DraftBudget
 
 
 def simulate(accepted, extra: float, tokens: int, budget=None, noise=lambda: 1.0) -> tuple[float, int]:
@@ -34,17 +34,23 @@ def simulate(accepted, extra: float, tokens: int, budget=None, noise=lambda: 1.0
     st.lists(st.integers(0, 4), min_size=1, max_size=400), st.floats(0.02, 3.0), st.integers(16, 400), st.integers(1, 2)
 )
 def test_the_loss_is_bounded_whatever_is_accepted(pattern, extra, tokens, scale):
-    """At most the stake, the allowance of the plain steps, the first drafts before their time is known, and one draft too
-    many; good text may lay up MOST for bad text behind it, which it has won before."""
+    """At most the allowance of the plain steps, the first drafts before their time is known, and one draft too many; good
+    text may lay up MOST for bad text behind it, which it has won before."""
     brought = iter(pattern * 400)
     seconds, _ = simulate(lambda: next(brought), extra, tokens, noise=lambda: float(scale))
-    assert seconds / scale <= tokens + STAKE + ALLOWANCE * tokens + 2 * extra + max(pattern)
+    assert seconds / scale <= tokens + ALLOWANCE * tokens + 2 * extra + max(pattern)
 
 
 def test_text_that_accepts_nothing_costs_little():
     for extra in (0.1, 0.25, 0.5, 1.0):
         seconds, drafts = simulate(lambda: 0, extra, 200)
         assert seconds <= 200 * 1.02 and drafts >= 1
+
+
+def test_short_answers_that_accept_nothing_cost_one_draft():
+    for tokens in range(5, 30):
+        seconds, drafts = simulate(lambda: 0, 0.3, tokens)
+        assert drafts == 1 and seconds <= tokens + 0.3 + 1e-6
 
 
 def test_text_that_accepts_much_is_drafted_throughout():
@@ -76,6 +82,13 @@ def test_one_slow_step_does_not_end_drafting():
     budget, slow = DraftBudget(), iter([1.0, 30.0, *[1.0] * 20, 30.0, *[1.0] * 10_000])
     _, drafts = simulate(lambda: 1, 0.3, 400, budget, noise=lambda: next(slow))
     assert drafts > 190
+
+
+def test_a_slow_first_step_does_not_pay_for_drafts():
+    """A pause of the machine in the only plain step known so far is no gain of the drafts behind it."""
+    budget, slow = DraftBudget(), iter([100.0, *[1.0] * 10_000])
+    _, drafts = simulate(lambda: 0, 0.3, 60, budget, noise=lambda: next(slow))
+    assert budget.balance < ALLOWANCE * 60 and drafts <= 8
 
 
 def test_one_slow_plain_step_does_not_make_drafts_look_cheap():
