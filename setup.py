@@ -34,6 +34,7 @@ setup(
         "deepspeed>=0.16",
         "safetensors",
         "huggingface_hub",
+        "httpx",
         "psutil",
         "matplotlib",
         "pyyaml",
