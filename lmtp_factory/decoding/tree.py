@@ -133,6 +133,11 @@ def chain_paths(nodes: int) -> list[tuple[int, ...]]:
     return [(0,) * level for level in range(nodes)]
 
 
+def assumed_accuracies(levels: int, width: int = 8) -> list[list[float]]:
+    """Return accuracies for `best_first_paths` if none were measured. They decrease with the level and the rank."""
+    return [[0.3 * 0.6**level * 0.4**rank for rank in range(width)] for level in range(levels)]
+
+
 def best_first_paths(accuracies: Sequence[Sequence[float]], nodes: int) -> list[tuple[int, ...]]:
     """Return the `nodes` paths of largest value, root first. The value of a path is the product of its accuracies.
 
