@@ -77,6 +77,9 @@ def default_arms(model: nn.Module, accuracies: Sequence[Sequence[float]], nodes:
         model: A model with leap heads.
         accuracies: For each level the accuracy of the candidate of each rank, from which the static tree is built.
         nodes: Number of nodes of the static and dynamic trees.
+
+    Raises:
+        LMTPError: `lmtp/tree.json` is damaged.
     """
     reach = geometry.reach(model.leap_heads.config.offsets)
     paths = tuple(best_first_paths(accuracies, nodes))
