@@ -7,9 +7,10 @@ import torch
 from helpers.decoding import GREEDY, PATHS, assert_as_stock, oracle, prompt, stock
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 
-from lmtp_factory.decoding import loop
+from lmtp_factory.decoding import loop, tree_builder
 from lmtp_factory.decoding.accept import Acceptor
 from lmtp_factory.decoding.cache import TreeCache
+from lmtp_factory.decoding.draft import propose_candidates
 from lmtp_factory.decoding.state import DecodeState
 from lmtp_factory.decoding.stats import DecodeStats
 from lmtp_factory.decoding.tree_builder import TreeBuilder
@@ -76,6 +77,24 @@ def test_the_first_step_is_plain_because_a_draft_has_nothing_to_be_compared_with
     builder.learn(tree, [[0], [0]], seconds=1.0)
     tree, tokens = builder.build(state)
     assert shape(tree) == (4, 3) and tokens.shape == (2, 4) and builder.drafted
+
+
+def test_only_candidates_that_the_tree_takes_are_computed(leap, monkeypatch):
+    """The deepest path is beyond the heads, so its rank does not widen the draft."""
+    model, widths = leap(heads={"num_heads": 1, "stride": 2}), []  # two levels
+    paths = ((), (0,), (1,), (0, 2), (0, 2, 5))
+    builder = TreeBuilder(
+        model, TreeConfig("static", 5, paths, always=True), constant=False, device=torch.device("cpu")
+    )
+
+    def propose(model, window, levels, width):
+        widths.append((levels, width))
+        return propose_candidates(model, window, levels, width)
+
+    monkeypatch.setattr(tree_builder, "propose_candidates", propose)
+    with torch.no_grad():
+        tree, _ = builder.build(state_of(model, {"input_ids": prompt()}))
+    assert shape(tree) == (4, 2) and widths == [(2, 3)]
 
 
 def test_trees_end_where_the_heads_do(leap):
