@@ -7,6 +7,7 @@ import torch
 from helpers.decoding import GREEDY, PATHS, assert_as_stock, oracle, prompt, stock
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 
+from lmtp_factory import LMTPError
 from lmtp_factory.decoding import loop, tree_builder
 from lmtp_factory.decoding.accept import Acceptor
 from lmtp_factory.decoding.cache import TreeCache
@@ -132,3 +133,21 @@ def test_what_was_accepted_calibrates_the_size_of_dynamic_trees(leap):
     assert tree.nodes == 9 and builder.calibration.ratio < 1
     promised = sum(tree.values[0, 1:].tolist())
     assert builder.calibration.predicted == pytest.approx(promised) and builder.calibration.accepted == 0
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_trees_wider_than_the_vocabulary(leap, rows):
+    """Candidates end with the vocabulary; a static tree that names ranks beyond it was measured on another model."""
+    model = leap("llama", vocab_size=9, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    inputs, kwargs = {"input_ids": prompt(rows, 6) % 7 + 2}, {"max_new_tokens": 12} | GREEDY
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    for width in (9, 10, 40):
+        assert_as_stock(model, **inputs, **kwargs, lmtp_tree=TreeConfig("dynamic", 64, width=width))
+    assert_as_stock(model, **inputs, **kwargs, lmtp_tree=TreeConfig("static", 3, paths=((), (0,), (8,))))
+    beyond = TreeConfig("static", 3, paths=((), (0,), (9,)))
+    message = r"static tree takes candidates down to rank 9, but the vocabulary has 9 tokens \(ranks 0 to 8\)"
+    with pytest.raises(LMTPError, match=message):
+        model.generate(**inputs, **kwargs, lmtp_tree=beyond)
+    assert torch.equal(
+        model.generate(**inputs, **kwargs, lmtp_decode="off", lmtp_tree=beyond), stock(model, **inputs, **kwargs)
+    )
