@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 from lmtp_factory import resources
-from lmtp_factory.decoding.tree import best_first_paths
+from lmtp_factory.decoding.tree import assumed_accuracies, best_first_paths
 from lmtp_factory.decoding.tree_config import TreeConfig
 from lmtp_factory.evaluation.bench import OWN_LOOP, Arm, run_arms
 from lmtp_factory.evaluation.machine import describe
@@ -21,8 +21,8 @@ from lmtp_factory.evaluation.self_generated import read_prompts
 from lmtp_factory.modeling.model import base_of
 
 
-# Accuracies from which static trees are built. They decrease with the level and with the rank.
-ASSUMED = [[0.3 * 0.6**level * 0.4**rank for rank in range(8)] for level in range(5)]
+# Accuracies from which static trees are built.
+ASSUMED = assumed_accuracies(5)
 
 
 def arms_of(model, always: bool) -> dict[str, Arm]:

@@ -17,4 +17,5 @@ def test_llamafactory():
 
 
 def test_transformers():
-    assert requirement("transformers").split(",")[-1] == f"<{compat.TOO_NEW}"
+    bounds = requirement("transformers").split(",")
+    assert (bounds[0], bounds[-1]) == (f">={compat.OLDEST}", f"<{compat.TOO_NEW}")

@@ -8,8 +8,6 @@ from .arguments import count
 
 
 RESULT_FILE, PLOT_FILE = "bench.json", "bench.png"
-# Accuracies assumed if no tree was measured. They decrease with the level and with the rank.
-_ASSUMED = [[0.3 * 0.6**level * 0.4**rank for rank in range(8)] for level in range(16)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +30,8 @@ def run(args: argparse.Namespace) -> int:
     """Run the benchmark, print the table and write the files; return 1 if fp32 answers differ from stock decoding."""
     import torch
 
+    from .. import geometry
+    from ..decoding.tree import assumed_accuracies
     from ..evaluation.bench import default_arms, margins, results, run_arms, table
     from ..evaluation.machine import describe
     from ..evaluation.plots import draw_bench
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
     _, prompts = read_prompts(args.model, args.prompts, args.limit)
     model = base_of(load_for_scoring(args.model, dtype=args.dtype and getattr(torch, args.dtype)))
-    accuracies = _measured_accuracies(model) or _ASSUMED[: model.leap_heads.config.offsets[-1] - 1]
+    accuracies = _measured_accuracies(model) or assumed_accuracies(geometry.reach(model.leap_heads.config.offsets) - 1)
     arms = default_arms(model, accuracies, args.nodes)
     run_arms(model, arms, prompts, args.max_new_tokens, args.repeats)
     rows, parted = results(arms, prompts), margins(model, arms)
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         draw_bench(rows, folder / PLOT_FILE)
         print(f"Written: {folder / RESULT_FILE} and {folder / PLOT_FILE}")
     # Differences of prompt lookup do not count, because it is transformers' own method.
-    ours_differ = any(row.differing and row.verify_share is not None for row in rows)
+    ours_differ = any(row.differing and row.is_ours for row in rows)
     return 1 if ours_differ and model.dtype == torch.float32 else 0
 
 

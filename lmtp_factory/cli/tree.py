@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     from ..modeling.model import base_of
     from ..tuning.costs import measure_costs
     from ..tuning.plots import draw_tree
-    from ..tuning.replay import accuracies, observe
+    from ..tuning.replay import accuracies, observe, with_steps
     from ..tuning.tree_search import measured, rank_trees, table, tree_config_of
 
     folder = find_heads(args.model) if Path(args.model).is_dir() else None
@@ -40,12 +40,7 @@ def run(args: argparse.Namespace) -> int:
     _, prompts = read_prompts(args.model, args.prompts, args.limit)
     model = base_of(load_for_scoring(args.model))
     rows = self_generated_rows(model, prompts, args.max_new_tokens)
-    observed = [observe(model, row, DEFAULT_WIDTH) for row in rows]
-    if not any(map(len, observed)):
-        raise LMTPError(
-            f"{args.model} answers these prompts with one token or none, so no draft can be measured: give other "
-            "prompts or a larger --max-new-tokens."
-        )
+    observed = with_steps([observe(model, row, DEFAULT_WIDTH) for row in rows])
     costs = measure_costs(model, context=args.context)
     options = rank_trees(observed, costs)
     best = max(options, key=lambda option: option.tokens_per_second)

@@ -1,7 +1,7 @@
-"""Private names of transformers that decoding uses, and a check that they exist.
+"""Names of transformers that decoding uses beyond its documented interface, and a check that they exist.
 
-Private names may change in any version of transformers. A version that lacks one is refused before it can decode
-wrongly.
+Such names may change in any version of transformers. A version that lacks one is refused before heads attach. Only
+`GenerationConfig._pad_token_tensor`, which `generate` sets, is checked when it is read.
 """
 
 import inspect
@@ -11,23 +11,40 @@ import transformers
 from packaging import version
 from torch import nn
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from ..errors import LMTPError
 
 
-# The first version that does not work: it passes the key-value cache under another name.
-TOO_NEW = "5.24"
+# The first version that has the names below, and the first that does not work: it passes the key-value cache under
+# another name.
+OLDEST, TOO_NEW = "5.4", "5.24"
+_REMEDY = f'pip install "transformers>={OLDEST},<{TOO_NEW}"'
 
-# Attributes used of each class, and arguments passed to each method of `GenerationMixin`.
+# Attributes of classes.
 ATTRIBUTES = {
     GenerationMixin: ("_sample", "_valid_auto_compile_criteria", "prepare_inputs_for_generation"),
+    PretrainedConfig: ("_attn_implementation",),
     DynamicLayer: ("lazy_initialization", "get_seq_length"),
     DynamicSlidingWindowLayer: ("lazy_initialization", "get_seq_length"),
     StaticLayer: ("update", "get_mask_sizes"),
 }
+# Attributes that instances get in their `__init__`, and how to make an instance.
+INSTANCE_ATTRIBUTES = {
+    DynamicCache: ("layers", "offloading"),
+    DynamicLayer: ("keys", "values", "is_initialized"),
+    DynamicSlidingWindowLayer: ("sliding_window", "cumulative_length"),
+    StaticLayer: ("is_initialized", "max_cache_len", "cumulative_length"),
+}
+INSTANCES = {
+    DynamicCache: DynamicCache,
+    DynamicLayer: DynamicLayer,
+    DynamicSlidingWindowLayer: lambda: DynamicSlidingWindowLayer(sliding_window=1),
+    StaticLayer: lambda: StaticLayer(max_cache_len=1),
+}
+# Parameters of methods.
 PARAMETERS = {
-    "_sample": (
+    (GenerationMixin, "_sample"): (
         "input_ids",
         "logits_processor",
         "stopping_criteria",
@@ -35,38 +52,55 @@ PARAMETERS = {
         "synced_gpus",
         "streamer",
     ),
-    "prepare_inputs_for_generation": ("input_ids", "next_sequence_length", "is_first_iteration"),
+    (GenerationMixin, "prepare_inputs_for_generation"): (
+        "input_ids",
+        "next_sequence_length",
+        "is_first_iteration",
+    ),
+    (StaticLayer, "get_mask_sizes"): ("query_length",),
 }
 
 
 @cache
 def check_transformers() -> None:
-    """Check once per process that the installed transformers has every private name that decoding uses.
+    """Check once per process that the installed transformers has every name listed above.
 
     Raises:
         LMTPError: A name is missing, or the version is too new.
     """
     if version.parse(transformers.__version__) >= version.parse(TOO_NEW):
         raise LMTPError(
-            f"Decoding with leap heads does not work with transformers {transformers.__version__}: "
-            f'pip install "transformers<{TOO_NEW}".'
+            f"Decoding with leap heads does not work with transformers {transformers.__version__}: {_REMEDY}."
         )
     missing = [
         f"{owner.__name__}.{name}" for owner, names in ATTRIBUTES.items() for name in names if not hasattr(owner, name)
     ]
-    for method, names in PARAMETERS.items():
-        function = getattr(GenerationMixin, method, None)
+    for owner, names in INSTANCE_ATTRIBUTES.items():
+        instance = INSTANCES[owner]()
+        missing += [f"{owner.__name__}.{name}" for name in names if not hasattr(instance, name)]
+    for (owner, method), names in PARAMETERS.items():
+        function = getattr(owner, method, None)
         known = inspect.signature(function).parameters if function else ()
-        missing += [f"GenerationMixin.{method}({name})" for name in names if name not in known]
+        missing += [f"{owner.__name__}.{method}({name})" for name in names if name not in known]
     if missing:
-        raise LMTPError(
-            f"Decoding with leap heads does not support transformers {transformers.__version__}, which has no "
-            f'{", ".join(missing)}: pip install "transformers<{TOO_NEW}".'
-        )
+        raise _unsupported(missing)
+
+
+def _unsupported(missing: list[str]) -> LMTPError:
+    return LMTPError(
+        f"Decoding with leap heads does not support transformers {transformers.__version__}, which has no "
+        f"{', '.join(missing)}: {_REMEDY}."
+    )
 
 
 def pad_token(config: GenerationConfig) -> int | None:
-    """Return the padding token of a prepared generation config."""
+    """Return the padding token of a prepared generation config.
+
+    Raises:
+        LMTPError: `generate` has not set it under this name.
+    """
+    if not hasattr(config, "_pad_token_tensor"):
+        raise _unsupported(["GenerationConfig._pad_token_tensor"])
     prepared = config._pad_token_tensor
     return None if prepared is None else int(prepared)
 

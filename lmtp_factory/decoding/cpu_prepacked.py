@@ -64,10 +64,15 @@ def available() -> bool:
         return False
 
 
-def can_prepack(model: nn.Module) -> bool:
-    """Return whether `model` has fp32 linear layers on a CPU and memory allows a second copy of them."""
+def can_prepack(model: nn.Module, compiled: bool = False) -> bool:
+    """Return whether decoding uses prepacked weights: `model` has fp32 linear layers on a CPU, and memory allows a copy.
+
+    Args:
+        model: The model.
+        compiled: Whether its forward is compiled. torch.compile chooses its own layouts. Autocast casts the weights.
+    """
     linears = _linears(model)
-    if not linears or not available():
+    if not linears or compiled or torch.is_autocast_enabled("cpu") or not available():
         return False
     with _lock:
         missing = sum(4 * layer.weight.numel() for layer in linears if _kept(layer) is None)
@@ -113,7 +118,13 @@ def int8_linear(layer: nn.Module) -> Callable[[Tensor], Tensor]:
             return layer
         if copy.int8 is None:
             copy.int8 = _quantise(layer.weight.detach())
-    return lambda inputs: torch.ops.quantized.linear_dynamic(inputs, copy.int8, reduce_range=True)
+
+    def forward(inputs: Tensor) -> Tensor:
+        outputs = torch.ops.quantized.linear_dynamic(inputs, copy.int8, reduce_range=True)
+        # The copy holds no bias, because layers with the same weight share it.
+        return outputs if layer.bias is None else outputs + layer.bias
+
+    return forward
 
 
 class _PrepackedForward:

@@ -7,7 +7,6 @@ replaces `_sample` only. Beam search, assisted and contrastive generation do not
 import time
 from contextlib import nullcontext
 
-import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
@@ -54,16 +53,17 @@ def decode(
         The same as `_sample`, or None if the call is not supported; the reason is logged once.
 
     Raises:
-        LMTPError: A static tree uses candidate ranks beyond the vocabulary.
+        LMTPError: A static tree uses candidate ranks beyond the vocabulary, or `lmtp/tree.json` is damaged.
     """
     request = current_request()
     request.arrived, stats = True, request.stats
     if request.strategy == "off":
         return None
-    tree = request.tree or model.tree_config()
     reason = unsupported_reason(model, input_ids, processors, criteria, config, synced_gpus, model_kwargs)
     cache = None
     if reason is None:
+        compiled = compat.compiles(model, model_kwargs, config)
+        tree = request.tree or model.tree_config(compiled)
         given = model_kwargs["past_key_values"]
         new = config.max_length - input_ids.shape[1]
         columns = prompt_length(input_ids, model_kwargs) + new + tree.nodes
@@ -75,13 +75,11 @@ def decode(
     tree.check_ranks(model.config.get_text_config().vocab_size)
     stats.strategy, stats.stock_reason = "backward" if request.strategy == "auto" else request.strategy, None
 
-    compiled = compat.compiles(model, {**model_kwargs, "past_key_values": cache}, config)
     forward = model.compiled_backbone(config.compile_config) if compiled else None
     pad_token = compat.pad_token(config)
     state = DecodeState(Acceptor(input_ids, processors, criteria, config), cache)
     stream = Stream(streamer, state.acceptor, pad_token)
-    # Prepacked layers do not work under torch.compile, which chooses its own layouts, or under autocast.
-    prepack = not compiled and not torch.is_autocast_enabled("cpu") and cpu_prepacked.can_prepack(model)
+    prepack = cpu_prepacked.can_prepack(model, compiled)
     with cpu_prepacked.prepacked(model) if prepack else nullcontext(), stats.timed("total", input_ids.device):
         with stats.timed("prefill", input_ids.device):
             state.prefill(model, input_ids, model_kwargs)

@@ -40,7 +40,8 @@ class LookBackDecoding:
             kwargs: Passed to `GenerationMixin.generate`.
 
         Raises:
-            LMTPError: `lmtp_decode` is unknown, or the tree uses candidate ranks beyond the vocabulary.
+            LMTPError: `lmtp_decode` is unknown, the tree uses candidate ranks beyond the vocabulary, or
+                `lmtp/tree.json` is damaged.
         """
         strategy = self.decode_strategy if lmtp_decode is None else lmtp_decode
         request = DecodeRequest(strategy, lmtp_tree, DecodeStats() if lmtp_stats is None else lmtp_stats)
@@ -62,9 +63,16 @@ class LookBackDecoding:
         output = decode(self, *prepared, model_kwargs)
         return super()._sample(*prepared, **model_kwargs) if output is None else output
 
-    def tree_config(self) -> TreeConfig:
-        """Return the default draft tree: `lmtp/tree.json` or the device's default."""
-        return tree_config_for(self)
+    def tree_config(self, compiled: bool = False) -> TreeConfig:
+        """Return the default draft tree: `lmtp/tree.json` or the device's default.
+
+        Args:
+            compiled: Whether the backbone's forward is compiled.
+
+        Raises:
+            LMTPError: `lmtp/tree.json` is damaged.
+        """
+        return tree_config_for(self, compiled)
 
     def compiled_backbone(self, options: CompileConfig | None) -> Callable:
         """Return the compiled forward of the backbone, cached for later calls with the same options."""

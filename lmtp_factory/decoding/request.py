@@ -44,6 +44,8 @@ def current_request() -> DecodeRequest:
 def requested(request: DecodeRequest, streamer: BaseStreamer | None) -> Iterator[None]:
     """Make `request` the current request inside the context; end `streamer` if an exception is raised.
 
+    Statistics that are used again keep their counts, but not the strategy of the call before.
+
     Raises:
         LMTPError: The strategy is unknown.
     """
@@ -51,6 +53,7 @@ def requested(request: DecodeRequest, streamer: BaseStreamer | None) -> Iterator
     try:
         if request.strategy not in STRATEGIES:
             raise LMTPError(f"lmtp_decode is {request.strategy!r}, but it has to be one of {', '.join(STRATEGIES)}.")
+        request.stats.strategy, request.stats.stock_reason = "off", None
         yield
         if not request.arrived and request.strategy != "off":
             fall_back(request.stats, "beam search, assisted and other special generation has no look-back")

@@ -27,6 +27,7 @@ class DecodeStats:
         seconds: Seconds of the whole generation and of each phase.
         profile: Synchronise the device at the end of each phase. Without it, the times of phases on a GPU are launch
             times.
+        has_launch_times: Whether phases ran on a GPU without `profile`.
     """
 
     strategy: str = "off"
@@ -39,6 +40,7 @@ class DecodeStats:
     advances: list[int] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("total", "prefill", *PHASES), 0.0))
     profile: bool = False
+    has_launch_times: bool = False
 
     @property
     def tau(self) -> float:
@@ -53,6 +55,14 @@ class DecodeStats:
     def acceptance(self) -> list[float]:
         """Return, for each level, the share of steps that accepted it. Their sum plus 1 is tau."""
         return [accepted / self.steps for accepted in self.accepted]
+
+    def share(self, phase: str) -> float | None:
+        """Return the share of `phase` in the time of all phases after the prefill.
+
+        None if there was no step, or if times are launch times, in which a phase pays for the kernels of another.
+        """
+        steps = sum(self.seconds[name] for name in PHASES)
+        return self.seconds[phase] / steps if steps and not self.has_launch_times else None
 
     def count(self, nodes: int, branches: Sequence[Sequence[int]]) -> None:
         """Count one step.
@@ -74,8 +84,11 @@ class DecodeStats:
         """Add the duration of the context to a phase."""
         started = time.perf_counter()
         yield
-        if self.profile and device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if device.type == "cuda":
+            if self.profile:
+                torch.cuda.synchronize(device)
+            else:
+                self.has_launch_times = True
         self.seconds[phase] += time.perf_counter() - started
 
     def line(self) -> str:

@@ -17,6 +17,7 @@ from transformers import (
 )
 from transformers.generation import EosTokenCriteria
 
+from ..errors import first_line
 from ..modeling.heads import lm_logits
 from .cache import TreeCache
 from .compat import attention_implementation
@@ -90,8 +91,8 @@ def _reasons(model, input_ids, processors, criteria, config, synced_gpus, model_
         yield "generation may pass the length at which this model's rotary embedding changes"
     if batch > 1:
         yield from _batch_reasons(processors, criteria, config)
-    if not supports_trees(model):
-        yield "a tree-masked forward does not match sequential forwards"
+    if (failure := trial_failure(model)) is not None:
+        yield failure
 
 
 def _batch_reasons(
@@ -125,25 +126,28 @@ def warn_once(message: str) -> None:
     logger.warning(message)
 
 
-def supports_trees(model: nn.Module) -> bool:
-    """Return whether a tree-masked forward matches sequential forwards over the tree's branches.
+def trial_failure(model: nn.Module) -> str | None:
+    """Try whether a tree-masked forward matches sequential forwards over the tree's branches.
 
     Some models ignore a given mask, or compute more than a matmul between the last hidden state and the logits. The
     result is cached per attention implementation. It is not cached in train mode, where dropout may cause the
     difference, or after an exception, which may be temporary (out of memory).
+
+    Returns:
+        How the trial failed, as a clause for the log, or None if the forwards match.
     """
     attention = attention_implementation(model.config.get_text_config())
     results = vars(model).get("_takes_trees", {})
-    if attention in results and not model.training:
-        return results[attention]
-    try:
-        with _preserve_rng(model) if model.training else nullcontext():
-            agrees = _agrees_on_a_tree(model)
-    except Exception:  # models reject masks with exceptions of any type
-        return False
-    if not model.training:
-        model._takes_trees = {**results, attention: agrees}
-    return agrees
+    agrees = None if model.training else results.get(attention)
+    if agrees is None:
+        try:
+            with _preserve_rng(model) if model.training else nullcontext():
+                agrees = _agrees_on_a_tree(model)
+        except Exception as error:  # models reject masks with exceptions of any type
+            return f"the trial of a tree-masked forward failed ({type(error).__name__}: {first_line(error)})"
+        if not model.training:
+            model._takes_trees = {**results, attention: agrees}
+    return None if agrees else "a tree-masked forward does not match sequential forwards"
 
 
 def _preserve_rng(model: nn.Module) -> AbstractContextManager:

@@ -109,7 +109,7 @@ def fixed(paths: Sequence[Sequence[int]], device: torch.device | str = "cpu") ->
         device: Device of the tree's tensors.
 
     Raises:
-        ValueError: The first path is not the root, or a parent is missing or comes after its child.
+        ValueError: The first path is not the root, a parent is missing or comes after its child, or a rank is negative.
     """
     index = {tuple(path): node for node, path in enumerate(paths)}
     if not paths or tuple(paths[0]) != ():
@@ -124,6 +124,8 @@ def fixed(paths: Sequence[Sequence[int]], device: torch.device | str = "cpu") ->
         parents.append(parent)
     levels = [len(path) for path in paths]
     ranks = [path[-1] if path else 0 for path in paths]
+    if min(ranks) < 0:
+        raise ValueError(f"A candidate has the rank {min(ranks)}, but ranks start at 0.")
     rows = (torch.tensor([row], dtype=torch.long, device=device) for row in (parents, levels, ranks))
     return Tree(*rows, height=max(levels))
 
@@ -131,6 +133,11 @@ def fixed(paths: Sequence[Sequence[int]], device: torch.device | str = "cpu") ->
 def chain_paths(nodes: int) -> list[tuple[int, ...]]:
     """Return the paths of a chain: the most probable candidate of each level."""
     return [(0,) * level for level in range(nodes)]
+
+
+def assumed_accuracies(levels: int, width: int = 8) -> list[list[float]]:
+    """Return accuracies for `best_first_paths` if none were measured. They decrease with the level and the rank."""
+    return [[0.3 * 0.6**level * 0.4**rank for rank in range(width)] for level in range(levels)]
 
 
 def best_first_paths(accuracies: Sequence[Sequence[float]], nodes: int) -> list[tuple[int, ...]]:

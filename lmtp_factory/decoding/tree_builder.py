@@ -27,8 +27,12 @@ class TreeBuilder:
         self.model, self.config, self.constant = model, config, constant
         self.reach = geometry.reach(model.leap_heads.config.offsets) - 1  # number of levels that the heads can draft
         self.root = fixed([()], device)
-        paths = config.fixed_paths()
-        self.shape = None if paths is None else fixed([path for path in paths if len(path) <= self.reach], device)
+        self.shape: Tree | None = None  # the static tree without the levels that the heads cannot draft
+        self.width = config.width  # number of candidates per level
+        if (paths := config.fixed_paths()) is not None:
+            kept = [path for path in paths if len(path) <= self.reach]
+            self.shape = fixed(kept, device)
+            self.width = max((path[-1] for path in kept if path), default=0) + 1
         self.calibration, self.budget = AcceptanceCalibration(), DraftBudget()
         self.drafted = False  # whether the current step made a draft, even if its tree was cut to the root
         # Expected number of accepted tokens of each active row in the current step; empty if the tree was not cut.
@@ -46,15 +50,13 @@ class TreeBuilder:
             return self.plain(roots)
         self.drafted, self.predicted = True, []
         if self.shape is not None:
-            candidates = propose_candidates(
-                self.model, window, self.shape.height, width=int(max(self.config.ranks())) + 1
-            )
+            candidates = propose_candidates(self.model, window, self.shape.height, self.width)
             return self.shape, self.shape.tokens(roots, candidates.tokens)
         # Do not draft levels beyond the maximum length.
         height = self.reach if self.constant else min(self.reach, state.acceptor.remaining_tokens() - 1)
         if not height:
             return self.plain(roots)
-        candidates = propose_candidates(self.model, window, height, min(self.config.width, self.config.nodes - 1))
+        candidates = propose_candidates(self.model, window, height, min(self.width, self.config.nodes - 1))
         tree = grow(candidates.probabilities, self.config.nodes)
         if self.config.cost is not None and not self.constant:
             values = [values for values, row in zip(tree.values.tolist(), state.acceptor.rows) if not row.done]

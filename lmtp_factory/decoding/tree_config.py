@@ -12,7 +12,7 @@ from torch import nn
 from ..errors import LMTPError
 from ..files import TREE_FILE, atomic_write
 from .cpu_prepacked import can_prepack
-from .tree import chain_paths
+from .tree import chain_paths, fixed
 
 
 KINDS = ("chain", "static", "dynamic")
@@ -107,17 +107,14 @@ class TreeConfig:
             return None
         return self.paths[: self.nodes] if self.kind == "static" else chain_paths(self.nodes)
 
-    def ranks(self) -> list[int]:
-        """Return the candidate ranks that a chain or static tree uses."""
-        return [path[-1] for path in self.fixed_paths() if path]
-
     def check_ranks(self, vocab_size: int) -> None:
         """Check that a static tree's candidates exist. Dynamic trees adapt to the vocabulary.
 
         Raises:
             LMTPError: A candidate rank is beyond the vocabulary.
         """
-        deepest = max(self.ranks(), default=0) if self.kind == "static" else 0
+        paths = self.fixed_paths() if self.kind == "static" else ()
+        deepest = max((path[-1] for path in paths if path), default=0)
         if deepest >= vocab_size:
             raise LMTPError(
                 f"The static tree takes candidates down to rank {deepest}, but the vocabulary has {vocab_size} tokens "
@@ -157,9 +154,9 @@ class Conditions:
     prepacked: bool
 
     @classmethod
-    def of(cls, model: nn.Module) -> "Conditions":
-        """Return the conditions under which `model` decodes on this machine."""
-        return cls(model.device.type, str(model.dtype).removeprefix("torch."), can_prepack(model))
+    def of(cls, model: nn.Module, compiled: bool = False) -> "Conditions":
+        """Return the conditions under which `model` decodes on this machine, with a compiled forward or without."""
+        return cls(model.device.type, str(model.dtype).removeprefix("torch."), can_prepack(model, compiled))
 
     def __str__(self) -> str:
         return f"{self.device}, {self.dtype}, {'prepacked' if self.prepacked else 'ordinary'} weights"
@@ -181,13 +178,17 @@ def default_tree(conditions: Conditions) -> TreeConfig:
     return TreeConfig("dynamic", _CPU_NODES, cost=PREPACKED_CPU if conditions.prepacked else PLAIN_CPU, source=source)
 
 
-def tree_config_for(model: nn.Module) -> TreeConfig:
+def tree_config_for(model: nn.Module, compiled: bool = False) -> TreeConfig:
     """Return the default draft tree of `model`: `lmtp/tree.json` if it was measured under the same conditions.
+
+    Args:
+        model: A model with leap heads.
+        compiled: Whether its backbone's forward is compiled.
 
     Raises:
         LMTPError: `tree.json` is damaged.
     """
-    conditions, folder = Conditions.of(model), model.leap_heads.folder
+    conditions, folder = Conditions.of(model, compiled), model.leap_heads.folder
     found = None if folder is None else read_tree(folder)
     if found is None:
         return default_tree(conditions)
@@ -229,7 +230,7 @@ def read_tree(folder: str | os.PathLike) -> tuple[TreeConfig, Conditions | None]
         version wrote the file without them.
 
     Raises:
-        LMTPError: The file is damaged.
+        LMTPError: The file is damaged: it is no JSON, lacks a value or describes an impossible tree.
     """
     path = Path(folder, TREE_FILE)
     if not path.is_file():
@@ -244,6 +245,10 @@ def read_tree(folder: str | os.PathLike) -> tuple[TreeConfig, Conditions | None]
             width=int(values["width"]),
             cost=cost or None,
         )
+        if cost and not all(seconds > 0 for seconds in cost.seconds.values()):
+            raise ValueError("a cost is not positive")
+        if (fixed_paths := tree_config.fixed_paths()) is not None:
+            fixed(fixed_paths)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise LMTPError(f"{path} is damaged ({error!r}): delete it or run lmtp-cli tree again.") from None
     names = [condition.name for condition in fields(Conditions)]

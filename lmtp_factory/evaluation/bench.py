@@ -53,8 +53,10 @@ class ArmResult:
         tokens_per_second: Speed, including the prefill.
         over_stock: Speed-up over stock `generate`.
         over_own_loop: Speed-up over look-back decoding without drafts.
-        verify_share: Share of verification in the time after the prefill; None for stock methods.
+        verify_share: Share of verification in the time after the prefill. None for stock methods, and on a GPU unless
+            `Arm.stats.profile` is set, which makes decoding slower.
         differing: Number of answers that differ from stock `generate`.
+        is_ours: Whether our loop has decoded the answers. False for stock methods.
     """
 
     name: str
@@ -65,6 +67,7 @@ class ArmResult:
     over_own_loop: float
     verify_share: float | None
     differing: int
+    is_ours: bool
 
 
 def default_arms(model: nn.Module, accuracies: Sequence[Sequence[float]], nodes: int) -> dict[str, Arm]:
@@ -74,6 +77,9 @@ def default_arms(model: nn.Module, accuracies: Sequence[Sequence[float]], nodes:
         model: A model with leap heads.
         accuracies: For each level the accuracy of the candidate of each rank, from which the static tree is built.
         nodes: Number of nodes of the static and dynamic trees.
+
+    Raises:
+        LMTPError: `lmtp/tree.json` is damaged.
     """
     reach = geometry.reach(model.leap_heads.config.offsets)
     paths = tuple(best_first_paths(accuracies, nodes))
@@ -136,7 +142,6 @@ def results(arms: Mapping[str, Arm], prompts: Sequence[Sequence[int]]) -> list[A
     rows = []
     for name, arm in arms.items():
         steps = arm.forwards - len(prompts)
-        decoding = sum(arm.stats.seconds[phase] for phase in ("draft", "verify", "accept", "commit"))
         rows.append(
             ArmResult(
                 name=name,
@@ -145,8 +150,9 @@ def results(arms: Mapping[str, Arm], prompts: Sequence[Sequence[int]]) -> list[A
                 tokens_per_second=rates[name],
                 over_stock=rates[name] / rates[STOCK],
                 over_own_loop=rates[name] / rates[OWN_LOOP],
-                verify_share=arm.stats.seconds["verify"] / decoding if decoding else None,
+                verify_share=arm.stats.share("verify"),
                 differing=sum(not torch.equal(a, b) for a, b in zip(arm.outputs, arms[STOCK].outputs)),
+                is_ours=arm.stats.rows > 0,
             )
         )
     return rows

@@ -83,7 +83,7 @@ def draw_bench(rows: Sequence["ArmResult"], path: str | os.PathLike) -> None:
     figure = Figure(figsize=(9, 0.45 * len(rows) + 1.2), layout="constrained")
     FigureCanvasAgg(figure)
     panel = figure.subplots()
-    colours = ["0.6" if row.verify_share is None else "C1" if not any(row.acceptance) else "C0" for row in rows]
+    colours = ["0.6" if not row.is_ours else "C1" if not any(row.acceptance) else "C0" for row in rows]
     bars = panel.barh([row.name for row in rows], [row.tokens_per_second for row in rows], color=colours)
     labels = [f"{row.over_stock:.2f}x stock, tau {row.tau:.2f}" for row in rows]
     panel.bar_label(bars, labels, padding=4, fontsize=8)

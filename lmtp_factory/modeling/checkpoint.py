@@ -13,16 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from httpx import HTTPError
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from ..config import LMTPConfig
-from ..errors import LMTPError
-from ..files import CONFIG_FILE, HEADS_FOLDER, WEIGHTS_FILE
+from ..errors import LMTPError, first_line
+from ..files import CONFIG_FILE, HEADS_FOLDER, TREE_FILE, WEIGHTS_FILE
 from .heads import LeapHeads
 
 
@@ -32,19 +33,27 @@ _FACTS = ("offsets", "head_kind", "head_layers", "hidden_size", "vocab_size")
 _DTYPES = ("F16", "BF16", "F32", "F64")
 
 
-def save_heads(heads: LeapHeads, folder: str | os.PathLike, state_dict: Mapping[str, Tensor] | None = None) -> None:
+def save_heads(
+    heads: LeapHeads,
+    folder: str | os.PathLike,
+    state_dict: Mapping[str, Tensor] | None = None,
+    tree: bytes | None = None,
+) -> None:
     """Write `heads` to `folder`. Older heads there are replaced after everything is written.
 
     Args:
         heads: Heads to save.
         folder: Directory to write to, usually `<directory>/lmtp`.
         state_dict: Tensors to write instead of `heads.state_dict()`, e.g. gathered from ZeRO-3 shards.
+        tree: Contents of `tree.json`, if a draft tree was measured for these heads.
 
     Raises:
         OSError: Writing failed. Older heads are unchanged.
     """
     folder = Path(folder)
     fresh, stale = folder.with_name(f"{folder.name}.writing"), folder.with_name(f"{folder.name}.replaced")
+    if stale.exists() and not folder.exists():  # an earlier call was killed between its two renames
+        stale.rename(folder)
     for leftover in (fresh, stale):
         shutil.rmtree(leftover, ignore_errors=True)
     fresh.mkdir(parents=True)
@@ -55,9 +64,9 @@ def save_heads(heads: LeapHeads, folder: str | os.PathLike, state_dict: Mapping[
         heads.config.dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
         heads.config.architectures = [type(heads).__name__]
         heads.config.save_pretrained(fresh)
-        if folder.exists():
-            folder.rename(stale)
-        fresh.rename(folder)
+        if tree is not None:
+            (fresh / TREE_FILE).write_bytes(tree)
+        _replace(folder, fresh, stale)
     except SafetensorError as error:  # safetensors reports a full disk as its own error
         raise OSError(f"Could not write the leap heads to {folder}: {error}") from error
     finally:
@@ -65,21 +74,43 @@ def save_heads(heads: LeapHeads, folder: str | os.PathLike, state_dict: Mapping[
         shutil.rmtree(stale, ignore_errors=True)
 
 
+def _replace(folder: Path, fresh: Path, stale: Path) -> None:
+    """Rename `fresh` to `folder`. The old folder becomes `stale`, or `folder` again if that fails."""
+    replaces = folder.exists()
+    if replaces:
+        folder.rename(stale)
+    try:
+        fresh.rename(folder)
+    except OSError:
+        if replaces:
+            stale.rename(folder)
+        raise
+
+
 def find_heads(path: str | os.PathLike) -> Path | None:
     """Return the `lmtp/` folder of a local directory or hub id, or None if it has none.
 
+    Without network access, a repository in the local cache is looked up there.
+
     Raises:
-        LMTPError: The hub cannot be reached.
+        LMTPError: The hub request failed and the repository is not cached, so it is unknown whether it has heads.
     """
     if os.path.isdir(path):
         folder = Path(path, HEADS_FOLDER)
         return folder if folder.is_dir() else None
     try:
         snapshot = snapshot_download(str(path), allow_patterns=f"{HEADS_FOLDER}/*")
-    except (RepositoryNotFoundError, HFValidationError, LocalEntryNotFoundError):
+    except HFValidationError:  # no hub id
         return None
-    except HfHubHTTPError as error:
-        raise LMTPError(f"The hub request for {path} failed ({error}): try again or name a local directory.") from None
+    # OSError: the hub refused the request, or there is no connection and the repository is not cached.
+    except (OSError, HTTPError) as error:
+        # A gated repository exists, although its error is a RepositoryNotFoundError.
+        if isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):
+            return None
+        raise LMTPError(
+            f"No directory {path} exists, and the hub request for it failed ({first_line(error)}): name a local "
+            "directory or try again."
+        ) from None
     folder = Path(snapshot, HEADS_FOLDER)
     return folder if folder.is_dir() else None
 

@@ -7,7 +7,6 @@ checkpointing, LLaMA-Factory's tables, `architectures` in `save_pretrained`) the
 import functools
 import inspect
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,11 +155,10 @@ class LeapModel:
             base = {k: v for k, v in state_dict.items() if not k.startswith(HEADS_PREFIX)}
             super().save_pretrained(save_directory, state_dict=base, **kwargs)
         if heads and kwargs.get("is_main_process", True):
-            save_heads(self.leap_heads, os.path.join(save_directory, HEADS_FOLDER), heads)
-            if self.objective is None:
-                self._copy_tree(save_directory)
-                if self.after_export is not None:
-                    self.after_export(save_directory)
+            tree = self._measured_tree() if self.objective is None else None  # training changes the heads
+            save_heads(self.leap_heads, os.path.join(save_directory, HEADS_FOLDER), heads, tree)
+            if self.objective is None and self.after_export is not None:
+                self.after_export(save_directory)
 
     def __reduce_ex__(self, protocol):
         """For pickle and copy, which look a class up by its name and would find the base's."""
@@ -170,11 +168,10 @@ class LeapModel:
             return super().__reduce_ex__(protocol)
         return _new_leap_model, (self.plain_class, self.mixins), self.__getstate__()
 
-    def _copy_tree(self, directory) -> None:
-        """Copy the measured draft tree beside the heads."""
+    def _measured_tree(self) -> bytes | None:
+        """Return the contents of `tree.json` in the folder that the heads were loaded from, or None."""
         tree = self.leap_heads.folder and Path(self.leap_heads.folder, TREE_FILE)
-        if tree and tree.is_file():
-            shutil.copy(tree, Path(directory, HEADS_FOLDER, TREE_FILE))
+        return tree.read_bytes() if tree and tree.is_file() else None
 
     def load_state_dict(self, state_dict, strict: bool = True, **kwargs):
         """Load as `nn.Module.load_state_dict` does, but accept that a stage-1 checkpoint has no backbone weights."""

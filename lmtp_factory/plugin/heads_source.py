@@ -161,10 +161,12 @@ def _starting_heads(base: BaseModel, model_args, training_args, finetuning_args,
     stage, named = finetuning_args.lmtp_stage, finetuning_args.stage1_pretrained_path
     if named is None or (stage == 2 and adapter is not None):
         return adapter or find_heads(base.path)
-    if (found := find_heads(named)) is not None:
-        return adapter or found
     # The release's stage-1 files name their own output, which is empty before the first run. Any other path is a mistake.
-    if stage == 2 or os.path.realpath(named) != os.path.realpath(training_args.output_dir):
+    is_own_output = stage == 1 and os.path.realpath(named) == os.path.realpath(training_args.output_dir)
+    # A path such as out/stage1 could be a hub id too, but an output that does not exist yet is not looked for on the hub.
+    if (found := None if is_own_output and not os.path.isdir(named) else find_heads(named)) is not None:
+        return adapter or found
+    if not is_own_output:
         raise LMTPError(
             f"stage1_pretrained_path {named} has no lmtp/ folder: name the output_dir of a finished stage 1, or leave the "
             "key out to start from fresh heads."

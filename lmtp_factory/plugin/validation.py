@@ -71,7 +71,7 @@ def check_training(model_args, data_args, training_args, finetuning_args, source
         source: Where the heads come from; None if the run has none.
 
     Raises:
-        LMTPError: The heads, the checkpoint or a key does not fit this run.
+        LMTPError: The heads, the checkpoint or a key does not fit this run, or the heads' draft tree is damaged.
     """
     stage = finetuning_args.lmtp_stage
     if stage is None:
@@ -123,7 +123,7 @@ def check_inference(model_args, data_args, finetuning_args, source: HeadsSource 
         source: Where the heads come from; None without heads.
 
     Raises:
-        LMTPError: Heads are asked for and missing, or they are damaged or another model's.
+        LMTPError: Heads are asked for and missing, they or their draft tree are damaged, or they are another model's.
     """
     if model_args.export_dir is None:
         _check_decoding(model_args, data_args, finetuning_args, source)

@@ -15,6 +15,7 @@ from .. import geometry
 from ..decoding.draft import Window, propose_candidates
 from ..decoding.tree import grow
 from ..decoding.tree_config import AcceptanceCalibration, TreeConfig
+from ..errors import LMTPError
 from ..evaluation.scoring import Row
 
 
@@ -72,6 +73,21 @@ def observe(model: nn.Module, row: Row, width: int) -> Observed:
     if not len(steps):
         return Observed(torch.zeros(0, levels, width), torch.zeros(0, levels, dtype=torch.long))
     return Observed(torch.cat(probabilities), torch.cat(ranks))
+
+
+def with_steps(observed: Sequence[Observed]) -> list[Observed]:
+    """Return the answers that have a step. An answer of one token has none: nothing could be drafted for it.
+
+    Raises:
+        LMTPError: No answer has a step.
+    """
+    kept = [answer for answer in observed if len(answer)]
+    if not kept:
+        raise LMTPError(
+            "No answer has more than one token, so no draft can be measured: give other prompts or a larger "
+            "--max-new-tokens."
+        )
+    return kept
 
 
 def accuracies(observed: Sequence[Observed]) -> list[list[float]]:

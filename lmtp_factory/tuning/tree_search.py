@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from ..decoding.tree import best_first_paths, chain_paths
 from ..decoding.tree_config import TreeConfig
 from .costs import StepCosts
-from .replay import Observed, accuracies, rate_of_cut_trees, tau_of_dynamic, tau_of_paths
+from .replay import Observed, accuracies, rate_of_cut_trees, tau_of_dynamic, tau_of_paths, with_steps
 
 
 SIZES = (2, 4, 8, 16, 32, 64)
@@ -35,9 +35,13 @@ def rank_trees(observed: Sequence[Observed], costs: StepCosts) -> list[Option]:
     Static trees are built from the first half of the answers. All trees are evaluated on the second half.
 
     Args:
-        observed: The observed answers.
+        observed: The observed answers. Those without a step do not count.
         costs: Durations on the device.
+
+    Raises:
+        LMTPError: No answer has a step.
     """
+    observed = with_steps(observed)
     half = max(len(observed) // 2, 1)
     first, second = observed[:half], observed[half:] or observed
     rates = accuracies(first)

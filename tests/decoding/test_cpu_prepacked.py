@@ -224,6 +224,26 @@ def test_int8_follows_the_weight(model):
             unembedding.weight.data.copy_(unembedding.weight.data.flip(0))
 
 
+def test_int8_keeps_the_bias():
+    torch.manual_seed(0)
+    layer, inputs = nn.Linear(32, 48), torch.randn(3, 32)
+    with torch.no_grad():
+        layer.bias.normal_(std=10.0)
+        with prepacked(nn.Sequential(layer)):
+            exact, rough = layer(inputs), int8_linear(layer)(inputs)
+            assert not torch.equal(exact, rough)
+            assert (exact - rough).norm() < 0.02 * (exact - layer.bias).norm()
+            layer.bias.neg_()  # the copy of the weight stays
+            assert (layer(inputs) - int8_linear(layer)(inputs)).norm() < 0.02 * (exact + layer.bias).norm()
+
+
+def test_layers_are_not_packed_under_autocast_or_for_a_compiled_forward(model):
+    assert not can_prepack(model, compiled=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not can_prepack(model)
+    assert can_prepack(model)
+
+
 def test_a_model_without_room_is_not_packed(model, monkeypatch):
     weights = sum(4 * layer.weight.numel() for layer in cpu_prepacked._linears(model))
     monkeypatch.setattr(cpu_prepacked, "free_memory", lambda: 2 * weights - 1)

@@ -7,6 +7,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from lmtp_factory import LMTPError
 from lmtp_factory.decoding.request import DecodeRequest, current_request, requested
+from lmtp_factory.decoding.stats import DecodeStats
 
 
 def test_the_innermost_request_counts_and_the_outer_one_comes_back():
@@ -36,6 +37,18 @@ def test_a_call_that_never_comes_to_sample_says_so():
     with requested(switched_off := DecodeRequest("off"), None):
         pass
     assert switched_off.stats.stock_reason is None
+
+
+def test_statistics_forget_the_strategy_of_the_call_before():
+    """Counts add up over calls; strategy and reason are those of the latest call."""
+    stats = DecodeStats(strategy="backward", stock_reason="use_cache is off", tokens=7)
+    with requested(DecodeRequest("off", stats=stats), None):
+        pass
+    assert (stats.strategy, stats.stock_reason, stats.tokens) == ("off", None, 7)
+    stats.strategy = "forward"
+    with pytest.raises(KeyError), requested(DecodeRequest("auto", stats=stats), None):
+        raise KeyError
+    assert stats.strategy == "off"
 
 
 class Reader(BaseStreamer):

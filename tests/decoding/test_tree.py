@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmtp_factory.decoding.tree import Tree, best_first_paths, chain_paths, fixed, grow
+from lmtp_factory.decoding.tree import Tree, assumed_accuracies, best_first_paths, chain_paths, fixed, grow
 
 
 PROBABILITY = st.one_of(st.sampled_from([0.0, 1e-30, 0.5, 1.0]), st.floats(2**-10, 1.0, width=32))
@@ -103,6 +103,14 @@ def test_best_first_paths_are_the_best(rows, nodes):
     assert paths[0] == () and len(set(paths)) == len(paths)
     assert fixed(paths).nodes == len(paths)  # parents stand before their children
     assert all(path[-1] == 0 or (*path[:-1], path[-1] - 1) in paths for path in paths[1:])
+
+
+def test_assumed_accuracies_fall_with_the_level_and_the_rank():
+    levels = assumed_accuracies(20)
+    assert len(levels) == 20 and {len(level) for level in levels} == {8}
+    assert all(sum(level) < 1 and level == sorted(level, reverse=True) for level in levels)
+    assert [level[0] for level in levels] == sorted((level[0] for level in levels), reverse=True)
+    assert best_first_paths(assumed_accuracies(2), 4) == [(), (0,), (1,), (0, 0)]
 
 
 def test_best_first_paths_of_no_levels():

@@ -7,9 +7,11 @@ import torch
 from helpers.decoding import GREEDY, PATHS, assert_as_stock, oracle, prompt, stock
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 
-from lmtp_factory.decoding import loop
+from lmtp_factory import LMTPError
+from lmtp_factory.decoding import loop, tree_builder
 from lmtp_factory.decoding.accept import Acceptor
 from lmtp_factory.decoding.cache import TreeCache
+from lmtp_factory.decoding.draft import propose_candidates
 from lmtp_factory.decoding.state import DecodeState
 from lmtp_factory.decoding.stats import DecodeStats
 from lmtp_factory.decoding.tree_builder import TreeBuilder
@@ -78,6 +80,24 @@ def test_the_first_step_is_plain_because_a_draft_has_nothing_to_be_compared_with
     assert shape(tree) == (4, 3) and tokens.shape == (2, 4) and builder.drafted
 
 
+def test_only_candidates_that_the_tree_takes_are_computed(leap, monkeypatch):
+    """The deepest path is beyond the heads, so its rank does not widen the draft."""
+    model, widths = leap(heads={"num_heads": 1, "stride": 2}), []  # two levels
+    paths = ((), (0,), (1,), (0, 2), (0, 2, 5))
+    builder = TreeBuilder(
+        model, TreeConfig("static", 5, paths, always=True), constant=False, device=torch.device("cpu")
+    )
+
+    def propose(model, window, levels, width):
+        widths.append((levels, width))
+        return propose_candidates(model, window, levels, width)
+
+    monkeypatch.setattr(tree_builder, "propose_candidates", propose)
+    with torch.no_grad():
+        tree, _ = builder.build(state_of(model, {"input_ids": prompt()}))
+    assert shape(tree) == (4, 2) and widths == [(2, 3)]
+
+
 def test_trees_end_where_the_heads_do(leap):
     """Offsets 1, 3, 5: the heads draft four tokens behind the root's next one."""
     model = leap(heads={"num_heads": 2, "stride": 2})
@@ -113,3 +133,21 @@ def test_what_was_accepted_calibrates_the_size_of_dynamic_trees(leap):
     assert tree.nodes == 9 and builder.calibration.ratio < 1
     promised = sum(tree.values[0, 1:].tolist())
     assert builder.calibration.predicted == pytest.approx(promised) and builder.calibration.accepted == 0
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_trees_wider_than_the_vocabulary(leap, rows):
+    """Candidates end with the vocabulary; a static tree that names ranks beyond it was measured on another model."""
+    model = leap("llama", vocab_size=9, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    inputs, kwargs = {"input_ids": prompt(rows, 6) % 7 + 2}, {"max_new_tokens": 12} | GREEDY
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    for width in (9, 10, 40):
+        assert_as_stock(model, **inputs, **kwargs, lmtp_tree=TreeConfig("dynamic", 64, width=width))
+    assert_as_stock(model, **inputs, **kwargs, lmtp_tree=TreeConfig("static", 3, paths=((), (0,), (8,))))
+    beyond = TreeConfig("static", 3, paths=((), (0,), (9,)))
+    message = r"static tree takes candidates down to rank 9, but the vocabulary has 9 tokens \(ranks 0 to 8\)"
+    with pytest.raises(LMTPError, match=message):
+        model.generate(**inputs, **kwargs, lmtp_tree=beyond)
+    assert torch.equal(
+        model.generate(**inputs, **kwargs, lmtp_decode="off", lmtp_tree=beyond), stock(model, **inputs, **kwargs)
+    )

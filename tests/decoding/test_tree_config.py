@@ -8,8 +8,9 @@ from helpers import tiny_models
 from transformers import AutoModelForCausalLM
 
 from lmtp_factory import LMTPConfig, LMTPError, attach_heads, load_model
-from lmtp_factory.decoding import cpu_prepacked
+from lmtp_factory.decoding import cpu_prepacked, loop
 from lmtp_factory.decoding.tree_config import (
+    PLAIN_CPU,
     AcceptanceCalibration,
     Conditions,
     CostCurve,
@@ -64,6 +65,31 @@ def test_a_tree_measured_with_prepacked_weights_is_not_used_without(export, monk
     assert tree_config_for(model.to(torch.bfloat16)).kind == "dynamic"
 
 
+def test_the_tree_is_that_of_the_weights_that_the_loop_uses(export, monkeypatch):
+    """The loop does not use prepacked weights under autocast or with a compiled forward."""
+    write_tree(MEASURED, export / "lmtp", HERE, measured={})
+    model, seen = load_model(export), []
+
+    def generate():
+        model.generate(torch.arange(20, 26)[None], max_new_tokens=4, do_sample=False)
+        return seen.pop()
+
+    def run(model, state, tree_config, *args):
+        seen.append((tree_config, cpu_prepacked._is_prepacked(model.lm_head)))
+        original(model, state, tree_config, *args)
+
+    original = loop.run
+    monkeypatch.setattr(loop, "run", run)
+    assert generate() == (MEASURED, True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        tree, is_prepacked = generate()
+    assert tree.cost == PLAIN_CPU and not is_prepacked
+    monkeypatch.setattr(loop.compat, "compiles", lambda *args: True)
+    monkeypatch.setattr(type(model), "compiled_backbone", lambda self, options: self.base_model)
+    tree, is_prepacked = generate()
+    assert tree.cost == PLAIN_CPU and not is_prepacked
+
+
 def test_a_tree_that_does_not_say_what_it_was_measured_with_is_not_used(export):
     path = write_tree(MEASURED, export / "lmtp", HERE, measured={})
     values = json.loads(path.read_text())
@@ -77,6 +103,32 @@ def test_a_damaged_plan_is_named(export):
     (export / "lmtp" / "tree.json").write_text("{}")
     with pytest.raises(LMTPError, match="tree.json is damaged"):
         tree_config_for(load_model(export))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"paths": [[0], [1], [2]]},
+        {"paths": [[], [0, 1], [0]]},
+        {"paths": [[], [1, 0], [0]]},
+        {"paths": [[], [0], [-1]]},
+        {"paths": [[], [0]]},
+        {"paths": [[], 0, 1]},
+        {"kind": "bush"},
+        {"nodes": 0},
+        {"nodes": "many"},
+        {"cost": {"1": 0.0}},
+        {"cost": {"1": "fast"}},
+        {"cost": [1.0, 2.0]},
+    ],
+    ids=str,
+)
+def test_impossible_values_of_a_plan_are_damage(values, tmp_path):
+    """They are found when the file is read, not by the first generation."""
+    path = write_tree(MEASURED, tmp_path, HERE, measured={})
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    with pytest.raises(LMTPError, match=r"tree.json is damaged \(.*\): delete it or run lmtp-cli tree again\.$"):
+        read_tree(tmp_path)
 
 
 def test_costs_between_and_beyond_the_measured_sizes():

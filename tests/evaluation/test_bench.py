@@ -1,5 +1,8 @@
 """Ways of decoding side by side: the same answers, and counts that agree with each other."""
 
+import copy
+import dataclasses
+
 import pytest
 import torch
 from helpers import tiny_models
@@ -7,6 +10,7 @@ from helpers import tiny_models
 from lmtp_factory import LMTPConfig, attach_heads
 from lmtp_factory.decoding.tree_config import TreeConfig
 from lmtp_factory.evaluation.bench import OWN_LOOP, STOCK, Arm, default_arms, margins, results, run_arms, table
+from lmtp_factory.evaluation.plots import draw_bench
 
 
 PROMPTS = [[30, 40, 50], [60, 61, 62, 63]]
@@ -37,11 +41,26 @@ def test_rows_of_the_table(arms):
     assert rows[STOCK].tau == rows[OWN_LOOP].tau == 1 and rows[STOCK].over_stock == 1
     for name, row in rows.items():
         assert row.differing == 0
+        assert row.is_ours == (name == OWN_LOOP or name.startswith(("backward", "forward")))
+        assert row.is_ours or row.verify_share is None
         if name.startswith(("backward", "forward")):
             assert row.tau == pytest.approx(1 + sum(row.acceptance))
             assert 0 < row.verify_share < 1
     lines = table(list(rows.values())).splitlines()
     assert len(lines) == 1 + len(rows) and lines[0].endswith("accepted at level    1    2    3    4    5    6")
+
+
+def test_unsynchronised_times_of_a_gpu_are_no_share_of_verification(arms, tmp_path):
+    """The row then has no share, but it is still one of ours."""
+    stats = copy.deepcopy(arms["backward, chain"].stats)
+    with stats.timed("verify", torch.device("cuda")):
+        pass
+    rows = results({**arms, "backward, chain": dataclasses.replace(arms["backward, chain"], stats=stats)}, PROMPTS)
+    row = next(row for row in rows if row.name == "backward, chain")
+    assert row.verify_share is None and row.is_ours
+    assert [line.count("%") for line in table([row]).splitlines()[1:]] == [len(row.acceptance)]
+    draw_bench(rows, tmp_path / "bench.png")
+    assert (tmp_path / "bench.png").stat().st_size > 5_000
 
 
 def test_where_answers_part_their_logits_are_compared(model, arms):

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from helpers import tiny_models
@@ -177,7 +178,6 @@ def test_damaged_heads_are_refused_before_they_load(tmp_path):
         validate_checkpoint(tmp_path / "lmtp")
     with pytest.raises(LMTPError, match="has no lmtp/ folder"):
         load_heads(tmp_path / "base")
-    assert find_heads("no/such-model-anywhere") is None
 
 
 @pytest.mark.parametrize(
@@ -199,3 +199,105 @@ def test_a_full_disk_leaves_the_old_heads(fails, tmp_path, monkeypatch):
         save_heads(model.leap_heads, folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["lmtp"]
+
+
+def test_a_failed_replacement_leaves_the_old_heads(tmp_path, monkeypatch):
+    """The old folder was renamed already when the new one cannot take its place."""
+    model = attach_heads(llama())
+    folder = tmp_path / "lmtp"
+    save_heads(model.leap_heads, folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    randomise_heads(model)
+    rename = Path.rename
+
+    def denied(self, target):
+        if self.name == "lmtp.writing":
+            raise PermissionError(13, "Permission denied")
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", denied)
+        with pytest.raises(PermissionError, match="Permission denied"):
+            save_heads(model.leap_heads, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["lmtp"]
+
+
+def test_a_save_that_was_killed_between_its_renames_leaves_the_old_heads_to_the_next(tmp_path, monkeypatch):
+    model = attach_heads(llama())
+    folder = tmp_path / "lmtp"
+    save_heads(model.leap_heads, folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    folder.rename(tmp_path / "lmtp.replaced")
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lmtp_factory.modeling.checkpoint.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_heads(model.leap_heads, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """An empty cache of the hub, which cannot be reached."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
+
+
+def cached_model(hub_cache, *files):
+    """Put a model of the hub, some/model, into the cache."""
+    commit = "0123456789" * 4
+    folder = hub_cache / "models--some--model"
+    for file in files:
+        path = folder / "snapshots" / commit / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit)
+    return folder / "snapshots" / commit
+
+
+def test_no_network_is_not_taken_for_no_heads(hub_cache):
+    with pytest.raises(
+        LMTPError, match=r"No directory some/model exists, and the hub request for it failed \(.*\): .*\.$"
+    ) as told:
+        find_heads("some/model")
+    assert "\n" not in str(told.value)
+
+
+def test_without_network_a_cached_model_says_whether_it_has_heads(hub_cache):
+    snapshot = cached_model(hub_cache, "config.json")
+    assert find_heads("some/model") is None
+    (snapshot / "lmtp").mkdir()
+    assert find_heads("some/model") == snapshot / "lmtp"
+
+
+@pytest.mark.parametrize("path", ["/no/such/directory", "no/such/directory", "no such model"])
+def test_a_path_that_cannot_be_a_hub_id_has_no_heads(path, hub_cache):
+    assert find_heads(path) is None
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "found"),
+    [(404, "RepoNotFound", True), (403, "GatedRepo", False), (500, None, False)],
+    ids=["no such repository", "gated", "server error"],
+)
+def test_answers_of_the_hub(status, code, found, hub_cache, monkeypatch):
+    """Only a repository that does not exist has no heads for certain."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    httpx = pytest.importorskip("httpx")
+    request = httpx.Request("GET", "https://huggingface.co/api/models/some/model")
+    response = httpx.Response(status, headers={"X-Error-Code": code} if code else {}, request=request)
+
+    def answer(self, *args, **kwargs):
+        huggingface_hub.utils.hf_raise_for_status(response)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", answer)
+    if found:
+        assert find_heads("some/model") is None
+    else:
+        with pytest.raises(LMTPError, match=r"the hub request for it failed"):
+            find_heads("some/model")

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from helpers import tiny_data, tiny_models
 from helpers.tiny_models import gemma3, gpt2, llama, randomise_heads
 from peft import LoraConfig, get_peft_model
 
-from lmtp_factory import LMTPConfig, attach_heads
-from lmtp_factory.modeling import heads_of
+from lmtp_factory import LMTPConfig, attach_heads, load_model
+from lmtp_factory.modeling import heads_of, load_heads
 from lmtp_factory.modeling.model import LeapModel
 
 
@@ -224,3 +225,20 @@ def test_without_labels_or_stage_the_model_is_its_base(tmp_path):
     assert torch.equal(model(**inputs).loss, plain(**inputs).loss)  # an evaluation harness passes labels
     generated = [m.generate(inputs["input_ids"], max_new_tokens=4, do_sample=False) for m in (plain, model)]
     assert torch.equal(*generated)
+
+
+def test_saving_where_it_was_loaded_keeps_the_measured_tree(tmp_path):
+    attach_heads(llama()).save_pretrained(tmp_path)
+    tree = tmp_path / "lmtp" / "tree.json"
+    tree.write_text("as measured")
+    model = load_model(tmp_path)
+    for directory in (tmp_path, tmp_path / "elsewhere"):
+        model.save_pretrained(directory)
+        assert Path(directory, "lmtp", "tree.json").read_text() == "as measured"
+
+
+def test_a_training_checkpoint_has_no_tree_of_older_heads(tmp_path):
+    attach_heads(llama()).save_pretrained(tmp_path)
+    (tmp_path / "lmtp" / "tree.json").write_text("of other heads")
+    attach_heads(llama(), heads=load_heads(tmp_path), stage=2).save_pretrained(tmp_path)
+    assert not (tmp_path / "lmtp" / "tree.json").exists()

@@ -4,10 +4,12 @@ import json
 import pickle
 from collections import Counter
 
+import huggingface_hub
 import pytest
 from helpers import chat_models, tiny_models
 from helpers import llamafactory_runs as runs
 
+from lmtp_factory import LMTPError
 from lmtp_factory.modeling import heads_of
 from lmtp_factory.plugin import heads_source
 from lmtp_factory.plugin.heads_source import HeadsSource
@@ -77,6 +79,19 @@ def test_arguments_other_than_the_source_stay_as_they_are_written(llama, stage1,
     assert again == finetuning_args
     assert again.heads_source.folder == source.folder
     assert again.heads_source.config.to_dict() == source.config.to_dict()
+
+
+def test_an_output_that_does_not_exist_yet_is_not_looked_for_on_the_hub(llama, data, tmp_path, monkeypatch):
+    """The hub cannot be reached here, so a request for the id out/stage1 would fail."""
+    from llamafactory.hparams import get_train_args
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    written = runs.arguments(llama, data, "out/stage1", stage1_pretrained_path="out/stage1")
+    assert get_train_args(written)[3].heads_source.folder is None
+    written = runs.arguments(llama, data, "out/stage1", stage1_pretrained_path="out/other")
+    with pytest.raises(LMTPError, match="No directory out/other exists, and the hub request for it failed"):
+        get_train_args(written)
 
 
 def test_the_source_is_frozen(llama):

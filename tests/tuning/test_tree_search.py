@@ -1,9 +1,12 @@
 """The tree that promises most tokens a second on this device."""
 
 import pytest
+import torch
 
+from lmtp_factory import LMTPError
 from lmtp_factory.decoding.tree_config import CostCurve
 from lmtp_factory.tuning.costs import StepCosts
+from lmtp_factory.tuning.replay import Observed
 from lmtp_factory.tuning.tree_search import measured, rank_trees, table, tree_config_of
 
 
@@ -34,3 +37,21 @@ def test_what_the_choice_rests_on_is_kept(observed):
     kept = measured(rank_trees(observed, costs), observed, costs)
     assert kept["steps"] == sum(map(len, observed))
     assert kept["verify_seconds"] == {"1": 1.0, "64": 2.0} and kept["draft_seconds"] == 0.01
+
+
+@pytest.mark.parametrize("steps", [(0, 1), (1, 0), (0, 0, 1, 0), (1, 0, 0)], ids=str)
+def test_answers_without_steps_do_not_count(steps, observed):
+    """An answer of one token has no step; neither half of the answers may consist of such answers."""
+    costs = StepCosts(CostCurve({1: 1.0, 64: 2.0}), draft=0.01)
+    empty = Observed(observed[0].probabilities[:0], observed[0].ranks[:0])
+    answers = [observed[0] if some else empty for some in steps]
+    options = rank_trees(answers, costs)
+    assert options == rank_trees(observed[:1], costs)
+    assert all(option.tau >= 1 for option in options)
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_nothing_to_replay_is_refused(count):
+    empty = Observed(torch.zeros(0, 6, 8), torch.zeros(0, 6, dtype=torch.long))
+    with pytest.raises(LMTPError, match=r"^No answer has more than one token, .*: give other prompts or .*\.$"):
+        rank_trees([empty] * count, StepCosts(CostCurve({1: 1.0}), draft=0.01))
