@@ -127,6 +127,7 @@ class LMTPArguments:
             if self.stage != "sft":
                 raise LMTPError(f"mtp_type {self.mtp_type} goes with stage: sft, not with stage: {self.stage}.")
             self.heads_config()  # raises if there are no such heads
+        if self.lmtp_stage is not None or self.lmtp_decode in ("backward", "forward") or self.lmtp_export != EXPORTS[0]:
             hooks.require_all()
         super().__post_init__()
 

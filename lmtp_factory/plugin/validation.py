@@ -17,7 +17,6 @@ from ..distill.rows import TEMPLATE_NAME, is_self_distilled
 from ..errors import LMTPError
 from ..files import HEADS_FOLDER
 from ..modeling.losses.implementation import resolve_implementation
-from . import hooks
 from .heads_source import HeadsSource, decoding_obstacle
 from .resume import check_checkpoint
 from .vocabulary import check_heads
@@ -107,9 +106,7 @@ def check_inference_keys(model_args, finetuning_args) -> None:
     """
     if model_args.export_dir is None:
         _check_strategy(model_args, finetuning_args)
-    elif finetuning_args.lmtp_export != "ntp":
-        hooks.require_all()
-    elif os.path.isdir(os.path.join(model_args.export_dir, HEADS_FOLDER)):
+    elif finetuning_args.lmtp_export == "ntp" and os.path.isdir(os.path.join(model_args.export_dir, HEADS_FOLDER)):
         raise LMTPError(
             f"export_dir {model_args.export_dir} already holds leap heads, which an export without heads would leave "
             "beside other weights: name another export_dir or write lmtp_export: heads."
@@ -278,14 +275,11 @@ def _check_strategy(model_args, finetuning_args) -> None:
 
 def _check_decoding(model_args, data_args, finetuning_args, source: HeadsSource | None) -> None:
     decode = finetuning_args.lmtp_decode
-    asked_for = decode in ("backward", "forward")
     if source is not None:
         check_heads(source, model_args, data_args)
         read_tree(source.folder)
-    elif asked_for:
+    elif decode in ("backward", "forward"):
         raise LMTPError(
             f"lmtp_decode: {decode} asks for leap heads, but neither the adapter nor the model directory has an lmtp/ "
             "folder: name the stage-1 output in stage1_pretrained_path or write lmtp_decode: auto."
         )
-    if asked_for:
-        hooks.require_all()
