@@ -28,8 +28,7 @@ def check_training_keys(model_args, data_args, training_args, finetuning_args) -
     Raises:
         LMTPError: Keys do not go together.
     """
-    if training_args.do_train:
-        _check_datasets(data_args)
+    _check_datasets(data_args)
     stage = finetuning_args.lmtp_stage
     if stage is None:
         if training_args.predict_with_generate and not training_args.do_train:
@@ -249,7 +248,7 @@ def _check_datasets(data_args) -> None:
         if is_self_distilled(attr) and data_args.template != TEMPLATE_NAME:
             raise LMTPError(
                 f"Dataset {name} holds the token ids that a model read and wrote, which template: {data_args.template} "
-                f"would train as text: write template: {TEMPLATE_NAME}."
+                f"would read as text: write template: {TEMPLATE_NAME}."
             )
 
 
