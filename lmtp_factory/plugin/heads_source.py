@@ -65,6 +65,7 @@ class HeadsSource:
             None while new tokens have to be added. None for heads that `lmtp_export: ntp` leaves out.
         resumed: The checkpoint that training resumes from.
         packs_batches: Whether stage 1 packs the documents of each batch, because `packing` was left out.
+        exports: Whether the run is an export.
     """
 
     base: BaseModel
@@ -72,6 +73,7 @@ class HeadsSource:
     config: LMTPConfig | None
     resumed: Path | None = None
     packs_batches: bool = False
+    exports: bool = False
 
     @property
     def reach(self) -> int:
@@ -103,20 +105,21 @@ def resolve_training(model_args, data_args, training_args, finetuning_args) -> H
     return HeadsSource(base, folder, config, resumed, packs_batches)
 
 
-def resolve_inference(model_args, finetuning_args) -> HeadsSource | None:
+def resolve_inference(model_args, finetuning_args, exports: bool) -> HeadsSource | None:
     """The source of the heads that chat and api decode with or an export concerns; None without heads.
 
     Raises:
         LMTPError: The heads' configuration cannot be read; the hub cannot be asked.
     """
-    if model_args.export_dir is None:
+    if not exports:
         return _resolve_decoding(model_args, finetuning_args)
     base = BaseModel.of(model_args)
     folder = _inference_heads(base, model_args, finetuning_args)
     if folder is None:
         return None
     # An NTP export works with damaged heads too.
-    return HeadsSource(base, folder, None if finetuning_args.lmtp_export == "ntp" else read_config(folder))
+    config = None if finetuning_args.lmtp_export == "ntp" else read_config(folder)
+    return HeadsSource(base, folder, config, exports=True)
 
 
 def decoding_obstacle(model_args, finetuning_args) -> str | None:

@@ -47,7 +47,7 @@ SEAMS = (
     Seam("train.callbacks", "per-head metrics in trainer_log.jsonl"),
     Seam("train.sft.workflow", "training of the two stages"),
     Seam("chat.hf_engine", "chat, api and web UI answer with the heads"),
-    Seam("chat.chat_model", "log lines between the answers of chat"),
+    Seam("chat.chat_model", "the keys that chat and api read, log lines between answers"),
 )
 
 # What the web UI shows. If one is missing, the Board is upstream's own in that place, and training is not affected.

@@ -97,13 +97,16 @@ def check_training(model_args, data_args, training_args, finetuning_args, source
         _check_writable(training_args.output_dir)
 
 
-def check_inference_keys(model_args, finetuning_args) -> None:
+def check_inference_keys(model_args, finetuning_args, exports: bool) -> None:
     """Check the keys of chat, api or an export, before their heads are located.
+
+    Args:
+        exports: Whether the command is an export. `export_dir` may stand in a YAML of chat too.
 
     Raises:
         LMTPError: Keys do not go together, or the export would leave old heads beside new weights.
     """
-    if model_args.export_dir is None:
+    if not exports:
         _check_strategy(model_args, finetuning_args)
     elif finetuning_args.lmtp_export == "ntp" and os.path.isdir(os.path.join(model_args.export_dir, HEADS_FOLDER)):
         raise LMTPError(
@@ -112,16 +115,17 @@ def check_inference_keys(model_args, finetuning_args) -> None:
         )
 
 
-def check_inference(model_args, data_args, finetuning_args, source: HeadsSource | None) -> None:
+def check_inference(model_args, data_args, finetuning_args, source: HeadsSource | None, exports: bool) -> None:
     """Check the heads that chat and api decode with or an export keeps.
 
     Args:
         source: Where the heads come from; None without heads.
+        exports: Whether the command is an export.
 
     Raises:
         LMTPError: Heads are asked for and missing, or they are damaged or another model's.
     """
-    if model_args.export_dir is None:
+    if not exports:
         _check_decoding(model_args, data_args, finetuning_args, source)
     elif finetuning_args.lmtp_export != "ntp":
         if source is None:
