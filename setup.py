@@ -1,4 +1,5 @@
 import re
+import runpy
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -22,7 +23,7 @@ setup(
     package_dir=RESOURCES,
     package_data={name: ["*.json", "*.jsonl", "*/*.json", "*/*.yaml"] for name in RESOURCES},
     install_requires=[
-        "llamafactory==0.9.5",
+        runpy.run_path("lmtp_factory/plugin/versions.py")["requirement"](),
         # torch and torchaudio have to match, and torchaudio ends at 2.11.
         "torch>=2.4,<2.12",
         "torchaudio<2.12",

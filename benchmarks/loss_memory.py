@@ -26,8 +26,8 @@ import torch
 from loss_arms import ARMS, DTYPES, Point, Problem, needed, unavailable_reason
 from peak_memory import MIB, PeakMemory, available_bytes
 
-from lmtp_factory.config import HEAD_KINDS
 from lmtp_factory.evaluation.machine import describe
+from lmtp_factory.options import HEAD_KINDS
 
 
 # Axis -> (centre, swept values).

@@ -28,10 +28,10 @@ from peak_memory import MIB, PeakMemory
 from stage_arms import ARMS, Setting, make_step
 
 from lmtp_factory import resources
-from lmtp_factory.config import HEAD_KINDS
 from lmtp_factory.distill.rows import PROMPT_COLUMN, RESPONSE_COLUMN, parse_ids
 from lmtp_factory.evaluation.machine import describe
 from lmtp_factory.modeling.losses.targets import IGNORE_INDEX
+from lmtp_factory.options import HEAD_KINDS
 
 
 # The baseline of each group of arms.

@@ -6,9 +6,8 @@ from transformers import PretrainedConfig
 
 from . import geometry
 from .errors import LMTPError
+from .options import HEAD_KINDS, HEAD_LAYERS
 
-
-HEAD_KINDS = ("own", "shared")
 
 # Keys that transformers' own configurations write or that `from_dict` adds; they are accepted and passed on.
 _OF_TRANSFORMERS = {
@@ -44,8 +43,8 @@ class LMTPConfig(PretrainedConfig):
         num_heads: int | None = None,
         stride: int | None = None,
         offsets: Sequence[int] | None = None,
-        head_layers: int = 1,
-        head_kind: str = "own",
+        head_layers: int = HEAD_LAYERS,
+        head_kind: str = HEAD_KINDS[0],
         hidden_size: int | None = None,
         vocab_size: int | None = None,
         base_model: str | None = None,

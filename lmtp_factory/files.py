@@ -17,6 +17,8 @@ WEIGHTS_FILE = "model.safetensors"
 TREE_FILE = "tree.json"
 # Below such a directory; its presence makes the directory a checkpoint.
 HEADS_CHECKPOINT = f"{HEADS_FOLDER}/{WEIGHTS_FILE}"
+# In a checkpoint of training: the stage that saved it.
+STAGE_FILE = "lmtp_stage.json"
 
 
 @contextlib.contextmanager

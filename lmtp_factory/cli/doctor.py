@@ -8,6 +8,7 @@ from importlib import metadata
 from importlib.util import find_spec
 
 from ..plugin import autoload, hooks
+from ..plugin.versions import PACKAGE, TRIED_VERSIONS, requirement
 
 
 PACKAGES = ("lmtp_factory", "llamafactory", "torch", "torchaudio", "torchvision", "transformers", "peft", "deepspeed")
@@ -34,9 +35,7 @@ def run(args: argparse.Namespace) -> int:
         for name, reason in seams.items():
             print(f"  {'attached' if reason is None else 'MISSING '}  {name:<44} {purposes[name]}")
             if reason is not None:
-                problems.append(
-                    f"{name} is not attached ({reason}): pip install {hooks.PACKAGE}=={hooks.SUPPORTED_VERSION}."
-                )
+                problems.append(f'{name} is not attached ({reason}): pip install "{requirement()}".')
     print("Device")
     print(f"  {_device()}")
 
@@ -60,11 +59,8 @@ def _version_problems(versions: dict[str, str | None]) -> Iterator[str]:
     for name, version in versions.items():
         if version is None:
             yield f"{name} is not installed: pip install . in a checkout of lmtp_factory brings a working set."
-    if versions[hooks.PACKAGE] not in (None, hooks.SUPPORTED_VERSION):
-        yield (
-            f"{hooks.PACKAGE} {versions[hooks.PACKAGE]} is not the version that this plugin supports: pip install "
-            f"{hooks.PACKAGE}=={hooks.SUPPORTED_VERSION}."
-        )
+    if versions[PACKAGE] not in (None, *TRIED_VERSIONS):
+        yield f'{PACKAGE} {versions[PACKAGE]} was not tried with L-MTP: pip install "{requirement()}".'
     torch, torchaudio = versions["torch"], versions["torchaudio"]
     if torch and torchaudio and _minor(torch) != _minor(torchaudio):
         yield (

@@ -9,8 +9,7 @@ bytes.
 
 Copies are keyed by the storage of their weight and freed with it (`model.to(dtype)`, a replaced `.data`). An optimizer
 step, a merged adapter or a write through `.data` changes a weight in place without notice. Every `generate` call
-therefore compares a checksum of each weight with that of its copy. Reading all weights for this takes about as long as
-one forward.
+therefore compares a checksum of each weight with that of its copy, which reads all weights once.
 """
 
 import threading

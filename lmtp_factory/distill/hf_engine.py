@@ -99,9 +99,14 @@ class HFEngine:
                 try:
                     rows = self._generate_batch(batch, sampling)
                 except torch.OutOfMemoryError as error:
+                    if len(batch) == 1:
+                        raise LMTPError(
+                            "The device has no memory for one row: write a smaller --max-new-tokens or --max-prompt-tokens, "
+                            "and another --name."
+                        ) from error
                     raise LMTPError(
                         f"The device has no memory for {len(batch)} rows at once: run the same command again with "
-                        f"--batch-size {max(1, len(batch) // 2)}; finished rows are kept."
+                        f"--batch-size {len(batch) // 2}; finished rows are kept."
                     ) from error
                 on_finished([row for row in rows if row.id in missing])
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LMTPError
+from ..options import DISTILL_ANSWER_TOKENS, DISTILL_PROMPT_TOKENS, DISTILL_PROMPTS
 from . import chat, self_prompts
 from .answers import complete_journal
 from .dataset import read_info, split_heldout, write_dataset
@@ -23,7 +24,6 @@ from .rows import TEMPLATE_NAME, format_ids, parse_ids
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-DEFAULT_NUM_PROMPTS = 1000
 # Smallest number of tokens that `max_prompt_tokens` must leave for a self-written prompt.
 _MIN_PROMPT_ROOM = 16
 
@@ -38,8 +38,8 @@ class Settings:
         output_dir: Directory of the files, created if missing.
         engine: Name of the engine. A run can only be resumed with the same engine.
         prompts: Prompts to answer; None lets the model write them.
-        num_prompts: Number of prompts to write, or number of `prompts` to answer. None: `DEFAULT_NUM_PROMPTS` to write,
-            or all `prompts`.
+        num_prompts: Number of prompts to write, or number of `prompts` to answer. None: `DISTILL_PROMPTS` to write, or
+            all `prompts`.
         max_prompt_tokens: Longer prompts are skipped. System text and turn markers count.
         max_new_tokens: Largest number of tokens of an answer.
         temperature: Temperature of the answers; 0 is greedy.
@@ -54,8 +54,8 @@ class Settings:
     engine: str = "hf"
     prompts: list[Prompt] | None = None
     num_prompts: int | None = None
-    max_prompt_tokens: int = 1024
-    max_new_tokens: int = 512
+    max_prompt_tokens: int = DISTILL_PROMPT_TOKENS
+    max_new_tokens: int = DISTILL_ANSWER_TOKENS
     temperature: float = 0.0
     seed: int = 0
     heldout: float = 0.0
@@ -122,7 +122,7 @@ def _self_written_prompts(
             complete_journal(journal, requests, sampling, get_engine, tokenizer, "prompts")
             return journal.rows
 
-        count = settings.num_prompts or DEFAULT_NUM_PROMPTS
+        count = settings.num_prompts or DISTILL_PROMPTS
         prompts, dropped = self_prompts.write_prompts(tokenizer, turn, count, generate)
     print(f"prompts: the model wrote {len(prompts)}{_counts(dropped)}")
     return prompts
@@ -145,7 +145,9 @@ def _requests(settings: Settings, prompts: list[Prompt], tokenizer: PreTrainedTo
             requests.append(Request(len(requests), ids, prompt.text))
     print(f"prompts: {len(requests)} to answer{_counts(dropped)}")
     if not requests:
-        raise LMTPError("No prompt is left to answer: give more prompts or a larger --max-prompt-tokens.")
+        raise LMTPError(
+            "No prompt is left to answer: give more prompts, or write a larger --max-prompt-tokens and another --name."
+        )
     return requests
 
 
@@ -158,7 +160,9 @@ def _write(settings: Settings, rows: list[dict[str, Any]]) -> list[Path]:
         parts = {f"{settings.name}_train": train, f"{settings.name}_heldout": heldout}
     print(f"rows: {sum(map(len, parts.values()))} kept of {len(rows)}{_counts(dropped)}")
     if not kept:
-        raise LMTPError("No row passes the filters: allow longer answers with --max-new-tokens or --keep-truncated.")
+        raise LMTPError(
+            "No row passes the filters: write --keep-truncated, or a larger --max-new-tokens and another --name."
+        )
     if not all(parts.values()):
         raise LMTPError(f"--heldout {settings.heldout} of {len(kept)} rows leaves one part empty: write another share.")
 

@@ -4,7 +4,8 @@
     model.generate(**inputs, custom_generate=path, trust_remote_code=True)
 
 The folder is written for `lmtp_export: custom_generate` only. It contains an import of this module and a requirements
-file. With torch and transformers installed, `pip install --no-deps lmtp_factory` is enough.
+file. The package is in no index: beside torch and transformers, `pip install --no-deps PATH` with the path of a checkout is
+enough.
 """
 
 import os
@@ -18,7 +19,10 @@ from ..modeling import heads_of, load_heads
 
 
 FOLDER = "custom_generate"
-_LOADER = '''"""Look-back decoding with the leap heads in lmtp/: pip install lmtp_factory.
+_INSTALL = "lmtp_factory is in no package index: pip install --no-deps PATH, with the path of a checkout of it."
+_LOADER = f'''"""Look-back decoding with the leap heads in lmtp/.
+
+{_INSTALL}
 
     model = AutoModelForCausalLM.from_pretrained(path)
     model.generate(**inputs, custom_generate=path, trust_remote_code=True)
@@ -42,7 +46,8 @@ def write_custom_generate(directory: str | os.PathLike) -> None:
     folder = Path(directory, FOLDER)
     folder.mkdir(exist_ok=True)
     (folder / "generate.py").write_text(_LOADER, encoding="utf-8")
-    (folder / "requirements.txt").write_text(f"lmtp_factory>={__version__}\n", encoding="utf-8")
+    # transformers reads this file before generate.py: a line is a comment or one package with one version.
+    (folder / "requirements.txt").write_text(f"# {_INSTALL}\nlmtp_factory>={__version__}\n", encoding="utf-8")
 
 
 def generate(*inputs, model: nn.Module, **kwargs) -> Tensor:

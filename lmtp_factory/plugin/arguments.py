@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import geometry
 from ..errors import LMTPError
-from ..options import EXPORTS, HEAD_DECAY, HEAD_WEIGHT, STRATEGIES
+from ..options import EXPORTS, HEAD_DECAY, HEAD_KINDS, HEAD_LAYERS, HEAD_WEIGHT, STRATEGIES
 from . import hooks
 from .stages import STAGES
 from .values import check_values, read_offsets
@@ -45,11 +45,11 @@ class LMTPArguments:
     )
     head_layers: int | None = field(
         default=None,
-        metadata={"help": "The number of residual blocks in each head (default: 1)."},
+        metadata={"help": f"The number of residual blocks in each head (default: {HEAD_LAYERS})."},
     )
     head_kind: str | None = field(
         default=None,
-        metadata={"help": "`own`: an unembedding for each head; `shared`: the LM head's (default: own)."},
+        metadata={"help": f"`own`: an unembedding for each head; `shared`: the LM head's (default: {HEAD_KINDS[0]})."},
     )
     head_weight: float = field(
         default=HEAD_WEIGHT,
@@ -127,6 +127,7 @@ class LMTPArguments:
             if self.stage != "sft":
                 raise LMTPError(f"mtp_type {self.mtp_type} goes with stage: sft, not with stage: {self.stage}.")
             self.heads_config()  # raises if there are no such heads
+        if self.lmtp_stage is not None or self.lmtp_decode in ("backward", "forward") or self.lmtp_export != EXPORTS[0]:
             hooks.require_all()
         super().__post_init__()
 

@@ -7,6 +7,7 @@ heads, or with `lmtp_decode: off`, upstream's method runs unchanged.
 import copy
 import threading
 import time
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,8 @@ from . import log
 
 # Set while upstream's `chat` command runs, which prints answers without a newline at their end.
 prints_answers = threading.Event()
+# Set while upstream's ChatModel starts. Chat and export parse the same arguments with the same function.
+starts_chat = ContextVar("starts_chat", default=False)
 
 
 @dataclass

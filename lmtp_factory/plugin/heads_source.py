@@ -65,6 +65,7 @@ class HeadsSource:
             None while new tokens have to be added. None for heads that `lmtp_export: ntp` leaves out.
         resumed: The checkpoint that training resumes from.
         packs_batches: Whether stage 1 packs the documents of each batch, because `packing` was left out.
+        exports: Whether the run is an export.
     """
 
     base: BaseModel
@@ -72,6 +73,7 @@ class HeadsSource:
     config: LMTPConfig | None
     resumed: Path | None = None
     packs_batches: bool = False
+    exports: bool = False
 
     @property
     def reach(self) -> int:
@@ -90,15 +92,12 @@ def resolve_training(model_args, data_args, training_args, finetuning_args) -> H
         only_predicts = training_args.predict_with_generate and not training_args.do_train
         return _resolve_decoding(model_args, finetuning_args) if only_predicts else None
     resumed, base = choose_checkpoint(training_args), BaseModel.of(model_args)
-    if training_args.do_train:
-        folder = _starting_heads(base, model_args, training_args, finetuning_args, resumed)
-    else:
-        folder = _inference_heads(base, model_args, finetuning_args)
-        if folder is None:
-            raise LMTPError(
-                "There are no leap heads to evaluate: name the output of a finished stage in stage1_pretrained_path or "
-                "adapter_name_or_path."
-            )
+    folder = _stage_heads(base, model_args, training_args, finetuning_args, resumed)
+    if folder is None and not training_args.do_train:
+        raise LMTPError(
+            "There are no leap heads to evaluate: name the output of a finished stage in stage1_pretrained_path or "
+            "adapter_name_or_path."
+        )
     config = _fresh_config(base, finetuning_args) if folder is None else read_config(folder)
     if model_args.resize_vocab or model_args.add_tokens or model_args.add_special_tokens:
         config.vocab_size = config.tokenizer_fingerprint = None
@@ -106,20 +105,21 @@ def resolve_training(model_args, data_args, training_args, finetuning_args) -> H
     return HeadsSource(base, folder, config, resumed, packs_batches)
 
 
-def resolve_inference(model_args, finetuning_args) -> HeadsSource | None:
+def resolve_inference(model_args, finetuning_args, exports: bool) -> HeadsSource | None:
     """The source of the heads that chat and api decode with or an export concerns; None without heads.
 
     Raises:
         LMTPError: The heads' configuration cannot be read; the hub cannot be asked.
     """
-    if model_args.export_dir is None:
+    if not exports:
         return _resolve_decoding(model_args, finetuning_args)
     base = BaseModel.of(model_args)
     folder = _inference_heads(base, model_args, finetuning_args)
     if folder is None:
         return None
     # An NTP export works with damaged heads too.
-    return HeadsSource(base, folder, None if finetuning_args.lmtp_export == "ntp" else read_config(folder))
+    config = None if finetuning_args.lmtp_export == "ntp" else read_config(folder)
+    return HeadsSource(base, folder, config, exports=True)
 
 
 def decoding_obstacle(model_args, finetuning_args) -> str | None:
@@ -151,27 +151,30 @@ def _resolve_decoding(model_args, finetuning_args) -> HeadsSource | None:
     return None if folder is None else HeadsSource(base, folder, read_config(folder))
 
 
-def _starting_heads(base: BaseModel, model_args, training_args, finetuning_args, resumed: Path | None) -> Path | None:
-    """Heads that training starts from; None for fresh ones.
+def _stage_heads(base: BaseModel, model_args, training_args, finetuning_args, resumed: Path | None) -> Path | None:
+    """Heads that a stage trains from or evaluates; None for fresh ones.
 
-    An adapter that is tuned further has heads of its own. Otherwise `stage1_pretrained_path` decides, then the model
-    directory.
+    In stage 2 an adapter that is tuned further or evaluated has heads of its own. Otherwise `stage1_pretrained_path`
+    decides, then the model directory.
     """
-    adapter = _first(reversed(model_args.adapter_name_or_path or []))
     stage, named = finetuning_args.lmtp_stage, finetuning_args.stage1_pretrained_path
-    if named is None or (stage == 2 and adapter is not None):
-        return adapter or find_heads(base.path)
+    if stage == 2 and (adapter := _first(reversed(model_args.adapter_name_or_path or []))) is not None:
+        return adapter
+    if named is None:
+        return find_heads(base.path)
     # The release's stage-1 files name their own output, which is empty before the first run. Any other path is a mistake.
-    is_own_output = stage == 1 and os.path.realpath(named) == os.path.realpath(training_args.output_dir)
+    is_own_output = os.path.realpath(named) == os.path.realpath(training_args.output_dir)
+    may_be_empty = stage == 1 and is_own_output and training_args.do_train
     # A path such as out/stage1 could be a hub id too, but an output that does not exist yet is not looked for on the hub.
-    if (found := None if is_own_output and not os.path.isdir(named) else find_heads(named)) is not None:
-        return adapter or found
-    if not is_own_output:
+    if (found := None if may_be_empty and not os.path.isdir(named) else find_heads(named)) is not None:
+        return found
+    if not may_be_empty:
+        fresh = " to start from fresh heads" if training_args.do_train else ""
         raise LMTPError(
             f"stage1_pretrained_path {named} has no lmtp/ folder: name the output_dir of a finished stage 1, or leave the "
-            "key out to start from fresh heads."
+            f"key out{fresh}."
         )
-    heads = adapter or find_heads(base.path)
+    heads = find_heads(base.path)
     start = resumed or ("fresh ones" if heads is None else f"those in {heads}")
     log.info(f"stage1_pretrained_path {named} has no heads yet: stage 1 starts from {start}.")
     return heads

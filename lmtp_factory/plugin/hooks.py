@@ -17,10 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import LMTPError
-
-
-PACKAGE = "llamafactory"
-SUPPORTED_VERSION = "0.9.5"
+from .versions import PACKAGE, TRIED_VERSIONS, requirement, unknown_entries
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,7 @@ SEAMS = (
     Seam("train.callbacks", "per-head metrics in trainer_log.jsonl"),
     Seam("train.sft.workflow", "training of the two stages"),
     Seam("chat.hf_engine", "chat, api and web UI answer with the heads"),
-    Seam("chat.chat_model", "log lines between the answers of chat"),
+    Seam("chat.chat_model", "the keys that chat and api read, log lines between answers"),
 )
 
 # What the web UI shows. If one is missing, the Board is upstream's own in that place, and training is not affected.
@@ -68,6 +65,7 @@ BOARD_SEAMS = (
 _seams = {seam.name: seam for seam in (*SEAMS, *BOARD_SEAMS)}
 _attached: set[str] = set()
 _failures: dict[str, str] = {}
+_warned: set[str] = set()  # untried versions that a run has been warned of
 _waiting: list[Seam] = []  # seams whose modules were being imported when the hooks were installed
 
 
@@ -190,17 +188,33 @@ def attach_all(seams: Iterable[Seam] = SEAMS) -> dict[str, str | None]:
 
 
 def require_all() -> None:
-    """Check that every seam of `SEAMS` is attached.
+    """Check that every seam of `SEAMS` is attached, and that the installed version may train L-MTP stages.
+
+    A version that was not tried may, with a warning, if every seam fits and it has no unknown way to train.
 
     Raises:
-        LMTPError: A seam is missing; the message names it and LLaMA-Factory's version.
+        LMTPError: A seam is missing, or an untried version has an unknown way to train; the message names both.
     """
     missing = [f"{name} ({reason})" for name, reason in attach_all().items() if reason is not None]
     if missing:
         raise LMTPError(
             f"L-MTP cannot run with LLaMA-Factory {version()}, because it could not extend {', '.join(missing)}: "
-            f"install {PACKAGE}=={SUPPORTED_VERSION} or run lmtp-cli doctor."
+            f"install {requirement()} or run lmtp-cli doctor."
         )
+    if version() in TRIED_VERSIONS or version() in _warned:
+        return
+    if unknown := unknown_entries():
+        raise LMTPError(
+            f"L-MTP cannot run with LLaMA-Factory {version()}, which was not tried and trains by ways that lmtp_factory "
+            f"does not know ({', '.join(unknown)}): install {requirement()} or a newer lmtp_factory."
+        )
+    from . import log
+
+    _warned.add(version())
+    log.warning(
+        f"LLaMA-Factory {version()} was not tried with L-MTP ({', '.join(TRIED_VERSIONS)} was). All hooks fit, so the run "
+        "goes on; check its first results."
+    )
 
 
 def expect(module: ModuleType, name: str, *names: str):

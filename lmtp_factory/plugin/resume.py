@@ -8,12 +8,14 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import CONFIG_NAME
 
 from ..config import LMTPConfig
 from ..errors import LMTPError
-from ..files import HEADS_CHECKPOINT, HEADS_FOLDER
+from ..files import HEADS_CHECKPOINT, HEADS_FOLDER, STAGE_FILE, atomic_write
 from ..modeling.checkpoint import read_config, validate_checkpoint
 from . import log
+from .stages import STAGES
 
 
 # Facts about the base model. They are not compared where one of them is None.
@@ -112,6 +114,10 @@ def _damage(checkpoint: Path) -> str | None:
     if not (checkpoint / HEADS_FOLDER).is_dir():
         return f"it has no {HEADS_FOLDER}/ folder"
     try:
+        _written_stage(checkpoint)
+    except ValueError:
+        return f"its {STAGE_FILE} is damaged"
+    try:
         validate_checkpoint(checkpoint / HEADS_FOLDER)
     except LMTPError:
         return f"its {HEADS_FOLDER}/ folder cannot be read"
@@ -138,12 +144,11 @@ def check_checkpoint(checkpoint: Path, stage: int, config: LMTPConfig, heads: Pa
         LMTPError: The other stage saved it, or its heads differ; the message names both sides.
     """
     instead = "leave resume_from_checkpoint out and write another output_dir" if named else "write another output_dir"
-    if stage == 1 and _has_backbone(checkpoint):
-        raise LMTPError(f"Stage 2 saved {checkpoint}, from which stage 1 would resume: {instead}.")
-    if stage == 2 and not _has_backbone(checkpoint) and not any(checkpoint.glob("global_step*")):
+    saved_by = _stage_of(checkpoint)
+    if saved_by != stage:
+        start = f", and stage1_pretrained_path: {checkpoint} to start from its heads" if stage == 2 else ""
         raise LMTPError(
-            f"Stage 1 saved {checkpoint}, from which stage 2 would resume: {instead}, and stage1_pretrained_path: "
-            f"{checkpoint} to start from its heads."
+            f"Stage {saved_by} saved {checkpoint}, from which stage {stage} would resume: {instead}{start}."
         )
     theirs = read_config(checkpoint / HEADS_FOLDER)
     differing = differences(config, theirs)
@@ -192,8 +197,38 @@ def _value(fact: str, value) -> str:
     return ",".join(map(str, value[1:])) if fact == "offsets" else str(value)
 
 
-def _has_backbone(checkpoint: Path) -> bool:
-    """Whether the checkpoint holds an adapter or a model beside the heads."""
+def write_stage(checkpoint: Path, stage: int) -> None:
+    """Record the stage that saves a checkpoint.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    with atomic_write(checkpoint / STAGE_FILE) as file:
+        json.dump({"stage": stage}, file)
+
+
+def _written_stage(checkpoint: Path) -> int | None:
+    """The recorded stage; None if the checkpoint has no record.
+
+    Raises:
+        ValueError: The record cannot be read.
+    """
+    try:
+        found = json.loads((checkpoint / STAGE_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    if not isinstance(found, dict) or found.get("stage") not in tuple(STAGES):
+        raise ValueError(f"{STAGE_FILE} holds {found!r}")
+    return found["stage"]
+
+
+def _stage_of(checkpoint: Path) -> int:
+    """The stage that saved a complete checkpoint.
+
+    Without a record the files tell. Stage 2 saves an adapter or a model beside the heads. Under DeepSpeed its weights may be
+    in DeepSpeed's files alone; the model's configuration is there then too. Stage 1 saves neither.
+    """
     from llamafactory.extras.constants import CHECKPOINT_NAMES
 
-    return any((checkpoint / name).is_file() for name in CHECKPOINT_NAMES - {HEADS_CHECKPOINT})
+    of_stage_2 = {*CHECKPOINT_NAMES, CONFIG_NAME} - {HEADS_CHECKPOINT}
+    return _written_stage(checkpoint) or (2 if any((checkpoint / name).is_file() for name in of_stage_2) else 1)

@@ -17,7 +17,6 @@ from ..distill.rows import TEMPLATE_NAME, is_self_distilled
 from ..errors import LMTPError
 from ..files import HEADS_FOLDER
 from ..modeling.losses.implementation import resolve_implementation
-from . import hooks
 from .heads_source import HeadsSource, decoding_obstacle
 from .resume import check_checkpoint
 from .vocabulary import check_heads
@@ -29,8 +28,7 @@ def check_training_keys(model_args, data_args, training_args, finetuning_args) -
     Raises:
         LMTPError: Keys do not go together.
     """
-    if training_args.do_train:
-        _check_datasets(data_args)
+    _check_datasets(data_args)
     stage = finetuning_args.lmtp_stage
     if stage is None:
         if training_args.predict_with_generate and not training_args.do_train:
@@ -99,33 +97,35 @@ def check_training(model_args, data_args, training_args, finetuning_args, source
         _check_writable(training_args.output_dir)
 
 
-def check_inference_keys(model_args, finetuning_args) -> None:
+def check_inference_keys(model_args, finetuning_args, exports: bool) -> None:
     """Check the keys of chat, api or an export, before their heads are located.
+
+    Args:
+        exports: Whether the command is an export. `export_dir` may stand in a YAML of chat too.
 
     Raises:
         LMTPError: Keys do not go together, or the export would leave old heads beside new weights.
     """
-    if model_args.export_dir is None:
+    if not exports:
         _check_strategy(model_args, finetuning_args)
-    elif finetuning_args.lmtp_export != "ntp":
-        hooks.require_all()
-    elif os.path.isdir(os.path.join(model_args.export_dir, HEADS_FOLDER)):
+    elif finetuning_args.lmtp_export == "ntp" and os.path.isdir(os.path.join(model_args.export_dir, HEADS_FOLDER)):
         raise LMTPError(
             f"export_dir {model_args.export_dir} already holds leap heads, which an export without heads would leave "
             "beside other weights: name another export_dir or write lmtp_export: heads."
         )
 
 
-def check_inference(model_args, data_args, finetuning_args, source: HeadsSource | None) -> None:
+def check_inference(model_args, data_args, finetuning_args, source: HeadsSource | None, exports: bool) -> None:
     """Check the heads that chat and api decode with or an export keeps.
 
     Args:
         source: Where the heads come from; None without heads.
+        exports: Whether the command is an export.
 
     Raises:
         LMTPError: Heads are asked for and missing, they or their draft tree are damaged, or they are another model's.
     """
-    if model_args.export_dir is None:
+    if not exports:
         _check_decoding(model_args, data_args, finetuning_args, source)
     elif finetuning_args.lmtp_export != "ntp":
         if source is None:
@@ -252,7 +252,7 @@ def _check_datasets(data_args) -> None:
         if is_self_distilled(attr) and data_args.template != TEMPLATE_NAME:
             raise LMTPError(
                 f"Dataset {name} holds the token ids that a model read and wrote, which template: {data_args.template} "
-                f"would train as text: write template: {TEMPLATE_NAME}."
+                f"would read as text: write template: {TEMPLATE_NAME}."
             )
 
 
@@ -278,14 +278,11 @@ def _check_strategy(model_args, finetuning_args) -> None:
 
 def _check_decoding(model_args, data_args, finetuning_args, source: HeadsSource | None) -> None:
     decode = finetuning_args.lmtp_decode
-    asked_for = decode in ("backward", "forward")
     if source is not None:
         check_heads(source, model_args, data_args)
         read_tree(source.folder)
-    elif asked_for:
+    elif decode in ("backward", "forward"):
         raise LMTPError(
             f"lmtp_decode: {decode} asks for leap heads, but neither the adapter nor the model directory has an lmtp/ "
             "folder: name the stage-1 output in stage1_pretrained_path or write lmtp_decode: auto."
         )
-    if asked_for:
-        hooks.require_all()

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import LMTPError
 from ..geometry import DEFAULT_NUM_HEADS, DEFAULT_STRIDE
-from ..options import HEAD_DECAY, HEAD_WEIGHT
+from ..options import HEAD_DECAY, HEAD_LAYERS, HEAD_WEIGHT
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def _is_path(value: Any) -> bool:
 KINDS = {
     "num_heads": Kind(is_whole, "a whole number", str(DEFAULT_NUM_HEADS)),
     "leap_stride": Kind(is_whole, "a whole number", str(DEFAULT_STRIDE)),
-    "head_layers": Kind(is_whole, "a whole number", "1"),
+    "head_layers": Kind(is_whole, "a whole number", str(HEAD_LAYERS)),
     "head_weight": Kind(
         lambda value: _is_finite(value) and value >= 0, "a number of 0 or more", str(HEAD_WEIGHT), False
     ),

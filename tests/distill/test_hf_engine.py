@@ -1,5 +1,7 @@
 """Generation with transformers: the model's own tokens, whatever the batch."""
 
+import re
+
 import pytest
 import torch
 from helpers.distillation import SYSTEM, distill, read_rows
@@ -75,3 +77,22 @@ def test_sampling_depends_only_on_the_seed(distill_model):
 def test_a_model_that_cannot_be_loaded(tmp_path):
     with pytest.raises(LMTPError, match="No causal language model can be loaded"):
         HFEngine(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("rows", "advice"),
+    [
+        (4, "no memory for 4 rows at once: run the same command again with --batch-size 2; finished rows are kept."),
+        (1, "no memory for one row: write a smaller --max-new-tokens or --max-prompt-tokens, and another --name."),
+    ],
+)
+def test_a_device_without_memory(rows, advice, distill_model, monkeypatch):
+    engine = HFEngine(str(distill_model), batch_size=rows)
+
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(engine, "_generate_batch", full)
+    requests = [Request(number, (1, 2, 3), "text") for number in range(rows)]
+    with pytest.raises(LMTPError, match=re.escape(advice)):
+        engine.generate(requests, Sampling(4, 0.0, seed=0, stop_ids=(2,)), done=set(), on_finished=lambda rows: None)

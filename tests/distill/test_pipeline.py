@@ -139,3 +139,27 @@ def test_a_killed_run_is_resumed(distill_model, prompts_file, tmp_path):
     subprocess.run(command, check=True, capture_output=True, env=environment)
     assert sorted(row["id"] for row in read_rows(journal)) == list(range(14))
     assert (tmp_path / "killed" / "d.jsonl").read_bytes() == (tmp_path / "whole" / "d.jsonl").read_bytes()
+
+
+def test_the_advice_about_long_answers_works(distill_model, prompts_file, tmp_path):
+    """The journal of the same name belongs to the old length."""
+    options = [
+        distill_model,
+        "--output-dir",
+        tmp_path,
+        "--prompts",
+        prompts_file,
+        "--num-prompts",
+        4,
+        "--temperature",
+        1,
+    ]
+    with pytest.raises(LMTPError, match="--keep-truncated, or a larger --max-new-tokens and another --name"):
+        run_command(*options, "--name", "short", "--max-new-tokens", 2)
+    run_command(*options, "--name", "long", "--max-new-tokens", 64, "--keep-truncated")
+    assert read_rows(tmp_path / "long.raw.jsonl")
+
+
+def test_no_prompt_is_left(scripted):
+    with pytest.raises(LMTPError, match="give more prompts, or write a larger --max-prompt-tokens and another --name"):
+        scripted(["tell me about heads " * 50])

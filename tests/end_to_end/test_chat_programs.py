@@ -91,12 +91,18 @@ def test_batch_prediction(ending, data, tmp_path, lines):
             "per_device_eval_batch_size": 3,
             "cutoff_len": 256,
         }
-        args |= {"do_sample": False, "max_new_tokens": 30, "lmtp_decode": decode}
+        args |= {
+            "do_sample": False,
+            "max_new_tokens": 30,
+            "lmtp_decode": decode,
+            "export_dir": str(tmp_path / "unused"),
+        }
         run_exp(runs.arguments(ending, data, output, **args))
         rows = (output / "generated_predictions.jsonl").read_text().splitlines()
         predictions[decode] = [json.loads(row)["predict"] for row in rows]
     assert predictions["auto"] == predictions["off"]
     assert sum(line.startswith("Decoding with the leap heads") for line in lines) == 1
+    assert not any("xporting" in line for line in lines)
 
 
 def test_batch_prediction_checks_its_heads(ending, data, tmp_path, no_model_loads):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import tiny_models
 from transformers import AutoModelForCausalLM
+from transformers.dynamic_module_utils import check_python_requirements
 
 import lmtp_factory
 from lmtp_factory import LMTPConfig, LMTPError, attach_heads, load_model
@@ -71,7 +72,19 @@ def test_custom_generate_needs_transformers_only(export, tmp_path):
 def test_the_folder_holds_a_loader_and_its_requirement(export):
     folder = export / FOLDER
     assert sorted(path.name for path in folder.iterdir()) == ["generate.py", "requirements.txt"]
-    assert (folder / "requirements.txt").read_text() == f"lmtp_factory>={lmtp_factory.__version__}\n"
+    *comments, requirement = (folder / "requirements.txt").read_text().splitlines()
+    assert requirement == f"lmtp_factory>={lmtp_factory.__version__}"
+    assert all(line.startswith("# ") for line in comments)  # transformers skips these lines
+    check_python_requirements(folder)
+    for name in ("generate.py", "requirements.txt"):  # the package is in no index, so its name alone installs nothing
+        assert "pip install --no-deps PATH" in (folder / name).read_text()
+        assert "pip install --no-deps lmtp_factory" not in (folder / name).read_text()
+
+
+def test_a_version_that_is_too_old_is_told_where_the_package_is(export, monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.0.1")
+    with pytest.raises(ImportError, match=rf"lmtp_factory>={lmtp_factory.__version__} \(installed: 0.0.1\)"):
+        check_python_requirements(export / FOLDER)
 
 
 def test_a_model_without_heads_is_told(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 from collections import Counter
 
 import huggingface_hub
@@ -92,6 +93,49 @@ def test_an_output_that_does_not_exist_yet_is_not_looked_for_on_the_hub(llama, d
     written = runs.arguments(llama, data, "out/stage1", stage1_pretrained_path="out/other")
     with pytest.raises(LMTPError, match="No directory out/other exists, and the hub request for it failed"):
         get_train_args(written)
+
+
+@pytest.fixture
+def with_other_heads(llama, stage1, tmp_path):
+    """The base model with heads of its own, as an export leaves it."""
+    model = shutil.copytree(llama, tmp_path / "with_other_heads")
+    shutil.copytree(stage1 / "lmtp", model / "lmtp")
+    return model
+
+
+EVALUATES = {"do_train": None, "do_eval": True, "val_size": 4}
+
+
+@pytest.mark.parametrize("purpose", [{}, EVALUATES], ids=["training", "evaluation"])
+@pytest.mark.parametrize("stage", ["lmtp1", "lmtp2"])
+def test_named_heads_come_before_the_model_s(stage, purpose, with_other_heads, stage1, data, tmp_path):
+    from llamafactory.hparams import get_train_args
+
+    def folder(**keys):
+        written = runs.arguments(with_other_heads, data, tmp_path / "out", stage=stage, **purpose, **keys)
+        return get_train_args(written)[3].heads_source.folder
+
+    assert folder() == with_other_heads / "lmtp"
+    assert folder(stage1_pretrained_path=str(stage1)) == stage1 / "lmtp"
+
+
+def test_an_adapter_s_heads_come_first_in_stage_two(adapter, with_other_heads, stage1, data, tmp_path):
+    from llamafactory.hparams import get_train_args
+
+    for purpose in ({}, EVALUATES):
+        keys = {"adapter_name_or_path": str(adapter), "stage1_pretrained_path": str(stage1), "finetuning_type": "lora"}
+        written = runs.arguments(with_other_heads, data, tmp_path / "out", stage="lmtp2", **keys, **purpose)
+        assert get_train_args(written)[3].heads_source.folder == adapter / "lmtp"
+
+
+@pytest.mark.parametrize("stage", ["lmtp1", "lmtp2"])
+def test_an_evaluation_of_named_heads_that_are_not_there(stage, with_other_heads, data, tmp_path, no_model_loads):
+    """The model's own heads would give figures of something else."""
+    run = EVALUATES | {"stage": stage, "stage1_pretrained_path": str(tmp_path / "out")}
+    with pytest.raises(
+        LMTPError, match=r"out has no lmtp/ folder: name the output_dir of a finished stage 1, or leave the key out\.$"
+    ):
+        runs.train(with_other_heads, data, tmp_path / "out", **run)
 
 
 def test_the_source_is_frozen(llama):

@@ -7,7 +7,9 @@ import pytest
 from helpers import llamafactory_runs as runs
 from helpers.processes import python, started_ahead
 
+from lmtp_factory import LMTPError
 from lmtp_factory.plugin import hooks
+from lmtp_factory.plugin.versions import TRIED_VERSIONS
 
 
 def test_every_seam_attaches():
@@ -155,6 +157,63 @@ def test_an_unknown_layout_is_named(seam, edit, with_unknown_layout):
     assert result.stdout.splitlines()[-1] == "sft"
     last = result.stderr.splitlines()[-1]
     assert seam in last and metadata.version("llamafactory") in last and "lmtp-cli doctor" in last
+
+
+@pytest.fixture
+def untried(monkeypatch):
+    """LLaMA-Factory says that it is a version that nobody tried."""
+    monkeypatch.setattr(hooks, "version", lambda: "0.9.6")
+    monkeypatch.setattr(hooks, "_warned", set())
+
+
+def test_an_untried_version_that_fits_goes_on_with_a_warning(untried, lines):
+    hooks.require_all()
+    hooks.require_all()
+    assert [line for line in lines if "0.9.6" in line] == [
+        "LLaMA-Factory 0.9.6 was not tried with L-MTP (0.9.5 was). All hooks fit, so the run goes on; check its first "
+        "results."
+    ]
+
+
+@pytest.mark.parametrize("entry", ["_parse_train_mbridge_args", "run_sft_mbridge"])
+def test_an_untried_version_with_another_way_to_train_is_refused(entry, untried, monkeypatch):
+    """An L-MTP stage is `sft` to upstream: a trainer or parser that the plugin does not know would train plain SFT."""
+    from llamafactory.hparams import FinetuningArguments
+
+    if entry.startswith("_parse"):
+        monkeypatch.setattr(import_module("llamafactory.hparams.parser"), entry, lambda args=None: args, raising=False)
+    else:
+        names = {}
+        exec(
+            f"def _training_function(config):\n    from .mbridge import run_sft as {entry}\n    {entry}(config)", names
+        )
+        monkeypatch.setattr(
+            import_module("llamafactory.train.tuner"), "_training_function", names["_training_function"]
+        )
+    with pytest.raises(LMTPError) as caught:
+        FinetuningArguments(stage="lmtp1")
+    assert str(caught.value) == (
+        f"L-MTP cannot run with LLaMA-Factory 0.9.6, which was not tried and trains by ways that lmtp_factory does not know "
+        f"({entry}): install llamafactory==0.9.5 or a newer lmtp_factory."
+    )
+    assert FinetuningArguments(stage="sft").lmtp_stage is None
+
+
+def test_the_version_that_is_installed_was_tried(lines):
+    hooks.require_all()
+    assert metadata.version("llamafactory") in TRIED_VERSIONS and lines == []
+
+
+@pytest.mark.parametrize("keys", [{"lmtp_decode": "backward"}, {"lmtp_decode": "forward"}, {"lmtp_export": "heads"}])
+def test_what_needs_heads_needs_every_seam(keys, monkeypatch):
+    """Without the parser's seam nothing else would look at these keys."""
+    from llamafactory.hparams import FinetuningArguments
+
+    monkeypatch.setitem(hooks._failures, "llamafactory.hparams.parser", "it looks otherwise")
+    monkeypatch.setattr(hooks, "_attached", hooks._attached - {"llamafactory.hparams.parser"})
+    with pytest.raises(LMTPError, match=r"could not extend llamafactory.hparams.parser \(it looks otherwise\)"):
+        FinetuningArguments(**keys)
+    FinetuningArguments(lmtp_decode="off", lmtp_export="ntp")
 
 
 def test_a_reloaded_module_is_extended_again():

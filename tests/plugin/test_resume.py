@@ -15,6 +15,7 @@ from helpers import llamafactory_runs as runs
 from helpers.processes import exit_code_of_fork
 
 from lmtp_factory import LMTPError
+from lmtp_factory.files import STAGE_FILE
 from lmtp_factory.modeling.checkpoint import load_heads, read_config
 from lmtp_factory.plugin.training import trainer
 
@@ -123,6 +124,53 @@ def test_the_other_stage_s_checkpoint(llama, data, saved, saved_lora, tmp_path, 
         f"Stage 2 saved {adapter}, from which stage 1 would resume: leave resume_from_checkpoint out and write"
     ):
         runs.train(llama, data, tmp_path / "out", resume_from_checkpoint=str(adapter), **SAVING)
+
+
+def as_deepspeed_saves(checkpoint, stage, records, llama):
+    """Under ZeRO-3 without `stage3_gather_16bit_weights_on_model_save`: all weights are in DeepSpeed's own files."""
+    (checkpoint / "global_step4").mkdir()
+    (checkpoint / "optimizer.pt").unlink()
+    if stage == 2:
+        shutil.copy(llama / "config.json", checkpoint)
+        (checkpoint / STAGE_FILE).write_text('{"stage": 2}')
+    if not records:  # as this package did not write them at first
+        (checkpoint / STAGE_FILE).unlink()
+    return checkpoint
+
+
+@pytest.mark.parametrize("records", [True, False])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_stage_of_a_checkpoint_of_deepspeed(stage, records, llama, data, saved, tmp_path, no_model_loads):
+    """It names no weights outside of DeepSpeed's files, which would be restored whatever they hold."""
+    from llamafactory.hparams import get_train_args
+
+    checkpoint = as_deepspeed_saves(cut_short(saved, tmp_path) / "checkpoint-4", stage, records, llama)
+
+    def resume(stage):
+        args = runs.arguments(llama, data, checkpoint.parent, **SAVING, stage=f"lmtp{stage}")
+        return get_train_args(args)[3].heads_source.resumed
+
+    other = 3 - stage
+    with refused(f"Stage {stage} saved {checkpoint}, from which stage {other} would resume: write another output_dir"):
+        resume(other)
+    assert resume(stage) == checkpoint
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"stage": "2"}', '{"stage": [2]}', '{"stage": 3}'])
+def test_a_checkpoint_whose_stage_cannot_be_read(content, llama, data, cut, no_model_loads):
+    from llamafactory.hparams import get_train_args
+
+    (cut / "checkpoint-4" / STAGE_FILE).write_text(content)
+    args = runs.arguments(llama, data, cut, **SAVING, resume_from_checkpoint=str(cut / "checkpoint-4"))
+    with refused(f"(its {STAGE_FILE} is damaged): write resume_from_checkpoint: {cut}/checkpoint-2."):
+        get_train_args(args)
+
+
+def test_checkpoints_say_their_stage_and_outputs_do_not(saved, saved_lora):
+    for output, stage in ((saved, 1), (saved_lora, 2)):
+        for checkpoint in ("checkpoint-2", "checkpoint-4"):
+            assert json.loads((output / checkpoint / STAGE_FILE).read_text()) == {"stage": stage}
+        assert not (output / STAGE_FILE).exists()
 
 
 @pytest.fixture

@@ -124,6 +124,20 @@ def test_keys_that_do_not_work_are_refused_in_one_sentence(overrides, message, l
     assert sentence.endswith(".") and "\n" not in sentence
 
 
+@pytest.mark.parametrize("key", ["dataset", "eval_dataset"])
+@pytest.mark.parametrize("stage", ["sft", "lmtp2"])
+@pytest.mark.parametrize("purpose", ["do_eval", "do_predict"])
+def test_token_ids_are_not_read_as_text_without_training_either(
+    purpose, stage, key, llama, data, stage1, tmp_path, no_model_loads
+):
+    """Evaluation and prediction would score digits."""
+    run = {"stage": stage, "stage1_pretrained_path": str(stage1), "do_train": None, "dataset": None, purpose: True}
+    run |= {"predict_with_generate": purpose == "do_predict", key: "self_distilled_smollm2_heldout"}
+    run |= {"val_size": 0.5} if key == "dataset" else {}
+    with pytest.raises(LMTPError, match="self_distilled_smollm2_heldout holds the token ids .* write template: lmtp"):
+        runs.train(llama, data, tmp_path, **run)
+
+
 def test_values_of_another_kind_outside_of_training(llama, tmp_path, no_model_loads):
     with pytest.raises(LMTPError, match="stage1_pretrained_path is 1, but it has to be the path of one directory"):
         runs.export(model_name_or_path=llama, stage1_pretrained_path=1, export_dir=tmp_path / "out")

@@ -179,8 +179,8 @@ def rounding_error(dtype: torch.dtype, layers: int) -> float:
 
     Storing in bf16 rounds by up to 2^-8. Other batch shapes and kernels add up in another order: each layer writes twice
     into the residual stream, each time with an error that is uniform up to the unit roundoff u, u / sqrt(3) on average. The
-    errors of 2 * layers writes add up as a random walk. Twice that is allowed. The 30 layers of SmolLM2 in bf16 differ by
-    1.0 % (median), where 3.9 % is allowed. Matrix products of fp32 may run in TF32 (2^-11).
+    errors of 2 * layers writes add up as a random walk. Twice that is allowed. Matrix products of fp32 may run in TF32
+    (2^-11).
     """
     unit = max(torch.finfo(dtype).eps / 2, 2**-11)
     return torch.finfo(DTYPE).eps / 2 + 2 * unit * math.sqrt(2 * layers / 3)

@@ -18,7 +18,7 @@ from ...modeling.losses.targets import count_targets
 from ...modeling.model import HEADS_PREFIX, base_of
 from ...modeling.zero3 import gathered
 from .. import log
-from ..resume import differences, in_words
+from ..resume import differences, in_words, write_stage
 from .cached_states import CachedDocuments, FillCache
 from .head_metrics import HeadMetrics
 
@@ -120,8 +120,10 @@ class LeapTrainer(CustomSeq2SeqTrainer):
         if self.args.should_save:
             # The state is written last and marks a complete checkpoint. A new run in an old folder must not leave an old
             # state beside new weights.
-            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            Path(self.args.output_dir, folder, TRAINER_STATE_NAME).unlink(missing_ok=True)
+            checkpoint = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            (checkpoint / TRAINER_STATE_NAME).unlink(missing_ok=True)
+            checkpoint.mkdir(parents=True, exist_ok=True)
+            write_stage(checkpoint, self.finetuning_args.lmtp_stage)
         super()._save_checkpoint(model, trial)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):

@@ -4,11 +4,11 @@ import functools
 import os
 from typing import TYPE_CHECKING, Any
 
-from ...config import HEAD_KINDS, LMTPConfig
+from ...config import LMTPConfig
 from ...errors import LMTPError
 from ...files import HEADS_FOLDER
 from ...modeling.checkpoint import read_config
-from ...options import HEAD_DECAY, HEAD_WEIGHT
+from ...options import HEAD_DECAY, HEAD_KINDS, HEAD_WEIGHT
 from .fields import AUTO, stage_of, written
 from .runs import finished_stage1_runs
 from .suggestions import Suggestions, recipe

@@ -6,6 +6,7 @@ from types import ModuleType
 
 from ....errors import LMTPError
 from ... import hooks, validation
+from ...chat import starts_chat
 from ...heads_source import resolve_inference, resolve_training
 from ...stages import STAGES
 
@@ -33,9 +34,10 @@ def extend(parser: ModuleType) -> None:
     def parse_infer_args(args=None):
         parsed = parse_infer(args)
         model_args, data_args, finetuning_args, _ = parsed
-        validation.check_inference_keys(model_args, finetuning_args)
-        source = resolve_inference(model_args, finetuning_args)
-        validation.check_inference(model_args, data_args, finetuning_args, source)
+        exports = model_args.export_dir is not None and not starts_chat.get()
+        validation.check_inference_keys(model_args, finetuning_args, exports)
+        source = resolve_inference(model_args, finetuning_args, exports)
+        validation.check_inference(model_args, data_args, finetuning_args, source, exports)
         finetuning_args.heads_source = source
         finetuning_args.mtp_type = None  # a stage's YAML serves here too, and nothing is trained
         return parsed

@@ -43,7 +43,7 @@ def _init_adapter(upstream, tokenizer, config, model, model_args, finetuning_arg
     stage, source = finetuning_args.lmtp_stage, finetuning_args.heads_source
     if stage is None:
         model = upstream(config, model, model_args, finetuning_args, is_trainable)
-        if source is not None and model_args.export_dir is not None:
+        if source is not None and source.exports:
             attach_for_export(model, tokenizer, source, finetuning_args.lmtp_export)
         return model
     if source is None:

@@ -9,6 +9,7 @@ from helpers.chat_models import ask, chat_model
 from helpers.processes import python
 
 from lmtp_factory import LMTPError
+from lmtp_factory.modeling import heads_of
 from lmtp_factory.plugin.seams.chat.hf_engine import extend
 
 
@@ -50,6 +51,23 @@ def test_heads_of_another_model_are_refused(stage1, tmp_path, no_model_loads):
 @pytest.mark.parametrize("decode", ["backward", "forward"])
 def test_a_strategy_without_heads_is_refused(decode, llama, no_model_loads):
     refused(f"lmtp_decode: {decode} asks for leap heads, but neither", llama, lmtp_decode=decode)
+
+
+def test_an_export_dir_of_a_yaml_that_chats_changes_nothing(llama, ending, expected, tmp_path, lines):
+    """One YAML for export and chat: each command checks and does its own part."""
+    keys = {"export_dir": tmp_path / "export", "lmtp_export": "heads"}
+    model = chat_model(ending, **keys)
+    assert ask(model) == expected[FIRST]
+    assert [line.split()[0] for line in lines] == ["Decoding", "Answered"]  # not "Exporting"
+    assert not (tmp_path / "export").exists()
+    assert heads_of(chat_model(ending, lmtp_decode="off", **keys).engine.model) is None
+    assert heads_of(chat_model(llama, **keys).engine.model) is None  # only an export misses heads
+
+
+def test_a_strategy_without_heads_is_refused_beside_an_export_dir(llama, tmp_path, no_model_loads):
+    for keys in ({"export_dir": tmp_path}, {"export_dir": tmp_path, "lmtp_export": "heads"}):
+        refused("lmtp_decode: backward asks for leap heads, but neither", llama, lmtp_decode="backward", **keys)
+    refused("does not go with infer_backend", llama, lmtp_decode="backward", infer_backend="vllm", export_dir=tmp_path)
 
 
 @pytest.mark.parametrize(
