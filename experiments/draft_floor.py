@@ -1,7 +1,6 @@
 """Worst case of drafting: speed of each kind of tree relative to our loop without heads, by kind of text.
 
-Baseline: our loop without heads, with the same model, prompts, weights and process. Arms are interleaved per prompt.
-    The
+Baseline: our loop without heads, with the same model, prompts, weights and process. Arms are interleaved per prompt. The
 goal is a ratio of at least 0.98 for every kind of text and tree, even if the heads were not trained on such text.
 
     python experiments/draft_floor.py demo_run/export_heads --output experiments/results/draft_floor_cpu.json

@@ -82,7 +82,8 @@ class TreeConfig:
         source: Origin of the configuration, for the log.
 
     Raises:
-        LMTPError: The kind is unknown, there are no nodes, or a static tree has too few paths.
+        LMTPError: The kind is unknown, there are no nodes or no candidates, or a static tree has too few paths or paths
+            that do not form a tree.
     """
 
     kind: str
@@ -100,6 +101,13 @@ class TreeConfig:
             raise LMTPError(f"A tree of {self.nodes} nodes has no root: write 1 or more.")
         if self.kind == "static" and len(self.paths) < self.nodes:
             raise LMTPError(f"A static tree of {self.nodes} nodes needs as many paths: measure it with lmtp-cli tree.")
+        if self.width < 1:
+            raise LMTPError(f"A dynamic tree of width {self.width} has no candidates: write 1 or more.")
+        if self.paths:
+            try:
+                fixed(self.paths)
+            except ValueError as error:
+                raise LMTPError(f"The paths are no tree. {error}") from None
 
     def fixed_paths(self) -> Sequence[Sequence[int]] | None:
         """Return the paths of the nodes, or None for a dynamic tree."""
@@ -247,8 +255,6 @@ def read_tree(folder: str | os.PathLike) -> tuple[TreeConfig, Conditions | None]
         )
         if cost and not all(seconds > 0 for seconds in cost.seconds.values()):
             raise ValueError("a cost is not positive")
-        if (fixed_paths := tree_config.fixed_paths()) is not None:
-            fixed(fixed_paths)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise LMTPError(f"{path} is damaged ({error!r}): delete it or run lmtp-cli tree again.") from None
     names = [condition.name for condition in fields(Conditions)]

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -114,7 +114,7 @@ def run_arms(
     try:
         for arm in arms.values():  # warm-up: kernels, prepacked weights, caches
             with arm.around():
-                generate_greedy(model, prompts[0], 8, **arm.options)
+                generate_greedy(model, prompts[0], 8, **_always_drafting(arm.options))
         for ids in tqdm(prompts, desc="benchmark", unit="prompt"):
             times: dict[str, list[float]] = {name: [] for name in arms}
             for repeat in range(repeats):
@@ -156,6 +156,12 @@ def results(arms: Mapping[str, Arm], prompts: Sequence[Sequence[int]]) -> list[A
             )
         )
     return rows
+
+
+def _always_drafting(options: Mapping) -> Mapping:
+    """Return the options with a tree that drafts in every step, so that a few tokens warm up drafting too."""
+    tree = options.get("lmtp_tree")
+    return options if tree is None else {**options, "lmtp_tree": replace(tree, always=True)}
 
 
 def _new_tokens(arm: Arm, prompts: Sequence[Sequence[int]]) -> int:

@@ -177,6 +177,8 @@ def test_a_tree_is_cut_where_tokens_per_second_are_greatest():
         (("tree", 4), "kind is 'tree', but it has to be one of chain, static, dynamic"),
         (("chain", 0), "no root: write 1 or more"),
         (("static", 3, ((), (0,))), "static tree of 3 nodes needs as many paths"),
+        (("static", 3, ((), (0, 0), (0,))), r"The parent of path \(0, 0\) does not precede it"),
+        (("dynamic", 3, (), 0), "width 0 has no candidates"),
     ],
 )
 def test_impossible_trees_are_refused(arguments, said):
