@@ -7,6 +7,7 @@ import torch
 from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
 from peft import PeftModel
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
@@ -63,6 +64,22 @@ class LeapTrainer(CustomSeq2SeqTrainer):
         self.train_metrics.add(outputs)
         loss = outputs.loss * (1 if num_items_in_batch is None else self.accelerator.num_processes)
         return (loss, outputs) if return_outputs else loss
+
+    def _clip_grad_norm(self, model) -> Tensor:
+        """Clip the gradients to `max_grad_norm`, in stage 1 those of each head by their own norm.
+
+        Stage 1 trains heads that share no parameter. A norm over all heads would make each depend on the others.
+        DeepSpeed clips by itself and knows one norm only.
+
+        Returns:
+            Scalar norm of all gradients before clipping.
+        """
+        if self.objective.trains_backbone or self.is_deepspeed_enabled:
+            return super()._clip_grad_norm(model)
+        self.accelerator.unscale_gradients()  # once for all heads: a second call in the same step is an error in fp16
+        heads = self.leap_model.leap_heads.heads
+        norms = [clip_grad_norm_(head.parameters(), self.args.max_grad_norm) for head in heads]
+        return torch.stack(norms).norm()
 
     # Evaluation -------------------------------------------------------------------------------------------------
 
