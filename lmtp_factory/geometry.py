@@ -95,6 +95,23 @@ def lookback(depth: int, offsets: Sequence[int]) -> tuple[int, int]:
     return head, offsets[head] - depth
 
 
+def lookback_pairs(offsets: Sequence[int], levels: int | None = None) -> list[tuple[int, int]]:
+    """Return `lookback` of levels 1 to `levels`: level `l` of a draft, after the root, has depth `l + 1`.
+
+    >>> lookback_pairs((1, 3, 5))
+    [(1, 1), (1, 0), (2, 1), (2, 0)]
+
+    Args:
+        offsets: Offsets of all heads, with the LM head's 1 first.
+        levels: Number of levels. Default: as many as the heads can draft.
+
+    Raises:
+        ValueError: `levels` is beyond the reach.
+    """
+    levels = reach(offsets) - 1 if levels is None else levels
+    return [lookback(level + 1, offsets) for level in range(1, levels + 1)]
+
+
 def window(offsets: Sequence[int]) -> int:
     """Return the number of latest hidden states that look-back decoding reads: the largest gap between offsets."""
     return max(far - near for near, far in zip(offsets, offsets[1:]))

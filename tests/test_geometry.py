@@ -48,3 +48,11 @@ def test_every_depth_is_covered_by_the_nearest_state(extra):
     for outside in (0, geometry.reach(offsets) + 1):
         with pytest.raises(ValueError, match="outside"):
             geometry.lookback(outside, offsets)
+
+
+def test_the_pairs_of_a_draft_are_the_lookback_of_its_levels():
+    assert geometry.lookback_pairs((1, 2, 3, 6)) == [(1, 0), (2, 0), (3, 2), (3, 1), (3, 0)]
+    assert geometry.lookback_pairs((1, 2, 3, 6), 3) == [(1, 0), (2, 0), (3, 2)]
+    assert geometry.lookback_pairs((1, 2, 3, 6), 0) == []
+    with pytest.raises(ValueError, match="outside"):
+        geometry.lookback_pairs((1, 2, 3, 6), 6)

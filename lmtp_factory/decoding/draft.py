@@ -1,5 +1,6 @@
 """Drafting: the leap heads' candidates for the tokens after the root (L-MTP, section 3.3, "looking backward")."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -110,11 +111,25 @@ def propose_candidates(model: nn.Module, window: Window, levels: int, width: int
         levels: Number of levels.
         width: Number of candidates per level.
     """
-    offsets, heads = model.leap_heads.config.offsets, model.leap_heads.heads
-    size = window.states.shape[1]
+    return candidates_of(model, window, geometry.lookback_pairs(model.leap_heads.config.offsets, levels), width)
+
+
+def candidates_of(model: nn.Module, window: Window, pairs: Sequence[tuple[int, int]], width: int) -> Candidates:
+    """Compute the candidates of pairs `(head, back)`: the head reads the state `back` positions before the last one.
+
+    Args:
+        model: A model with leap heads.
+        window: The last hidden states.
+        pairs: One pair per level. The pairs of one head are neighbours, and their `back` falls by 1 from pair to pair.
+        width: Number of candidates per pair.
+
+    Returns:
+        Candidates whose levels are the pairs. If a pair's state is missing, its probabilities are 0.
+    """
+    heads, size = model.leap_heads.heads, window.states.shape[1]
     by_head: dict[int, slice] = {}
-    for head, back in (geometry.lookback(level + 1, offsets) for level in range(1, levels + 1)):
-        # The levels of one head read consecutive states, so a slice selects them without an index tensor on the device.
+    for head, back in pairs:
+        # The pairs of one head read consecutive states, so a slice selects them without an index tensor on the device.
         first = by_head[head].start if head in by_head else size - 1 - back
         by_head[head] = slice(first, size - back)
     # (batch, levels of the head, hidden) each; levels are in order when concatenated.

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from .. import geometry
-from ..decoding.draft import Window, propose_candidates
+from ..decoding.draft import Window, candidates_of
 from ..decoding.tree import grow
 from ..decoding.tree_config import AcceptanceCalibration, TreeConfig
 from ..errors import LMTPError
 from ..evaluation.scoring import Row
 
 
-# Number of steps whose candidates are computed at once. This limits memory: each level of a step has a row of logits.
-_STEPS_AT_ONCE = 64
+# Number of rows of logits that are computed at once, which limits memory: each level of a step has one.
+_ROWS_AT_ONCE = 384
 
 
 @dataclass(frozen=True)
@@ -38,32 +38,50 @@ class Observed:
     def __len__(self) -> int:
         return len(self.ranks)
 
+    def columns(self, levels: Sequence[int]) -> "Observed":
+        """Return the levels at these indices, in this order."""
+        return Observed(self.probabilities[:, levels], self.ranks[:, levels])
 
-@torch.no_grad()
+
 def observe(model: nn.Module, row: Row, width: int) -> Observed:
-    """Compute the candidates of every step of one answer with `propose_candidates`, as decoding does, and their ranks.
+    """Compute the candidates of every step of one answer, as decoding does, and their ranks.
 
     Args:
         model: A model with leap heads.
         row: Token ids of a prompt and of the model's greedy answer.
         width: Number of candidates per level.
     """
+    return observe_pairs(model, row, geometry.lookback_pairs(model.leap_heads.config.offsets), width)
+
+
+@torch.no_grad()
+def observe_pairs(model: nn.Module, row: Row, pairs: Sequence[tuple[int, int]], width: int) -> Observed:
+    """Compute the candidates of `(head, back)` pairs at every step of one answer with `candidates_of`, and their ranks.
+
+    Args:
+        model: A model with leap heads.
+        row: Token ids of a prompt and of the model's greedy answer.
+        pairs: Pairs in the order that `candidates_of` asks for.
+        width: Number of candidates per pair.
+
+    Returns:
+        Observations whose levels are the pairs.
+    """
     prompt, answer = row
     ids = torch.tensor([prompt + answer], device=model.device)  # (1, length)
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]  # (length, hidden)
     offsets = model.leap_heads.config.offsets
-    size, levels = geometry.window(offsets), geometry.reach(offsets) - 1
-
-    # The step at state t has token t + 1 as its root and drafts token t + 1 + l at level l. The last token has no
-    # successor.
+    size = max(back for _, back in pairs) + 1
+    # The step at state t drafts token t + depth. Its root is token t + 1. The last token has no successor.
+    depths = torch.tensor([offsets[head] - back for head, back in pairs])  # (levels,)
     steps = torch.arange(len(prompt) - 1, len(prompt) + len(answer) - 2)
     probabilities, ranks = [], []
-    for part in steps.split(_STEPS_AT_ONCE):
+    for part in steps.split(max(1, _ROWS_AT_ONCE // len(pairs))):
         # (steps, window) indices of the states, oldest first. Indices before the text are marked as missing.
         places = part[:, None] - torch.arange(size - 1, -1, -1)
         window = Window.of_states(hidden[places.clamp(min=0)], is_real=places >= 0)
-        candidates = propose_candidates(model, window, levels, width)  # (steps, levels, width)
-        ahead = part[:, None] + 1 + torch.arange(1, levels + 1)  # (steps, levels) indices of the drafted tokens
+        candidates = candidates_of(model, window, pairs, width)  # (steps, levels, width)
+        ahead = part[:, None] + depths  # (steps, levels) indices of the drafted tokens
         truth = ids[0, ahead.clamp(max=ids.shape[1] - 1)].to(candidates.tokens.device)  # (steps, levels)
         is_truth = candidates.tokens == truth[:, :, None]  # (steps, levels, width)
         # Candidates of missing states have probability 0, and tokens beyond the text do not exist.
@@ -71,7 +89,7 @@ def observe(model: nn.Module, row: Row, width: int) -> Observed:
         ranks.append(torch.where(is_truth.any(-1), is_truth.float().argmax(-1), candidates.tokens.shape[-1]).cpu())
         probabilities.append(candidates.probabilities.cpu())
     if not len(steps):
-        return Observed(torch.zeros(0, levels, width), torch.zeros(0, levels, dtype=torch.long))
+        return Observed(torch.zeros(0, len(pairs), width), torch.zeros(0, len(pairs), dtype=torch.long))
     return Observed(torch.cat(probabilities), torch.cat(ranks))
 
 
