@@ -16,6 +16,7 @@ COMMANDS = {
     "distill": ("distill", "let a model write its own training data for stage 1"),
     "report": ("report", "loss, accuracy and perplexity on held-out text"),
     "import": ("import_heads", "import heads from checkpoints of the L-MTP release and of Medusa"),
+    "select": ("select_heads", "keep those of the trained heads that decode fastest on this device"),
     "tree": ("tree", "measure which draft tree is fastest and write lmtp/tree.json"),
     "bench": ("bench", "tokens per second with and without heads, side by side"),
     "demo": ("demo", "train, export and decode with SmolLM2-135M-Instruct, from start to end"),

@@ -1,12 +1,12 @@
 """`lmtp-cli import`: convert heads that other programs trained into an `lmtp/` folder."""
 
 import argparse
-import os
 from pathlib import Path
 
 from ..convert.offsets import asked_heads, check_asked, parse_offsets
 from ..errors import LMTPError, first_line
-from ..files import CONFIG_FILE, HEADS_FOLDER
+from ..files import HEADS_FOLDER
+from .heads_output import check_output
 
 
 FORMAT_NAMES = ("auto", "release", "medusa")
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     base = args.base or found.format.base_model(checkpoint.config)
     if not base:
         raise LMTPError(f"{checkpoint.name} does not name its base model: write --base with its directory or hub id.")
-    _check_output(Path(args.output), base)
+    check_output(Path(args.output), base)
 
     config = check_shapes(found, load_base_config(base))
     print(f"{found.format.TITLE}: {found.num_heads} heads of {found.layers} residual block(s) for {base}")
@@ -59,21 +59,6 @@ def run(args: argparse.Namespace) -> int:
     save_heads(heads, folder)
     print(f"Written: {folder}, offsets {','.join(map(str, heads.config.offsets[1:]))}")
     return 0
-
-
-def _check_output(output: Path, base: str) -> None:
-    """Check that the output has no heads and is not another model, which `load_model` would take for the base model.
-
-    Raises:
-        LMTPError: The output cannot be used.
-    """
-    if output.exists() and not output.is_dir():
-        raise LMTPError(f"--output {output} is a file: name a directory.")
-    if (output / HEADS_FOLDER).exists():
-        raise LMTPError(f"{output} has an {HEADS_FOLDER}/ already: name another --output or move that folder away.")
-    is_base = output.is_dir() and os.path.isdir(base) and output.samefile(base)
-    if not is_base and any((output / name).exists() for name in (CONFIG_FILE, "adapter_config.json")):
-        raise LMTPError(f"{output} holds a model that is not the heads' base {base}: name another --output.")
 
 
 def _measured(base: str, heads, text: str) -> tuple[int, ...]:

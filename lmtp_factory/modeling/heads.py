@@ -1,5 +1,7 @@
 """Leap heads: residual blocks on the final hidden state, an unembedding (L-MTP, section 3.2; Medusa, section 2.1)."""
 
+import copy
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -91,6 +93,15 @@ class LeapHeads(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Do nothing: blocks start as the identity, and `attach_heads` or a checkpoint sets the unembeddings."""
+
+    def subset(self, offsets: Sequence[int]) -> "LeapHeads":
+        """Return the heads at `offsets`, with the LM head's 1 first. Their weights are shared with these heads."""
+        config = copy.deepcopy(self.config)
+        config.offsets = tuple(offsets)
+        with torch.device("meta"):  # skips the initialisation of weights that are replaced below
+            chosen = type(self)(config)
+        chosen.heads = nn.ModuleList(self.heads[self.config.offsets.index(offset) - 1] for offset in offsets[1:])
+        return chosen
 
     def logits(self, hidden: Tensor, lm_head: nn.Module, softcap: float | None = None) -> Tensor:
         """Map (..., hidden) final hidden states to (heads, ..., vocabulary) logits of the leap heads."""

@@ -2,9 +2,10 @@
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from transformers import DynamicCache
 from .. import geometry
 from ..decoding import cpu_prepacked
 from ..decoding.cache import TreeCache
-from ..decoding.draft import Window, propose_candidates
+from ..decoding.draft import Window, candidates_of
 from ..decoding.state import one_row_state
 from ..decoding.tree import chain_paths, fixed, grow
 from ..decoding.tree_config import DEFAULT_WIDTH, CostCurve
@@ -38,27 +39,41 @@ class StepCosts:
     draft: float
 
 
+def measure_costs(model: nn.Module, **options) -> StepCosts:
+    """Time forwards and the draft of all heads; see `measure_drafts` for the options."""
+    return measure_drafts(model, [geometry.lookback_pairs(model.leap_heads.config.offsets)], **options)[0]
+
+
 @torch.no_grad()
-def measure_costs(
-    model: nn.Module, sizes: Sequence[int] = SIZES, context: int = 256, repeats: int = 9, nodes: int = 32
-) -> StepCosts:
-    """Time forwards and drafts.
+def measure_drafts(
+    model: nn.Module,
+    drafts: Sequence[Sequence[tuple[int, int]]],
+    sizes: Sequence[int] = SIZES,
+    context: int = 256,
+    repeats: int = 9,
+    nodes: int = 32,
+) -> list[StepCosts]:
+    """Time forwards, and drafts that use some of the heads.
 
     Args:
         model: A model with leap heads.
+        drafts: The `(head, back)` pairs of each draft, see `candidates_of`.
         sizes: Numbers of tokens of the forwards.
         context: Number of cached tokens before them.
         repeats: Number of measurements, of which the median is taken.
-        nodes: Number of nodes of the drafted tree.
+        nodes: Number of nodes of the drafted trees.
+
+    Returns:
+        The costs with each draft. The forwards are timed once and the same in all of them.
     """
     device, config = model.device, model.config.get_text_config()
-    offsets = model.leap_heads.config.offsets
+    window_size = 1 + max(back for pairs in drafts for _, back in pairs)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (1, context), generator=generator).to(device)
     cache = TreeCache.replacing(DynamicCache(config=config), config, columns=0)
     with cpu_prepacked.prepacked(model) if cpu_prepacked.can_prepack(model) else nullcontext():
         hidden = model.base_model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
-        window = Window.of_prompt(hidden, [context], geometry.window(offsets))
+        window = Window.of_prompt(hidden, [context], window_size)
         state = one_row_state(cache, context, last_position=1 << 30, device=device)
         forward = Verifier(model)
 
@@ -66,22 +81,25 @@ def measure_costs(
             cache.set_cursor(context, context)
             lm_logits(model, forward(tokens, tree, state))
 
-        def propose() -> None:
-            candidates = propose_candidates(model, window, geometry.reach(offsets) - 1, DEFAULT_WIDTH)
+        def propose(pairs) -> None:
+            candidates = candidates_of(model, window, pairs, DEFAULT_WIDTH)
             tree = grow(candidates.probabilities, nodes)
             tree.tokens(ids[:, 0], candidates.tokens)
 
-        jobs: dict[int, Callable[[], None]] = {0: propose}
+        jobs: dict[tuple[str, int], Callable[[], None]] = {}
+        for number, pairs in enumerate(drafts):
+            jobs["draft", number] = partial(propose, pairs)
         for size in sizes:
             tree, tokens = fixed(chain_paths(size), device), ids[:, :1].expand(1, size)
-            jobs[size] = lambda tree=tree, tokens=tokens: verify(tree, tokens)
+            jobs["verify", size] = partial(verify, tree, tokens)
         seconds = _medians(jobs, repeats, device)
-    return StepCosts(CostCurve({size: seconds[size] for size in sizes}), seconds[0])
+    verify_seconds = CostCurve({size: seconds["verify", size] for size in sizes})
+    return [StepCosts(verify_seconds, seconds["draft", number]) for number in range(len(drafts))]
 
 
-def _medians(jobs: dict[int, Callable[[], None]], repeats: int, device: torch.device) -> dict[int, float]:
+def _medians(jobs: Mapping[Hashable, Callable[[], None]], repeats: int, device: torch.device) -> dict[Hashable, float]:
     """Return the median seconds of each job. Jobs run in turns, so that slow phases of the machine affect all."""
-    times: dict[int, list[float]] = {name: [] for name in jobs}
+    times: dict[Hashable, list[float]] = {name: [] for name in jobs}
     for repeat in tqdm(range(repeats + 2), desc="timing", unit="round"):
         for name, job in jobs.items():
             started = time.perf_counter()
