@@ -55,18 +55,19 @@ def run(args: argparse.Namespace) -> int:
     rows = self_generated_rows(model, prompts, args.max_new_tokens)
     ranked = rank_subsets(model, rows, args.num_heads, context=args.context)
     best = ranked[0]
+    observed = best.observed
 
     tokenizer.save_pretrained(output)
     folder = output / HEADS_FOLDER
     # From the file: the loaded model's heads may have been cast.
     save_heads(load_heads(args.model).subset(best.offsets), folder)
-    tree_config = tree_config_of(best.best, best.observed, best.costs)
-    facts = measured(best.options, best.observed, best.costs) | {"subsets": measured_subsets(ranked)}
+    tree_config = tree_config_of(best.best, observed, best.costs)
+    facts = measured(best.options, observed, best.costs) | {"subsets": measured_subsets(ranked)}
     path = write_tree(tree_config, folder, Conditions.of(model), facts)
     seconds = best.costs.verify.seconds
-    draw_tree(tree_config, accuracies(best.observed), seconds, best.options, folder / PLOT_FILE)
+    draw_tree(tree_config, accuracies(observed), seconds, best.options, folder / PLOT_FILE)
 
-    print(f"\n{len(ranked)} subsets of {args.num_heads} of {trained} heads, each with its fastest tree:")
+    print(f"\nWays to keep {args.num_heads} of {trained} heads: {len(ranked)}, each with its fastest tree.")
     print(f"{subset_table(ranked)}\n\nWritten: {folder}, {path} and {folder / PLOT_FILE}")
     return 0
 

@@ -4,7 +4,7 @@ Stage 1 trains each head by itself, so a run with many offsets holds the heads o
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 
 from torch import nn
@@ -27,15 +27,22 @@ class RankedSubset:
 
     Attributes:
         offsets: Offsets of its heads, with the LM head's 1 first.
-        observed: Its observed answers.
+        answers: The observed answers, with the levels of all subsets.
+        columns: Which of these levels are the subset's.
         costs: Durations on the device.
         options: Every kind and size of tree, see `rank_trees`.
     """
 
     offsets: tuple[int, ...]
-    observed: list[Observed]
+    answers: list[Observed] = field(repr=False)
+    columns: list[int]
     costs: StepCosts
     options: list[Option]
+
+    @property
+    def observed(self) -> list[Observed]:
+        """The answers with the subset's levels. Not stored, because there may be thousands of subsets."""
+        return [answer.columns(self.columns) for answer in self.answers]
 
     @property
     def best(self) -> Option:
@@ -91,9 +98,9 @@ def rank_subsets(
     costs = dict(zip(one_of_reach, measure_drafts(model, list(one_of_reach.values()), **timing)))
     ranked = []
     for offsets, own in tqdm(by_offsets.items(), desc="replaying", unit="subset"):
-        answers = [answer.columns([pairs.index(pair) for pair in own]) for answer in observed]
-        cost = costs[geometry.reach(offsets)]
-        ranked.append(RankedSubset(offsets, answers, cost, rank_trees(answers, cost)))
+        columns, cost = [pairs.index(pair) for pair in own], costs[geometry.reach(offsets)]
+        options = rank_trees([answer.columns(columns) for answer in observed], cost)
+        ranked.append(RankedSubset(offsets, observed, columns, cost, options))
     return sorted(ranked, key=lambda subset: subset.merit, reverse=True)
 
 

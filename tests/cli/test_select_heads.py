@@ -101,7 +101,7 @@ def test_every_subset_is_printed_the_fastest_first(trained, prompts, tmp_path, c
     arguments = ["--num-heads", "4", "--prompts", prompts, "--output", str(tmp_path / "all"), "--limit", "2"]
     assert main(["select", str(trained), *arguments, *QUICK]) == 0
     printed = capsys.readouterr().out
-    assert "1 subsets of 4 of 4 heads" in printed and printed.count("<- chosen") == 1
+    assert "Ways to keep 4 of 4 heads: 1, " in printed and printed.count("<- chosen") == 1
     old, new = load_heads(trained).state_dict(), load_heads(tmp_path / "all").state_dict()
     assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
 
