@@ -98,9 +98,13 @@ class LeapHeads(PreTrainedModel):
         """Return the heads at `offsets`, with the LM head's 1 first. Their weights are shared with these heads."""
         config = copy.deepcopy(self.config)
         config.offsets = tuple(offsets)
+        tensors = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("heads.")}
+        for number, offset in enumerate(offsets[1:]):
+            head = self.heads[self.config.offsets.index(offset) - 1]
+            tensors |= {f"heads.{number}.{name}": tensor for name, tensor in head.state_dict().items()}
         with torch.device("meta"):  # skips the initialisation of weights that are replaced below
             chosen = type(self)(config)
-        chosen.heads = nn.ModuleList(self.heads[self.config.offsets.index(offset) - 1] for offset in offsets[1:])
+        chosen.load_state_dict(tensors, assign=True)
         return chosen
 
     def logits(self, hidden: Tensor, lm_head: nn.Module, softcap: float | None = None) -> Tensor:
