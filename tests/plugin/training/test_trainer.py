@@ -112,7 +112,7 @@ def test_a_norm_of_all_heads_would_make_them_depend_on_each_other(llama, data, t
 def test_stage_two_tunes_backbone_and_heads(method, llama, data, stage1, tmp_path):
     entries = runs.train(
         llama, data, tmp_path, stage="lmtp2", finetuning_type=method, stage1_pretrained_path=str(stage1),
-        freeze_trainable_layers=1, max_steps=8, val_size=6, eval_strategy="steps", eval_steps=8,
+        freeze_trainable_layers=1, max_steps=8, val_size=6, eval_strategy="steps", eval_steps=8, learning_rate=3e-3,
     )  # fmt: skip
     logged = steps(entries)
     assert logged[-1]["loss_head_0"] < logged[0]["loss_head_0"]
