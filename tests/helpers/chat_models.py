@@ -2,7 +2,7 @@
 
 import os
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from helpers import tiny_data, tiny_models
 from lmtp_factory import LMTPConfig, attach_heads
+from lmtp_factory.decoding import mixin
 
 
 QUESTIONS = ("what does a frog do?", "what does the river do?", "where is the old stone?", "who leaps?")
@@ -19,6 +20,16 @@ PROMPT = (
     "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 )
 LENGTH = 4096
+
+
+def draft_in_every_step(monkeypatch) -> None:
+    """Let the default tree draft in every step of this process.
+
+    Otherwise the budget stops drafts by the seconds that steps take. On a loaded machine few steps draft, and tau is near 1.
+    The tokens are the same then, because no two logits of these models are nearly equal.
+    """
+    default_tree = mixin.tree_config_for
+    monkeypatch.setattr(mixin, "tree_config_for", lambda *args: replace(default_tree(*args), always=True))
 
 
 def save_endless(directory: str | Path) -> Path:

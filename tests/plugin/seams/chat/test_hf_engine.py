@@ -1,6 +1,5 @@
 """Chat with heads: the same answers, how heads are found and told."""
 
-import dataclasses
 import re
 import sys
 
@@ -12,7 +11,6 @@ from helpers.chat_models import ask, chat_model, eventually, stream
 from transformers import GenerationMixin
 
 from lmtp_factory import LMTPError
-from lmtp_factory.decoding import mixin
 from lmtp_factory.decoding.mixin import LookBackDecoding
 from lmtp_factory.modeling import heads_of
 
@@ -61,13 +59,7 @@ def test_the_key_on_the_command_line(written, ending, tmp_path, monkeypatch):
 
 @pytest.fixture
 def drafts_in_every_step(monkeypatch):
-    """Trees that the draft budget does not stop.
-
-    The budget stops drafts by the seconds that steps take. On a loaded machine few steps draft, and tau is near 1. The
-    tokens are the same then, because no two logits of these models are nearly equal.
-    """
-    default_tree = mixin.tree_config_for
-    monkeypatch.setattr(mixin, "tree_config_for", lambda *args: dataclasses.replace(default_tree(*args), always=True))
+    chat_models.draft_in_every_step(monkeypatch)
 
 
 @pytest.mark.parametrize("decode", ["auto", "backward", "forward"])

@@ -35,7 +35,8 @@ def loaded(board, ending):
     board.engine.chatter.engine = None
 
 
-def test_the_switch_decides_how_an_answer_is_decoded(loaded):
+def test_the_switch_decides_how_an_answer_is_decoded(loaded, monkeypatch):
+    chat_models.draft_in_every_step(monkeypatch)
     answers = {strategy: ask(loaded, strategy) for strategy in ("auto", "backward", "forward", "off")}
     assert len({plain for _, plain in answers.values()}) == 1  # greedy
     for strategy, (shown, plain) in answers.items():
