@@ -11,11 +11,10 @@ import argparse
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from lmtp_factory import resources
-from lmtp_factory.decoding.draft_budget import ALLOWANCE, MOST, DraftBudget
+from lmtp_factory.decoding.draft_budget import ALLOWANCE, MOST, PROBE_NODES, DraftBudget
 from lmtp_factory.decoding.tree import assumed_accuracies, best_first_paths, chain_paths
 from lmtp_factory.decoding.tree_config import DEFAULT_WIDTH
 from lmtp_factory.evaluation.report import load_for_scoring
@@ -36,21 +35,19 @@ SETTINGS = (
 )
 
 
-@dataclass(frozen=True)
-class Tree:
-    """A tree of constant size: its number of nodes, and the levels it would accept at each position of each answer."""
-
-    nodes: int
-    accepted: Sequence[Sequence[int]]
+# Number of nodes of a tree -> for each answer and each of its positions, the number of drafted tokens that a step from
+# there would accept. The sizes are those of a probe and of a whole tree.
+Tree = dict[int, Sequence[Sequence[int]]]
 
 
-def cost_of(accepted: Sequence[int], step_with_draft: float, setting: Sequence[float] | None, seed: int) -> float:
+def cost_of(tree: Tree, answer: int, costs: StepCosts, setting: Sequence[float] | None, seed: int) -> float:
     """Simulate one answer.
 
     Args:
-        accepted: For each position, the number of drafted tokens that a step from there would accept.
-        step_with_draft: Duration of a step with a draft, in plain steps.
-        setting: Initial balance, allowance and largest balance; None drafts in every step.
+        tree: The tree.
+        answer: Index of the answer.
+        costs: Durations on this device.
+        setting: Initial balance, allowance and largest balance; None drafts whole trees in every step.
         seed: Seed of the noise.
 
     Returns:
@@ -58,14 +55,16 @@ def cost_of(accepted: Sequence[int], step_with_draft: float, setting: Sequence[f
     """
     noise, budget = random.Random(seed), DraftBudget(*(setting or (0.0, ALLOWANCE, MOST))[1:])
     budget.balance = setting[0] if setting else 0.0
-    total, position = 0.0, 0
-    while position < len(accepted):
+    total, position, whole = 0.0, 0, max(tree)
+    while position < len(tree[whole][answer]):
         step = max(0.2, noise.gauss(1, 0.05))
-        if setting is None or budget.allows_draft():
-            step *= step_with_draft
+        nodes = whole if setting is None else budget.affordable(whole)
+        if nodes > 1:
+            accepted = tree[nodes][answer][position]
+            step *= (costs.verify.at(nodes) + costs.draft) / costs.verify.at(1)
             if setting is not None:
-                budget.record_draft(step, 8, accepted[position])
-            position += 1 + accepted[position]
+                budget.record_draft(step, nodes, accepted)
+            position += 1 + accepted
         else:
             budget.record_plain(step)
             position += 1
@@ -77,15 +76,14 @@ def print_table(kinds: Sequence[str], trees: dict[str, Tree], costs: StepCosts, 
     """Print, for each tree and setting, the ratio on all text and on the kind with the lowest ratio."""
     print(f"{'':<12} {'always':>24} " + " ".join(f"{'/'.join(f'{v:g}' for v in s):>24}" for s in SETTINGS))
     for name, tree in trees.items():
-        step = (costs.verify.at(tree.nodes) + costs.draft) / costs.verify.at(1)
-        cells = []
+        lengths, cells = [len(accepted) for accepted in tree[max(tree)]], []
         for setting in (None, *SETTINGS):
             durations = [
-                sum(cost_of(accepted, step, setting, seed) for seed in range(repeats)) / repeats
-                for accepted in tree.accepted
+                sum(cost_of(tree, answer, costs, setting, seed) for seed in range(repeats)) / repeats
+                for answer in range(len(kinds))
             ]
             rates = {
-                kind: sum(len(tree.accepted[i]) for i, k in enumerate(kinds) if kind in (k, "all"))
+                kind: sum(lengths[i] for i, k in enumerate(kinds) if kind in (k, "all"))
                 / sum(durations[i] for i, k in enumerate(kinds) if kind in (k, "all"))
                 for kind in (*dict.fromkeys(kinds), "all")
             }
@@ -109,10 +107,11 @@ def main() -> None:
     answers = [observe(model, row, DEFAULT_WIDTH) for row in self_generated_rows(model, prompts, args.max_new_tokens)]
 
     def by_paths(paths) -> Tree:
-        return Tree(len(paths), [accepted_of_paths(answer, paths) for answer in answers])
+        return {n: [accepted_of_paths(answer, paths[:n]) for answer in answers] for n in (PROBE_NODES, len(paths))}
 
     def dynamic(nodes: int) -> Tree:
-        return Tree(nodes, [accepted_levels(answer, nodes)[0][:, -1].tolist() for answer in answers])
+        levels = [accepted_levels(answer, nodes)[0] for answer in answers]  # (steps, nodes) each
+        return {n: [accepted[:, n - 1].tolist() for accepted in levels] for n in (PROBE_NODES, nodes)}
 
     trees = {"chain 6": by_paths(chain_paths(6)), "static 8": by_paths(best_first_paths(assumed_accuracies(5), 8))}
     trees |= {f"dynamic {nodes}": dynamic(nodes) for nodes in (8, 16)}

@@ -4,7 +4,8 @@ The unit is the duration of a plain step, which yields one token. A step with a 
 takes `extra` longer, for the draft and the wider forward. Compared with plain steps it gains `accepted - extra`. The
 balance is the sum of these gains. Steps draft while it is positive and are plain otherwise. Each plain step adds a
 small allowance to the balance, which pays for an occasional draft; an accepted draft pays for the next one. The balance
-starts at 0, because a short answer could not earn back an initial stake.
+starts at 0, because a short answer could not earn back an initial stake. While the balance is smaller than the extra time
+of a whole tree, drafts are probes: small trees, which cost less to fail.
 """
 
 from collections import defaultdict, deque
@@ -14,7 +15,10 @@ from statistics import median_low
 # In plain steps. ALLOWANCE: added by each plain step. MOST: largest balance, which limits the loss on text that is
 # harder than what came before. Chosen with experiments/draft_budget.py.
 ALLOWANCE, MOST = 0.01, 3.0
-# Cap of `extra` for the first step with a tree size: its time may include kernel selection or int8 quantisation.
+# Number of nodes of a probe, including the root.
+PROBE_NODES = 4
+# `extra` of a tree size before its first step, and its cap in that step, whose time may include kernel selection or int8
+# quantisation.
 _FIRST_EXTRA = 0.5
 # Number of latest times per tree size, of which the median is used.
 _TIMES = 7
@@ -24,7 +28,7 @@ _DRAFTS_BETWEEN_PLAIN = (4, 16, 64)
 
 
 class DraftBudget:
-    """Decides for each step of one generation whether it drafts.
+    """Decides for each step of one generation how many nodes it may draft.
 
     Args:
         allowance: Gain per plain step.
@@ -42,9 +46,15 @@ class DraftBudget:
         self._intervals = list(_DRAFTS_BETWEEN_PLAIN)
         self._drafts = 0  # number of drafts since the last plain step
 
-    def allows_draft(self) -> bool:
-        """Return whether the next step may draft."""
-        return bool(self._plain) and self._drafts < self._intervals[0] and self.balance > 0
+    def affordable(self, nodes: int) -> int:
+        """Return the number of nodes that the next step may verify, including the root. 1 is a plain step.
+
+        Args:
+            nodes: Number of nodes of a whole tree.
+        """
+        if not self._plain or self._drafts >= self._intervals[0] or self.balance <= 0:
+            return 1
+        return nodes if self.balance >= self._extra(nodes) else min(nodes, PROBE_NODES)
 
     def record_plain(self, seconds: float) -> None:
         """Record the duration of a step without a draft."""
@@ -62,11 +72,22 @@ class DraftBudget:
             nodes: Number of verified nodes, including the root.
             accepted: Number of accepted drafted tokens, averaged over the rows.
         """
-        times = self._drafted[nodes.bit_length()]  # sizes within a factor of two share their times
+        times = self._times(nodes)
         times.append(seconds)
-        # Not below 0: one slow plain step must not make drafts look free.
-        extra = max(median_low(times) / median_low(self._plain) - 1, 0.0)
+        extra = self._extra(nodes)
         if len(times) == 1:
             extra = min(extra, _FIRST_EXTRA)
         self.balance = min(self.balance + accepted - extra, self.most)
         self._drafts += 1
+
+    def _times(self, nodes: int) -> deque[float]:
+        """Return the durations of steps with about as many nodes: sizes within a factor of two share them."""
+        return self._drafted[(nodes - 1).bit_length()]
+
+    def _extra(self, nodes: int) -> float:
+        """Return how much longer a step with a draft takes, in plain steps."""
+        times = self._times(nodes)
+        if not times:
+            return _FIRST_EXTRA
+        # Not below 0: one slow plain step must not make drafts look free.
+        return max(median_low(times) / median_low(self._plain) - 1, 0.0)

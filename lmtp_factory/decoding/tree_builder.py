@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .. import geometry
 from .draft import propose_candidates
-from .draft_budget import DraftBudget
+from .draft_budget import PROBE_NODES, DraftBudget
 from .state import DecodeState
 from .tree import Tree, fixed, grow
 from .tree_config import AcceptanceCalibration, TreeConfig
@@ -31,7 +31,7 @@ class TreeBuilder:
         self.width = config.width  # number of candidates per level
         if (paths := config.fixed_paths()) is not None:
             kept = [path for path in paths if len(path) <= self.reach]
-            self.shape = fixed(kept, device)
+            self.shape, self.probe = fixed(kept, device), fixed(kept[:PROBE_NODES], device)
             self.width = max((path[-1] for path in kept if path), default=0) + 1
         self.calibration, self.budget = AcceptanceCalibration(), DraftBudget()
         self.drafted = False  # whether the current step made a draft, even if its tree was cut to the root
@@ -46,18 +46,22 @@ class TreeBuilder:
     def build(self, state: DecodeState) -> tuple[Tree, Tensor]:
         """Return the next step's tree and its (batch, nodes) tokens."""
         window, roots = state.window, state.roots
-        if self.config.nodes == 1 or not (self.config.always or self.budget.allows_draft()):
+        nodes = self.config.nodes if self.config.always else self.budget.affordable(self.config.nodes)
+        if nodes == 1:
             return self.plain(roots)
+        if self.constant:
+            nodes = self.config.nodes
         self.drafted, self.predicted = True, []
         if self.shape is not None:
-            candidates = propose_candidates(self.model, window, self.shape.height, self.width)
-            return self.shape, self.shape.tokens(roots, candidates.tokens)
-        # Do not draft levels beyond the maximum length.
-        height = self.reach if self.constant else min(self.reach, state.acceptor.remaining_tokens() - 1)
+            shape = self.shape if nodes == self.config.nodes else self.probe
+            candidates = propose_candidates(self.model, window, shape.height, self.width)
+            return shape, shape.tokens(roots, candidates.tokens)
+        # Do not draft levels beyond the maximum length. A tree of n nodes has at most n - 1 levels.
+        height = self.reach if self.constant else min(self.reach, state.acceptor.remaining_tokens() - 1, nodes - 1)
         if not height:
             return self.plain(roots)
-        candidates = propose_candidates(self.model, window, height, min(self.width, self.config.nodes - 1))
-        tree = grow(candidates.probabilities, self.config.nodes)
+        candidates = propose_candidates(self.model, window, height, min(self.width, nodes - 1))
+        tree = grow(candidates.probabilities, nodes)
         if self.config.cost is not None and not self.constant:
             values = [values for values, row in zip(tree.values.tolist(), state.acceptor.rows) if not row.done]
             tree = tree.first(self.config.best_size(values, self.calibration.ratio))

@@ -2,26 +2,28 @@
 
 import random
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmtp_factory.decoding.draft_budget import ALLOWANCE, MOST, DraftBudget
+from lmtp_factory.decoding.draft_budget import ALLOWANCE, MOST, PROBE_NODES, DraftBudget
 
 
 def simulate(accepted, extra: float, tokens: int, budget=None, noise=lambda: 1.0) -> tuple[float, int]:
     """Seconds for ``tokens`` tokens where a plain step takes 1; and how many drafts there were.
 
     Args:
-        accepted: () -> how many tokens a draft brings.
-        extra: what a draft and its verification add to a step.
+        accepted: () -> how many tokens a draft brings, of which a probe brings 1 at most.
+        extra: what a draft and its verification add to a step; a probe adds half of it.
     """
     budget = budget or DraftBudget()
     seconds, done, drafts = 0.0, 0, 0
     while done < tokens:
         step = noise()
-        if budget.allows_draft():
-            brought, step = accepted(), step * (1 + extra)
-            budget.record_draft(step, 8, brought)
+        if (nodes := budget.affordable(16)) > 1:
+            brought, step = accepted(), step * (1 + (extra if nodes == 16 else extra / 2))
+            brought = brought if nodes == 16 else min(brought, 1)
+            budget.record_draft(step, nodes, brought)
             done, drafts = done + 1 + brought, drafts + 1
         else:
             budget.record_plain(step)
@@ -48,9 +50,24 @@ def test_text_that_accepts_nothing_costs_little():
 
 
 def test_short_answers_that_accept_nothing_cost_one_draft():
-    for tokens in range(5, 30):
+    for tokens in range(5, 16):
         seconds, drafts = simulate(lambda: 0, 0.3, tokens)
-        assert drafts == 1 and seconds <= tokens + 0.3 + 1e-6
+        assert drafts == 1 and seconds <= tokens + 0.15 + 1e-6
+
+
+def test_a_whole_tree_is_drafted_once_the_balance_can_lose_it():
+    budget = DraftBudget()
+    assert budget.affordable(16) == 1  # nothing is known of this machine
+    budget.record_plain(1.0)
+    assert budget.affordable(16) == PROBE_NODES and budget.affordable(3) == 3
+    budget.record_draft(1.2, PROBE_NODES, accepted=1)
+    assert budget.balance == pytest.approx(ALLOWANCE + 0.8) and budget.affordable(16) == 16
+    budget.record_draft(1.9, 16, accepted=0)  # a first time counts as 0.5 at most
+    assert budget.balance == pytest.approx(ALLOWANCE + 0.3)
+    assert budget.affordable(16) == PROBE_NODES
+    budget.record_draft(1.2, PROBE_NODES, accepted=0)
+    budget.record_draft(1.2, PROBE_NODES, accepted=0)
+    assert budget.balance < 0 and budget.affordable(16) == 1
 
 
 def test_text_that_accepts_much_is_drafted_throughout():

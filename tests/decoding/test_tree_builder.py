@@ -12,6 +12,7 @@ from lmtp_factory.decoding import loop, tree_builder
 from lmtp_factory.decoding.accept import Acceptor
 from lmtp_factory.decoding.cache import TreeCache
 from lmtp_factory.decoding.draft import propose_candidates
+from lmtp_factory.decoding.draft_budget import PROBE_NODES
 from lmtp_factory.decoding.state import DecodeState
 from lmtp_factory.decoding.stats import DecodeStats
 from lmtp_factory.decoding.tree_builder import TreeBuilder
@@ -78,6 +79,27 @@ def test_the_first_step_is_plain_because_a_draft_has_nothing_to_be_compared_with
     builder.learn(tree, [[0], [0]], seconds=1.0)
     tree, tokens = builder.build(state)
     assert shape(tree) == (4, 3) and tokens.shape == (2, 4) and builder.drafted
+
+
+@pytest.mark.parametrize("constant", [False, True])
+@pytest.mark.parametrize(
+    "config", [TreeConfig("chain", 6), TreeConfig("static", 8, PATHS[:8]), TreeConfig("dynamic", 9, width=3)], ids=str
+)
+@torch.no_grad()
+def test_a_probe_is_the_best_part_of_the_tree(config, constant, leap):
+    model = leap()
+    state, builder = (
+        state_of(model, {"input_ids": prompt()}),
+        TreeBuilder(model, config, constant=constant, device=torch.device("cpu")),
+    )
+    tree, _ = builder.build(state)
+    builder.learn(tree, [[0]], seconds=1.0)
+    probe, tokens = builder.build(state)
+    builder.budget.balance = 3.0
+    whole, all_tokens = builder.build(state)
+    assert (probe.nodes, whole.nodes) == (config.nodes if constant else PROBE_NODES, config.nodes)
+    assert torch.equal(probe.parents, whole.parents[:, : probe.nodes])
+    assert torch.equal(tokens, all_tokens[:, : probe.nodes])
 
 
 def test_only_candidates_that_the_tree_takes_are_computed(leap, monkeypatch):
