@@ -12,6 +12,10 @@ EXPORTS = ("ntp", "heads", "custom_generate")
 HEAD_KINDS = ("own", "shared")
 # Residual blocks in each head.
 HEAD_LAYERS = 1
+# Values of head_block: the paper's block, or a gated MLP. The first is the default.
+HEAD_BLOCKS = ("linear", "mlp")
+# Values of head_inputs: the final hidden state (the paper), or also the newest known token. The first is the default.
+HEAD_INPUTS = ("state", "state_token")
 
 # Weight of the extra heads' losses relative to the next-token loss in stage 2, and of each head relative to the
 # previous.

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Score each model, print the table and write the files."""
-    from ..evaluation.report import load_for_scoring, print_table, write_report
+    from ..evaluation.report import describe_heads, load_for_scoring, print_table, write_report
     from ..evaluation.scoring import read_rows, score_heads
     from ..modeling.checkpoint import find_heads, read_config
 
@@ -37,8 +37,8 @@ def run(args: argparse.Namespace) -> int:
             raise LMTPError(f"Two models are labelled {label}: write LABEL={path} with another label for one of them.")
         models[label] = path
     # Models without heads are scored at the offsets of the first model with heads.
-    folders = [folder for path in models.values() if (folder := find_heads(path))]
-    offsets = read_config(folders[0]).offsets if folders else None
+    configs = {label: read_config(folder) for label, path in models.items() if (folder := find_heads(path))}
+    offsets = next((config.offsets for config in configs.values()), None)
     scores = {}
     for label, path in models.items():
         scores[label] = score_heads(load_for_scoring(path, offsets), rows, args.batch_size, label)
@@ -47,6 +47,8 @@ def run(args: argparse.Namespace) -> int:
                 f"{path} has heads at other offsets than the models before it: compare them in separate reports."
             )
     print_table(scores)
+    for label, config in configs.items():
+        print(f"{label}: {describe_heads(config)}.")
     if args.output_dir:
         write_report(scores, Path(args.output_dir))
     return 0

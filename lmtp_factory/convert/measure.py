@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 from .. import geometry
 from ..errors import LMTPError, first_line
 from ..evaluation.scoring import Row, read_rows
-from ..modeling.heads import LeapHeads
+from ..modeling.heads import LeapHeads, unembed
 from ..modeling.losses.chunked import chunk_rows
 from ..modeling.model import base_of
 
@@ -91,7 +91,10 @@ def measure(model: nn.Module, heads: LeapHeads, rows: Sequence[Row]) -> Tensor:
     for head in heads.heads:
         # Copy one head at a time: all heads in the model's dtype may not fit beside it on its device.
         head = copy.deepcopy(head).to(states.device, states.dtype)
-        guesses = _guesses(states, lambda part, head=head: head.logits(part, lm_head), heads.config.vocab_size)
+        layer = lm_head if head.unembed is None else head.unembed
+        guesses = _guesses(
+            states, lambda part, head=head, layer=layer: unembed(head.features(part), layer), heads.config.vocab_size
+        )
         hits.append(((guesses == targets.T) & (guesses != next_token)).cpu())
     return torch.stack(hits)
 

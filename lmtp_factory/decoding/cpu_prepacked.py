@@ -39,11 +39,13 @@ class _Copy:
         bits: Checksum of the weight when it was packed, see `_bits`.
         packed: The weight in oneDNN's layout.
         int8: The weight quantised and packed, created by the first draft.
+        int8_rows: Indices of some rows, and these rows quantised and packed.
     """
 
     bits: tuple[Tensor, Tensor]
     packed: Tensor
     int8: object | None = None
+    int8_rows: tuple[Tensor, object] | None = None
 
 
 # Storage -> (offset, shape, stride) of a weight -> its copy. Several weights may share one storage (flattened
@@ -103,25 +105,32 @@ def prepacked(model: nn.Module) -> Iterator[None]:
                         del layer.forward
 
 
-def int8_linear(layer: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Return an int8 version of `layer` if the layer is prepacked at the moment, else the layer itself.
+def int8_linear(layer: nn.Module, rows: Tensor | None = None) -> Callable[[Tensor], Tensor] | None:
+    """Return an int8 version of `layer`, or None if the layer is not prepacked at the moment.
 
     Args:
         layer: Maps (..., in) fp32 to (..., out).
+        rows: (rows,) indices of the outputs to compute; None for all.
     """
     if not _is_prepacked(layer) or not _can_quantise():
-        return layer
+        return None
     with _lock:
         copy = _kept(layer)
         if copy is None:
-            return layer
-        if copy.int8 is None:
-            copy.int8 = _quantise(layer.weight.detach())
+            return None
+        weight = layer.weight.detach()
+        if rows is None:
+            copy.int8 = _quantise(weight) if copy.int8 is None else copy.int8
+        elif copy.int8_rows is None or not torch.equal(copy.int8_rows[0], rows):
+            copy.int8_rows = rows, _quantise(weight.index_select(0, rows))
+        packed = copy.int8 if rows is None else copy.int8_rows[1]
 
     def forward(inputs: Tensor) -> Tensor:
-        outputs = torch.ops.quantized.linear_dynamic(inputs, copy.int8, reduce_range=True)
+        outputs = torch.ops.quantized.linear_dynamic(inputs, packed, reduce_range=True)
+        if layer.bias is None:
+            return outputs
         # The copy holds no bias, because layers with the same weight share it.
-        return outputs if layer.bias is None else outputs + layer.bias
+        return outputs + (layer.bias if rows is None else layer.bias.index_select(0, rows))
 
     return forward
 

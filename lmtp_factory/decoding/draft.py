@@ -1,14 +1,17 @@
 """Drafting: the leap heads' candidates for the tokens after the root (L-MTP, section 3.3, "looking backward")."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from .. import geometry
+from ..modeling.blocks import KnownToken, as_it_is
 from ..modeling.dtypes import cast_like
-from ..modeling.heads import softcap_of
+from ..modeling.heads import LeapHead, LeapHeads, softcap_of
 from ..modeling.losses.softmax import softcapped
 from .cpu_prepacked import int8_linear
 
@@ -28,17 +31,19 @@ class Candidates:
 
 @dataclass
 class Window:
-    """The last hidden states of each row, oldest first.
+    """What a draft is made from: the last hidden states of each row, oldest first, and the newest token.
 
     Attributes:
         states: (batch, size, hidden) final hidden states.
         filled: Number of valid states of each row. A prompt may be shorter than the window.
         real: (batch, size) bool, True for valid states; None if all are valid.
+        roots: (batch,) newest token of each row, the one after the last state. Heads of `head_inputs: state_token` read it.
     """
 
     states: Tensor
     filled: list[int]
     real: Tensor | None = None
+    roots: Tensor | None = None
 
     @classmethod
     def of_prompt(cls, hidden: Tensor, lengths: list[int], size: int) -> "Window":
@@ -61,10 +66,10 @@ class Window:
         return cls(states.clone(), filled, real)
 
     @classmethod
-    def of_states(cls, states: Tensor, is_real: Tensor) -> "Window":
-        """Build the window from (batch, size, hidden) states; `is_real` is a (batch, size) mask of the valid ones."""
+    def of_states(cls, states: Tensor, is_real: Tensor, roots: Tensor) -> "Window":
+        """Build the window from (batch, size, hidden) states, a (batch, size) mask of the valid ones, (batch,) tokens."""
         filled = is_real.sum(1).tolist()
-        return cls(states, filled, None if bool(is_real.all()) else is_real.to(states.device))
+        return cls(states, filled, None if bool(is_real.all()) else is_real.to(states.device), roots)
 
     def places(self, branches: list[list[int]]) -> list[list[int]]:
         """Return the indices of the next window's states in the concatenation of window and tree.
@@ -132,14 +137,19 @@ def candidates_of(model: nn.Module, window: Window, pairs: Sequence[tuple[int, i
         # The pairs of one head read consecutive states, so a slice selects them without an index tensor on the device.
         first = by_head[head].start if head in by_head else size - 1 - back
         by_head[head] = slice(first, size - back)
+    root = None
+    if model.leap_heads.config.reads_token:
+        root = model.get_input_embeddings()(window.roots)[:, None]  # (batch, 1, hidden)
     # (batch, levels of the head, hidden) each; levels are in order when concatenated.
-    features = [heads[head - 1].features(window.states[:, places]) for head, places in by_head.items()]
+    features = [_features(heads[head - 1], window.states, places, root) for head, places in by_head.items()]
     if model.leap_heads.config.head_kind == "shared":  # one matmul, so the matrix is read only once
-        logits = _unembed(model, torch.cat(features, dim=1), model.get_output_embeddings())
+        logits = _unembed(model, torch.cat(features, dim=1), head=1)
     else:
-        own = [_unembed(model, part, heads[head - 1].unembed) for head, part in zip(by_head, features)]
-        logits = torch.cat(own, dim=1)  # (batch, levels, vocabulary)
+        own = [_unembed(model, part, head) for head, part in zip(by_head, features)]
+        logits = torch.cat(own, dim=1)  # (batch, levels, draft vocabulary)
     best, tokens = logits.topk(min(width, logits.shape[-1]), dim=-1)  # (batch, levels, width)
+    if model.leap_heads.d2t is not None:
+        tokens = tokens + model.leap_heads.d2t.to(tokens.device)[tokens]
     # Softmax of the top candidates only.
     probabilities = (best - logits.logsumexp(-1, keepdim=True)).exp()
     if window.real is not None:
@@ -148,10 +158,64 @@ def candidates_of(model: nn.Module, window: Window, pairs: Sequence[tuple[int, i
     return Candidates(tokens, probabilities)
 
 
-def _unembed(model: nn.Module, features: Tensor, unembedding: nn.Module) -> Tensor:
-    """Map (batch, levels, hidden) features to (batch, levels, vocabulary) fp32 logits, if possible in int8."""
-    features = cast_like(features, unembedding)
-    # A prepacked model may have been moved or cast since.
-    packable = features.dtype == torch.float32 and features.device.type == "cpu"
-    layer = int8_linear(unembedding) if packable else unembedding
+def _features(head: LeapHead, states: Tensor, places: slice, root: Tensor | None) -> Tensor:
+    """Compute a head's (batch, levels of the head, hidden) features from the states at `places` of the window.
+
+    Args:
+        head: The head.
+        states: (batch, size, hidden) states of the window.
+        places: Indices of consecutive states. The last index looks back least.
+        root: (batch, 1, hidden) embedding of the newest token, for heads that read it.
+    """
+    hidden = states[:, places]
+    known = None
+    if root is not None:
+        newest = states.shape[1] - 1
+        back = torch.arange(newest - places.start, newest - places.stop, -1, device=states.device)  # (levels,)
+        known = KnownToken(root.to(states.device), back)
+    return head.features(hidden, known, _linear if _is_packable(hidden) else as_it_is)
+
+
+# Unembeddings of the heads that decode in this thread: the rows of a draft vocabulary are copied once a generation.
+_kept: ContextVar[dict[LeapHeads, list[nn.Module]] | None] = ContextVar("unembeddings", default=None)
+
+
+@contextmanager
+def unembeddings_kept() -> Iterator[None]:
+    """Keep the unembeddings that drafts use inside the context, in which weights must not change."""
+    token = _kept.set({})
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
+def _unembedding(model: nn.Module, head: int) -> nn.Module:
+    heads, kept = model.leap_heads, _kept.get()
+    kept = {} if kept is None else kept
+    if heads not in kept:
+        kept[heads] = heads.unembeddings(model.get_output_embeddings())
+    return kept[heads][head - 1]
+
+
+def _unembed(model: nn.Module, features: Tensor, head: int) -> Tensor:
+    """Map (batch, levels, hidden) features of a head to (batch, levels, draft vocabulary) fp32 logits."""
+    layer, own = None, model.leap_heads.heads[head - 1].unembed
+    if _is_packable(features) and own is not None:
+        layer = int8_linear(own)
+    elif _is_packable(features):
+        layer = int8_linear(model.get_output_embeddings(), model.leap_heads.draft_tokens)
+    if layer is None:
+        unembedding = _unembedding(model, head)
+        features, layer = cast_like(features, unembedding), unembedding
     return softcapped(layer(features), softcap_of(model)).float()
+
+
+def _linear(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
+    """Return an int8 version of a block's layer, or the layer if there is none."""
+    return int8_linear(layer) or layer
+
+
+def _is_packable(inputs: Tensor) -> bool:
+    """Return whether int8 layers can compute these inputs: a prepacked model may have been moved or cast since."""
+    return inputs.dtype == torch.float32 and inputs.device.type == "cpu"

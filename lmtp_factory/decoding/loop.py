@@ -17,6 +17,7 @@ from ..modeling.heads import lm_logits
 from . import compat, cpu_prepacked
 from .accept import Acceptor
 from .cache import TreeCache
+from .draft import unembeddings_kept
 from .request import current_request
 from .state import DecodeState, prompt_length
 from .stats import DecodeStats
@@ -80,7 +81,8 @@ def decode(
     state = DecodeState(Acceptor(input_ids, processors, criteria, config), cache)
     stream = Stream(streamer, state.acceptor, pad_token)
     prepack = cpu_prepacked.can_prepack(model, compiled)
-    with cpu_prepacked.prepacked(model) if prepack else nullcontext(), stats.timed("total", input_ids.device):
+    weights = cpu_prepacked.prepacked(model) if prepack else nullcontext()
+    with weights, unembeddings_kept(), stats.timed("total", input_ids.device):
         with stats.timed("prefill", input_ids.device):
             state.prefill(model, input_ids, model_kwargs)
         stream.flush()

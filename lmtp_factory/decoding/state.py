@@ -91,6 +91,7 @@ class DecodeState:
         root = torch.zeros(len(input_ids), 1, dtype=torch.long, device=self.device)
         self.acceptor.walk(logits, root, root)
         self._upload()
+        self.window.roots = self.roots
 
     def lengths(self) -> list[int]:
         """Return the number of cache columns that each row owns, on the host."""
@@ -111,6 +112,7 @@ class DecodeState:
         places, moves = self._upload(self.window.places(branches), self.cache.moves(kept, lengths))
         self.cache.keep(kept, lengths, moves)
         self.window.push(hidden, branches, places)
+        self.window.roots = self.roots
 
     def _upload(self, *numbers: list[list[int]]) -> list[Tensor]:
         """Copy the roots, the columns and (batch, n) lists of `numbers` to the device in one transfer."""

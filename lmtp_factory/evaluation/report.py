@@ -48,6 +48,17 @@ def table(scores: Mapping[str, HeadScores]) -> str:
     return "\n".join(lines)
 
 
+def describe_heads(config: LMTPConfig) -> str:
+    """Return what a set of heads reads, computes and drafts, for the reader of a report."""
+    unembeddings = {"own": "unembeddings of their own", "shared": "the LM head's unembedding"}[config.head_kind]
+    inputs = "the final hidden state" + (" and the newest token" if config.reads_token else "")
+    blocks = f"{config.head_layers} {config.head_block} block{'s' * (config.head_layers > 1)}"
+    size = config.draft_vocab_size
+    vocabulary = "every token" if size is None else f"{size:,} of {config.vocab_size:,} tokens"
+    offsets = ", ".join(f"+{offset}" for offset in config.offsets[1:])
+    return f"heads {offsets} read {inputs}, have {blocks} and {unembeddings}, draft {vocabulary}"
+
+
 def print_table(scores: Mapping[str, HeadScores]) -> None:
     """Print the table and a note about models without heads."""
     print(table(scores))

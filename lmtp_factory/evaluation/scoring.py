@@ -29,7 +29,7 @@ class HeadScores:
         offsets: Offset of each head.
         losses: Mean cross-entropy of each head, in nats.
         accuracies: Top-1 accuracy of each head, between 0 and 1.
-        targets: Number of valid targets of each head.
+        targets: Number of valid targets of each head. Those outside a draft vocabulary are misses and have no loss.
     """
 
     offsets: tuple[int, ...]
@@ -86,7 +86,7 @@ def score_heads(model: nn.Module, rows: Sequence[Row], batch_size: int = 4, labe
     """
     base = base_of(model)
     config = base.leap_heads.config
-    sums = torch.zeros(3, len(config.offsets), dtype=torch.float64)
+    sums = torch.zeros(4, len(config.offsets), dtype=torch.float64)  # loss sums, hits, counts, outside
     objective, was_training = Objective.of_evaluation(config.num_heads), model.training
     model.eval()
     try:
@@ -94,11 +94,13 @@ def score_heads(model: nn.Module, rows: Sequence[Row], batch_size: int = 4, labe
         for start in tqdm(range(0, len(ordered), batch_size), desc=label, leave=False):
             batch = _batch(ordered[start : start + batch_size], base.device)
             outputs = base.leap_loss(objective=objective, **batch)
-            sums += torch.stack([sum_.cpu().double() for sum_ in (outputs.loss_sums, outputs.hits, outputs.counts)])
+            parts = (outputs.loss_sums, outputs.hits, outputs.counts, outputs.outside)
+            sums += torch.stack([part.cpu().double() for part in parts])
     finally:
         model.train(was_training)
-    losses, accuracies = (sums[:2] / sums[2].clamp(min=1)).tolist()
-    return HeadScores(config.offsets, tuple(losses), tuple(accuracies), tuple(int(n) for n in sums[2]))
+    targets = sums[2] + sums[3]
+    losses, accuracies = sums[0] / sums[2].clamp(min=1), sums[1] / targets.clamp(min=1)
+    return HeadScores(config.offsets, *(tuple(part.tolist()) for part in (losses, accuracies, targets.long())))
 
 
 def _batch(rows: Sequence[Row], device: torch.device) -> dict[str, torch.Tensor]:

@@ -1,6 +1,7 @@
 """Attaching leap heads to a loaded model."""
 
 import copy
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 from ..config import LMTPConfig
 from ..errors import LMTPError
 from ..options import HEAD_DECAY, HEAD_WEIGHT
+from . import draft_vocabulary
 from .checkpoint import check_base, state_size
 from .heads import LeapHeads
 from .logits_proof import prove_logits
@@ -25,6 +27,7 @@ def attach_heads(
     stage: int | None = None,
     *,
     heads: LeapHeads | None = None,
+    draft_tokens: Sequence[int] | None = None,
     head_weight: float = HEAD_WEIGHT,
     head_decay: float = HEAD_DECAY,
     dtype: torch.dtype | None = None,
@@ -38,6 +41,7 @@ def attach_heads(
         stage: 1 trains only the heads and freezes the rest. 2 trains the heads and every backbone parameter that
             requires gradients. None attaches the heads for inference.
         heads: Trained heads to attach instead of new ones.
+        draft_tokens: The draft vocabulary of new heads: increasing token ids, `config.draft_vocab_size` of them.
         head_weight: The paper's beta, used in stage 2.
         head_decay: `w_i = head_decay ** (i - 1)`.
         dtype: Dtype of the heads' parameters. Default: the LM head's.
@@ -57,7 +61,8 @@ def attach_heads(
         check_base(heads.config, base.config)
     backbone = prove_logits(base)
     if heads is None:
-        heads = fresh_heads(base, config or LMTPConfig())
+        heads = fresh_heads(base, config or LMTPConfig(), draft_tokens)
+    _check_embeddings(base, heads.config)
 
     num_heads = heads.config.num_heads
     objective = None if stage is None else Objective.of_stage(stage, num_heads, head_weight, head_decay)
@@ -77,11 +82,19 @@ def attach_heads(
     return model
 
 
-def fresh_heads(base: PreTrainedModel, config: LMTPConfig) -> LeapHeads:
+def fresh_heads(base: PreTrainedModel, config: LMTPConfig, draft_tokens: Sequence[int] | None = None) -> LeapHeads:
     """Return untrained heads for `base`: identity blocks and, for kind `own`, copies of its LM head.
 
+    Random weights follow from torch's initial seed, which LLaMA-Factory sets from `seed`.
+
+    Args:
+        base: The base model.
+        config: Geometry and kind of the heads.
+        draft_tokens: See `attach_heads`.
+
     Raises:
-        LMTPError: There is no LM head, or its weights cannot be copied.
+        LMTPError: There is no LM head, its weights cannot be copied, or the draft vocabulary is missing or of another
+            size than the configuration says.
     """
     text_config, lm_head = base.config.get_text_config(), base.get_output_embeddings()
     if lm_head is None:
@@ -89,7 +102,17 @@ def fresh_heads(base: PreTrainedModel, config: LMTPConfig) -> LeapHeads:
     config = copy.deepcopy(config)
     config.hidden_size, config.vocab_size = state_size(text_config), text_config.vocab_size
     config.base_model = config.base_model or base.config.name_or_path
-    heads = LeapHeads(config)
+    if len(draft_tokens or ()) != (config.draft_vocab_size or 0):
+        raise LMTPError(
+            f"draft_vocab_size is {config.draft_vocab_size}, but {len(draft_tokens or ())} tokens are given: give as many."
+        )
+    with torch.random.fork_rng(devices=()):  # layers draw random numbers before `reset` sets their weights
+        heads = LeapHeads(config)
+    heads.reset(torch.initial_seed())
+    tokens = None
+    if draft_tokens is not None:
+        tokens = torch.tensor(draft_tokens)
+        heads.d2t, heads.t2d = draft_vocabulary.tables(tokens, config.vocab_size)
     if config.head_kind == "own":
         if not lm_head.weight.is_floating_point():
             raise LMTPError("The LM head is quantised and cannot be copied into the heads: write head_kind: shared.")
@@ -100,8 +123,18 @@ def fresh_heads(base: PreTrainedModel, config: LMTPConfig) -> LeapHeads:
                     "heads: write head_kind: shared, or load the LM head onto a device."
                 )
             for head in heads.heads:
-                head.unembed.weight.copy_(lm_head.weight)
+                head.unembed.weight.copy_(lm_head.weight if tokens is None else lm_head.weight[tokens])
     return heads
+
+
+def _check_embeddings(base: PreTrainedModel, config: LMTPConfig) -> None:
+    """Check that heads that read a token's embedding can read it beside a state: both have the same width."""
+    width = getattr(base.get_input_embeddings(), "embedding_dim", config.hidden_size)
+    if config.reads_token and width != config.hidden_size:
+        raise LMTPError(
+            f"The embeddings of {type(base).__name__} have width {width} and its final hidden states {config.hidden_size}, "
+            "so a head cannot read both: write head_inputs: state."
+        )
 
 
 def _loaded(layer: nn.Module) -> AbstractContextManager:

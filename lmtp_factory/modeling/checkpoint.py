@@ -24,13 +24,17 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from ..config import LMTPConfig
 from ..errors import LMTPError, first_line
 from ..files import CONFIG_FILE, HEADS_FOLDER, TREE_FILE, WEIGHTS_FILE
+from .draft_vocabulary import check_tables
 from .heads import LeapHeads
 
 
 # Keys that change what the weights mean. They must be in a saved config.json; defaults are not applied.
 _FACTS = ("offsets", "head_kind", "head_layers", "hidden_size", "vocab_size")
+# Keys that 0.1.0 did not write yet. Its heads are the paper's: a file has all of these keys or none.
+_LATER_FACTS = ("head_block", "head_inputs", "head_backs", "draft_vocab_size")
 # safetensors' names of the dtypes that heads can be loaded in.
 _DTYPES = ("F16", "BF16", "F32", "F64")
+_TABLE_DTYPES = {"d2t": ("I64",), "t2d": ("BOOL",)}
 
 
 def save_heads(
@@ -61,7 +65,8 @@ def save_heads(
         tensors = heads.state_dict() if state_dict is None else state_dict
         tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
         save_file(tensors, fresh / WEIGHTS_FILE, metadata={"format": "pt"})
-        heads.config.dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+        dtype = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
+        heads.config.dtype = str(dtype).removeprefix("torch.")
         heads.config.architectures = [type(heads).__name__]
         heads.config.save_pretrained(fresh)
         if tree is not None:
@@ -135,6 +140,8 @@ def read_config(folder: str | os.PathLike) -> LMTPConfig:
             "whose lmtp/ folder stage 1 or stage 2 wrote."
         )
     missing = [name for name in _FACTS if values.get(name) is None]
+    if any(name in values for name in _LATER_FACTS):
+        missing += [name for name in _LATER_FACTS if name not in values]
     if missing:
         raise LMTPError(f"{path} does not say {', '.join(missing)}: copy or train the leap heads again.")
     try:
@@ -170,12 +177,11 @@ def validate_checkpoint(folder: str | os.PathLike) -> LMTPConfig:
         raise LMTPError(
             f"{path} does not fit {folder / CONFIG_FILE} (first at {wrong[0]}): train the leap heads again."
         )
-    odd = sorted(name for name, dtype in dtypes.items() if dtype not in _DTYPES)
-    if odd:
-        raise LMTPError(
-            f"{path} holds {odd[0]} as {dtypes[odd[0]]}, but leap heads are read as {', '.join(_DTYPES)} only: save "
-            "them in one of these dtypes."
-        )
+    for name, dtype in sorted(dtypes.items()):
+        if dtype not in (allowed := _TABLE_DTYPES.get(name, _DTYPES)):
+            raise LMTPError(
+                f"{path} holds {name} as {dtype}, but it is read as {', '.join(allowed)} only: save it in such a dtype."
+            )
     return config
 
 
@@ -199,6 +205,8 @@ def load_heads(path: str | os.PathLike) -> LeapHeads:
                 "learning rate if the training diverged."
             )
     heads.load_state_dict(tensors, assign=True)
+    if heads.d2t is not None:
+        check_tables(heads.d2t, heads.t2d, str(folder / WEIGHTS_FILE))
     heads.folder = folder
     return heads
 

@@ -5,29 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..config import LMTPConfig
+from . import draft_vocabulary
+from .blocks import BLOCKS, KnownToken, Linear, as_it_is
 from .dtypes import cast_like
 from .losses import HeadSpec, leap_loss
 from .losses.softmax import softcapped
-
-
-class ResidualBlock(nn.Module):
-    """`z + SiLU(W z + b)`. W and b are initialised to zero, so the block starts as the identity."""
-
-    def __init__(self, hidden_size: int):
-        super().__init__()
-        # The name must be unique to this package: LLaMA-Factory chooses LoRA targets and frozen modules by leaf name.
-        self.leap_proj = nn.Linear(hidden_size, hidden_size)
-        nn.init.zeros_(self.leap_proj.weight)
-        nn.init.zeros_(self.leap_proj.bias)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        hidden = cast_like(hidden, self.leap_proj)
-        return hidden + F.silu(self.leap_proj(hidden))
 
 
 def unembed(features: Tensor, unembedding: nn.Module, softcap: float | None = None) -> Tensor:
@@ -46,36 +32,44 @@ def lm_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 
 
 class LeapHead(nn.Module):
-    """One leap head: residual blocks, then its own unembedding or the LM head."""
+    """One leap head: residual blocks, then its own unembedding or the LM head.
 
-    def __init__(self, hidden_size: int, vocab_size: int, layers: int, own_unembedding: bool):
+    Args:
+        config: Shape of the heads.
+        index: Index of the head among the extra heads, from 0.
+    """
+
+    def __init__(self, config: LMTPConfig, index: int):
         super().__init__()
-        self.blocks = nn.ModuleList(ResidualBlock(hidden_size) for _ in range(layers))
-        self.unembed = nn.Linear(hidden_size, vocab_size, bias=False) if own_unembedding else None
+        block, size, backs = BLOCKS[config.head_block], config.hidden_size, config.backs[index]
+        # Only the first block reads the newest known token.
+        self.blocks = nn.ModuleList(block(size, 0 if layer else backs) for layer in range(config.head_layers))
+        vocab_size = config.draft_vocab_size or config.vocab_size
+        self.unembed = nn.Linear(size, vocab_size, bias=False) if config.head_kind == "own" else None
+        self.backs = backs
 
-    def features(self, hidden: Tensor) -> Tensor:
-        """Map (..., hidden) final hidden states to the unembedding's (..., hidden) inputs."""
+    def features(self, hidden: Tensor, known: KnownToken | None = None, linear: Linear = as_it_is) -> Tensor:
+        """Map (..., hidden) final hidden states to the unembedding's (..., hidden) inputs.
+
+        Args:
+            hidden: (..., hidden) final hidden states.
+            known: The newest known token of each, for heads that read it.
+            linear: How linear layers are computed.
+        """
         for block in self.blocks:
-            hidden = block(hidden)
+            hidden = block(hidden, known, linear)
         return hidden
-
-    def logits(self, hidden: Tensor, lm_head: nn.Module, softcap: float | None = None) -> Tensor:
-        """Map (..., hidden) final hidden states to (..., vocabulary) logits."""
-        return unembed(self.features(hidden), self.unembedding(lm_head), softcap)
-
-    def unembedding(self, lm_head: nn.Module) -> nn.Module:
-        """Return the head's own unembedding layer, or `lm_head` if the head has none."""
-        return lm_head if self.unembed is None else self.unembed
-
-    def spec(self, lm_head: nn.Module, vocab_size: int) -> HeadSpec:
-        """Return what the loss needs to know about this head."""
-        return HeadSpec(self.features, self.unembedding(lm_head), vocab_size, tuple(self.blocks.parameters()))
 
 
 class LeapHeads(PreTrainedModel):
     """The leap heads of one base model, saved as `lmtp/`.
 
     `heads[i - 1]` is head `i` of the geometry. Head 0 is the base model's LM head and is not stored here.
+
+    Attributes:
+        d2t: (draft vocabulary,) int64, see `draft_vocabulary.py`; None if the heads draft every token.
+        t2d: (vocabulary,) bool, or None.
+        folder: Directory that the heads were loaded from.
     """
 
     config_class = LMTPConfig
@@ -84,15 +78,48 @@ class LeapHeads(PreTrainedModel):
 
     def __init__(self, config: LMTPConfig):
         super().__init__(config)
-        self.folder: Path | None = None  # directory that the heads were loaded from
-        self.heads = nn.ModuleList(
-            LeapHead(config.hidden_size, config.vocab_size, config.head_layers, config.head_kind == "own")
-            for _ in range(config.num_heads)
-        )
+        self.folder: Path | None = None
+        size = config.draft_vocab_size
+        self.register_buffer("d2t", None if size is None else torch.zeros(size, dtype=torch.long))
+        self.register_buffer("t2d", None if size is None else torch.zeros(config.vocab_size, dtype=torch.bool))
+        self.heads = nn.ModuleList(LeapHead(config, index) for index in range(config.num_heads))
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Do nothing: blocks start as the identity, and `attach_heads` or a checkpoint sets the unembeddings."""
+        """Do nothing: `reset`, `attach_heads` or a checkpoint sets the weights."""
+
+    def reset(self, seed: int) -> None:
+        """Initialise the blocks. Each head's random numbers depend on the seed and its offset, not on other heads."""
+        for offset, head in zip(self.config.offsets[1:], self.heads):
+            generator = torch.Generator().manual_seed(seed + offset)
+            for block in head.blocks:
+                block.reset(generator)
+
+    @property
+    def draft_tokens(self) -> Tensor | None:
+        """The (draft vocabulary,) token ids that the heads can draft; None for all."""
+        return None if self.d2t is None else draft_vocabulary.tokens_of(self.d2t)
+
+    def draft_labels(self, labels: Tensor) -> Tensor:
+        """Map token ids to the heads' output indices; -100 where masked or outside the draft vocabulary."""
+        return labels if self.t2d is None else draft_vocabulary.to_draft(labels, self.t2d)
+
+    def unembeddings(self, lm_head: nn.Module) -> list[nn.Module]:
+        """Return the unembedding layer of each head. Heads of kind `shared` have the same one."""
+        if self.config.head_kind == "own":
+            return [head.unembed for head in self.heads]
+        tokens = self.draft_tokens
+        shared = lm_head if tokens is None else draft_vocabulary.rows_of(lm_head, tokens)
+        return [shared] * len(self.heads)
+
+    def logits(
+        self, hidden: Tensor, lm_head: nn.Module, softcap: float | None = None, known: KnownToken | None = None
+    ) -> Tensor:
+        """Map (..., hidden) final hidden states to (heads, ..., draft vocabulary) logits of the leap heads."""
+        layers = self.unembeddings(lm_head)
+        return torch.stack(
+            [unembed(head.features(hidden, known), layer, softcap) for head, layer in zip(self.heads, layers)]
+        )
 
     def subset(self, offsets: Sequence[int]) -> "LeapHeads":
         """Return the heads at `offsets`, with the LM head's 1 first. Their weights are shared with these heads."""
@@ -107,10 +134,6 @@ class LeapHeads(PreTrainedModel):
         chosen.load_state_dict(tensors, assign=True)
         return chosen
 
-    def logits(self, hidden: Tensor, lm_head: nn.Module, softcap: float | None = None) -> Tensor:
-        """Map (..., hidden) final hidden states to (heads, ..., vocabulary) logits of the leap heads."""
-        return torch.stack([head.logits(hidden, lm_head, softcap) for head in self.heads])
-
     def forward(
         self,
         hidden: Tensor,
@@ -118,6 +141,8 @@ class LeapHeads(PreTrainedModel):
         scales: Tensor,
         lm_head: nn.Module,
         *,
+        embeddings: Tensor | None = None,
+        places: Tensor | None = None,
         softcap: float | None = None,
         implementation: str = "torch",
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,24 +151,45 @@ class LeapHeads(PreTrainedModel):
         The loss is computed here because ZeRO-3 gathers a module's weights only while its `forward` runs.
 
         Args:
-            hidden: (rows, hidden) final hidden states.
-            targets: (heads, rows) token ids, -100 where masked. If there is one more row than leap heads, the first row
-                belongs to the LM head.
+            hidden: (rows, hidden) final hidden states. Rows of one sequence follow each other.
+            targets: (heads, rows) indices of the heads' logits, -100 where masked. If there is one more row than leap
+                heads, the first row belongs to the LM head.
             scales: (heads,) factors of the heads' loss sums.
             lm_head: The backbone's LM head. Heads of kind `shared` use it as their unembedding.
+            embeddings: (rows, hidden) embeddings of the rows' tokens, for heads that read the newest known token.
+            places: (rows,) int64; modulo a head's `backs` the number of places that the head looks back at the row.
             softcap: The base model's `final_logit_softcapping`.
             implementation: `torch`, `triton` or `eager`, see `losses/`.
 
         Returns:
             Scalar loss; (heads,) unscaled loss sums; (heads,) top-1 hits.
         """
-        vocab_size = self.config.vocab_size
-        specs = [head.spec(lm_head, vocab_size) for head in self.heads]
+        specs = []
+        for head, layer in zip(self.heads, self.unembeddings(lm_head)):
+            whole = self.config.draft_vocab_size is None or isinstance(layer, draft_vocabulary.LMHeadRows)
+            size = self.config.vocab_size if whole else self.config.draft_vocab_size
+            specs.append(HeadSpec(_Features(head, embeddings, places), layer, size, tuple(head.blocks.parameters())))
         if len(targets) > len(specs):
-            specs.insert(0, HeadSpec(_identity, lm_head, vocab_size))
+            specs.insert(0, HeadSpec(_identity, lm_head, self.config.vocab_size))
         return leap_loss(hidden, targets, scales, specs, softcap=softcap, implementation=implementation)
 
 
-def _identity(hidden: Tensor) -> Tensor:
+class _Features:
+    """Features of one head for the rows of a training batch."""
+
+    def __init__(self, head: LeapHead, embeddings: Tensor | None, places: Tensor | None):
+        self.head, self.embeddings, self.places = head, embeddings, places
+
+    def __call__(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """Map (rows, hidden) final hidden states to features; `rows` are their (rows,) numbers in the batch."""
+        if not self.head.backs:
+            return self.head.features(hidden)
+        back = self.places[rows] % self.head.backs  # (rows,)
+        # Beyond the last row there is no target, so that any token will do.
+        token = (rows + 1 + back).clamp(max=len(self.embeddings) - 1)
+        return self.head.features(hidden, KnownToken(self.embeddings[token], back))
+
+
+def _identity(hidden: Tensor, rows: Tensor) -> Tensor:
     """Return `hidden`: the LM head has no residual blocks."""
     return hidden

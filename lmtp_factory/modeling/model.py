@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ..errors import LMTPError
 from ..files import HEADS_FOLDER, TREE_FILE
 from .checkpoint import save_heads
 from .heads import LeapHeads, softcap_of
 from .losses.implementation import AUTO, resolve_implementation
-from .losses.targets import IGNORE_INDEX, leap_targets
+from .losses.targets import IGNORE_INDEX, count_targets, leap_targets
 from .objective import Objective
 from .router import router_coefficient, states_and_router_loss
 from .zero3 import ensure_backward_hook
@@ -41,12 +42,14 @@ class LeapOutput(CausalLMOutputWithPast):
         loss_sums: (heads,) unweighted loss sums. With `counts` they give exact averages over batches and ranks.
         hits: (heads,) numbers of top-1 hits.
         counts: (heads,) numbers of valid targets.
+        outside: (heads,) numbers of further targets that are not in the draft vocabulary: they have no loss and are misses.
     """
 
     losses: Tensor | None = None
     loss_sums: Tensor | None = None
     hits: Tensor | None = None
     counts: Tensor | None = None
+    outside: Tensor | None = None
 
 
 class LeapModel:
@@ -122,22 +125,74 @@ class LeapModel:
         hidden = ensure_backward_hook(hidden_states.flatten(0, 1))  # (rows, hidden), rows = batch * length
 
         positions = inputs.get("position_ids")
-        targets = torch.stack(
-            [leap_targets(labels, offset, positions).flatten() for offset in objective.offsets(offsets)]
-        )  # (heads, rows)
+        targets = self.head_targets(labels, positions, objective)  # (heads, rows)
         counts = (targets != IGNORE_INDEX).sum(-1)  # (heads,)
+        everything = count_targets(labels, objective.offsets(offsets), positions)  # (heads,)
         items = torch.as_tensor(counts if num_items_in_batch is None else num_items_in_batch, device=counts.device)
         loss, sums, hits = self.leap_heads(
             hidden,
             targets,
             torch.tensor(objective.weights, device=counts.device) / items.clamp(min=1),
             self.get_output_embeddings(),
+            **self._known_tokens(inputs.get("input_ids"), positions),
             softcap=softcap_of(self),
             implementation=resolve_implementation(self.loss_implementation, hidden.device),
         )
         if auxiliary is not None:
             loss = loss + coefficient * auxiliary.to(loss.device)
-        return LeapOutput(loss=loss, losses=sums / counts.clamp(min=1), loss_sums=sums, hits=hits, counts=counts)
+        return LeapOutput(
+            loss=loss,
+            losses=sums / counts.clamp(min=1),
+            loss_sums=sums,
+            hits=hits,
+            counts=counts,
+            outside=everything - counts,
+        )
+
+    def head_targets(
+        self, labels: Tensor, position_ids: Tensor | None = None, objective: Objective | None = None
+    ) -> Tensor:
+        """Return the (heads, batch * length) targets of the objective's heads, -100 where masked.
+
+        Targets are indices of a head's logits: token ids, or for leap heads with a draft vocabulary indices into it.
+
+        Args:
+            labels: (batch, length), -100 where masked.
+            position_ids: See `leap_targets`.
+            objective: Default `self.objective`.
+        """
+        objective, drafted = objective or self.objective, self.leap_heads.draft_labels(labels)
+        offsets = self.leap_heads.config.offsets
+        rows = [
+            leap_targets(drafted if head else labels, offset, position_ids).flatten()
+            for head, offset in enumerate(objective.offsets(offsets), objective.first_head)
+        ]
+        return torch.stack(rows)
+
+    def _known_tokens(self, input_ids: Tensor | None, position_ids: Tensor | None) -> dict:
+        """Return the arguments of `LeapHeads.forward` by which heads read the newest known token.
+
+        The numbers of places looked back follow each other along a document, from a random one on, so that each is trained
+        equally often, and packed as padded documents train the same.
+
+        Raises:
+            LMTPError: The heads read it, and there are no token ids.
+        """
+        if not self.leap_heads.config.reads_token:
+            return {}
+        if input_ids is None:
+            raise LMTPError(
+                "Heads of head_inputs: state_token read token ids, and this batch has none: train head_inputs: state."
+            )
+        with torch.no_grad():
+            embeddings = self.get_input_embeddings()(input_ids).flatten(0, 1)  # (rows, hidden)
+        if position_ids is None:
+            places = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        else:
+            places = position_ids[0] if position_ids.dim() == 3 else position_ids
+        # One random number whatever the heads are, so that a head does not depend on the others.
+        first = int(torch.randint(1 << 30, ())) if self.leap_heads.training else 0
+        return {"embeddings": embeddings, "places": places.flatten() + first}
 
     def save_pretrained(self, save_directory, state_dict: dict | None = None, **kwargs) -> None:
         """Save the base model as `PreTrainedModel.save_pretrained` does, and the heads in `lmtp/`.

@@ -43,12 +43,16 @@ class Vocabulary:
 def grow_heads(heads: LeapHeads, base: PreTrainedModel) -> None:
     """Extend heads in place by the tokens that `base` has and they lack.
 
-    New rows of a head's own unembedding are copies of the LM head's rows, as all rows are when heads are created. This
-    is a collective operation under ZeRO-3.
+    New rows of a head's own unembedding are copies of the LM head's rows, as all rows are when heads are created. Heads
+    with a draft vocabulary keep it: they draft no new tokens. This is a collective operation under ZeRO-3.
     """
     lm_head, size = base.get_output_embeddings(), base.config.get_text_config().vocab_size
     known = heads.config.vocab_size
     if size == known:
+        return
+    if heads.t2d is not None:
+        heads.t2d = torch.cat([heads.t2d, heads.t2d.new_zeros(size - known)])
+        heads.config.vocab_size = size
         return
     with gathered([lm_head.weight]), torch.no_grad():
         for head in heads.heads:

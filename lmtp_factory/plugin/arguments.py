@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import geometry
 from ..errors import LMTPError
-from ..options import EXPORTS, HEAD_DECAY, HEAD_KINDS, HEAD_LAYERS, HEAD_WEIGHT, STRATEGIES
+from ..options import EXPORTS, HEAD_BLOCKS, HEAD_DECAY, HEAD_INPUTS, HEAD_KINDS, HEAD_LAYERS, HEAD_WEIGHT, STRATEGIES
 from . import hooks
 from .stages import STAGES
 from .values import check_values, read_offsets
@@ -13,6 +13,10 @@ from .values import check_values, read_offsets
 
 if TYPE_CHECKING:
     from ..config import LMTPConfig
+
+
+# Keys that LMTPConfig has under the same name.
+_SHAPE = ("head_kind", "head_layers", "head_block", "head_inputs", "head_backs", "draft_vocab_size")
 
 
 @dataclass
@@ -50,6 +54,33 @@ class LMTPArguments:
     head_kind: str | None = field(
         default=None,
         metadata={"help": f"`own`: an unembedding for each head; `shared`: the LM head's (default: {HEAD_KINDS[0]})."},
+    )
+    head_block: str | None = field(
+        default=None,
+        metadata={
+            "help": f"`linear`: the paper's residual block; `mlp`: a gated MLP, 4 times as wide (default: {HEAD_BLOCKS[0]})."
+        },
+    )
+    head_inputs: str | None = field(
+        default=None,
+        metadata={
+            "help": "`state`: heads read the final hidden state; `state_token`: also the newest known token "
+            f"(default: {HEAD_INPUTS[0]})."
+        },
+    )
+    head_backs: int | None = field(
+        default=None,
+        metadata={
+            "help": "With `head_inputs: state_token` and many heads: the largest leap of the heads that `lmtp-cli select` "
+            "may choose among them, e.g. 3 (default: the leaps of these heads)."
+        },
+    )
+    draft_vocab_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "The heads draft only so many tokens, the most frequent ones of the training text, e.g. 8192 (default: "
+            "all)."
+        },
     )
     head_weight: float = field(
         default=HEAD_WEIGHT,
@@ -148,8 +179,8 @@ class LMTPArguments:
         from ..config import LMTPConfig
 
         offsets = geometry.resolve(self.num_heads, self.leap_stride, self.offsets_given())
-        kind = {"head_layers": self.head_layers, "head_kind": self.head_kind}
-        return LMTPConfig(offsets=offsets, **{k: v for k, v in kind.items() if v is not None}, **base)
+        shape = {key: value for key in _SHAPE if (value := getattr(self, key)) is not None}
+        return LMTPConfig(offsets=offsets, **shape, **base)
 
     def first_difference(self, config: "LMTPConfig") -> str | None:
         """The first difference between the written keys and trained heads, in words; None if they agree."""
@@ -158,8 +189,7 @@ class LMTPArguments:
         written = {
             "leap_stride": (self.leap_stride, config.stride),
             "num_heads": (self.num_heads, config.num_heads),
-            "head_layers": (self.head_layers, config.head_layers),
-            "head_kind": (self.head_kind, config.head_kind),
+            **{key: (getattr(self, key), getattr(config, key)) for key in _SHAPE},
         }
         for key, (ours, theirs) in written.items():
             if ours is not None and ours != theirs:

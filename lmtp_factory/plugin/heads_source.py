@@ -66,6 +66,7 @@ class HeadsSource:
         resumed: The checkpoint that training resumes from.
         packs_batches: Whether stage 1 packs the documents of each batch, because `packing` was left out.
         exports: Whether the run is an export.
+        draft_tokens: The draft vocabulary of fresh heads, which the workflow adds when it has loaded the training set.
     """
 
     base: BaseModel
@@ -74,6 +75,7 @@ class HeadsSource:
     resumed: Path | None = None
     packs_batches: bool = False
     exports: bool = False
+    draft_tokens: tuple[int, ...] | None = None
 
     @property
     def reach(self) -> int:

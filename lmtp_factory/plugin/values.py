@@ -46,6 +46,8 @@ KINDS = {
     "num_heads": Kind(is_whole, "a whole number", str(DEFAULT_NUM_HEADS)),
     "leap_stride": Kind(is_whole, "a whole number", str(DEFAULT_STRIDE)),
     "head_layers": Kind(is_whole, "a whole number", str(HEAD_LAYERS)),
+    "head_backs": Kind(is_whole, "a whole number", "3"),
+    "draft_vocab_size": Kind(is_whole, "a whole number", "8192"),
     "head_weight": Kind(
         lambda value: _is_finite(value) and value >= 0, "a number of 0 or more", str(HEAD_WEIGHT), False
     ),

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from .. import geometry
 from ..decoding import cpu_prepacked
 from ..decoding.cache import TreeCache
-from ..decoding.draft import Window, candidates_of
+from ..decoding.draft import Window, candidates_of, unembeddings_kept
 from ..decoding.state import one_row_state
 from ..decoding.tree import chain_paths, fixed, grow
 from ..decoding.tree_config import DEFAULT_WIDTH, CostCurve
@@ -71,9 +71,11 @@ def measure_drafts(
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (1, context), generator=generator).to(device)
     cache = TreeCache.replacing(DynamicCache(config=config), config, columns=0)
-    with cpu_prepacked.prepacked(model) if cpu_prepacked.can_prepack(model) else nullcontext():
+    weights = cpu_prepacked.prepacked(model) if cpu_prepacked.can_prepack(model) else nullcontext()
+    with weights, unembeddings_kept():
         hidden = model.base_model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
         window = Window.of_prompt(hidden, [context], window_size)
+        window.roots = ids[:, 0]
         state = one_row_state(cache, context, last_position=1 << 30, device=device)
         forward = Verifier(model)
 

@@ -11,7 +11,9 @@ from torch import nn
 from tqdm import tqdm
 
 from .. import geometry
+from ..config import LMTPConfig
 from ..decoding.tree_config import DEFAULT_WIDTH
+from ..errors import LMTPError
 from ..evaluation.scoring import Row
 from .costs import StepCosts, measure_drafts
 from .replay import Observed, observe_pairs, with_steps
@@ -55,13 +57,28 @@ class RankedSubset:
         return self.best.tokens_per_second, max(option.tau for option in self.options)
 
 
-def subsets(trained: Sequence[int], num_heads: int) -> list[tuple[int, ...]]:
+def subsets(trained: LMTPConfig, num_heads: int) -> list[tuple[int, ...]]:
     """Return the offsets of every subset of `num_heads` heads, all with the LM head's 1 first.
 
-    >>> subsets((1, 2, 3, 5), 2)
+    Heads that read the newest token look back no further than they were trained for (`head_backs`).
+
+    >>> subsets(LMTPConfig(offsets=(2, 3, 5)), 2)
     [(1, 2, 3), (1, 2, 5), (1, 3, 5)]
+
+    Raises:
+        LMTPError: There is no such subset.
     """
-    return [(1, *extra) for extra in combinations(trained[1:], num_heads)]
+    found = []
+    for extra in combinations(trained.offsets[1:], num_heads):
+        shape = LMTPConfig(offsets=extra, head_inputs=trained.head_inputs, head_backs=trained.head_backs)
+        if shape.backs == tuple(trained.backs[trained.offsets.index(offset) - 1] for offset in extra):
+            found.append((1, *extra))
+    if not found:
+        raise LMTPError(
+            f"No {num_heads} of these heads leap only as far as they were trained for (head_backs: {trained.head_backs}): "
+            "keep more heads, or train them with a larger head_backs."
+        )
+    return found
 
 
 def pairs_within(trained: Sequence[int], offsets: Sequence[int]) -> list[Pair]:
@@ -86,10 +103,10 @@ def rank_subsets(
         timing: Options of `measure_drafts`.
 
     Raises:
-        LMTPError: No answer has a step.
+        LMTPError: No answer has a step, or there is no such subset.
     """
     trained = model.leap_heads.config.offsets
-    by_offsets = {offsets: pairs_within(trained, offsets) for offsets in subsets(trained, num_heads)}
+    by_offsets = {offsets: pairs_within(trained, offsets) for offsets in subsets(model.leap_heads.config, num_heads)}
     # In the order of `candidates_of`: by head, and from the state that is furthest back to the last.
     pairs = sorted({pair for one in by_offsets.values() for pair in one}, key=lambda pair: (pair[0], -pair[1]))
     observed = with_steps([observe_pairs(model, row, pairs, width) for row in rows])

@@ -79,7 +79,8 @@ def observe_pairs(model: nn.Module, row: Row, pairs: Sequence[tuple[int, int]], 
     for part in steps.split(max(1, _ROWS_AT_ONCE // len(pairs))):
         # (steps, window) indices of the states, oldest first. Indices before the text are marked as missing.
         places = part[:, None] - torch.arange(size - 1, -1, -1)
-        window = Window.of_states(hidden[places.clamp(min=0)], is_real=places >= 0)
+        roots = ids[0, part + 1]
+        window = Window.of_states(hidden[places.clamp(min=0)], is_real=places >= 0, roots=roots)
         candidates = candidates_of(model, window, pairs, width)  # (steps, levels, width)
         ahead = part[:, None] + depths  # (steps, levels) indices of the drafted tokens
         truth = ids[0, ahead.clamp(max=ids.shape[1] - 1)].to(candidates.tokens.device)  # (steps, levels)

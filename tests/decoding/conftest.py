@@ -49,7 +49,10 @@ def load(folder, attention="sdpa", heads=None):
     auto = AutoModelForImageTextToText if conditional else AutoModelForCausalLM
     model = auto.from_pretrained(folder, attn_implementation=attention).eval()
     enlarge_weights(model)
-    attach_heads(model, LMTPConfig(**heads or {}))
+    config = LMTPConfig(**heads or {})
+    # Some tokens all over the vocabulary.
+    vocabulary = range(3, 3 + 5 * (config.draft_vocab_size or 0), 5)
+    attach_heads(model, config, draft_tokens=list(vocabulary) or None)
     randomise_heads(model)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
     return model

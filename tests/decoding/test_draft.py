@@ -18,6 +18,11 @@ HEADS = {
     "own": {"head_kind": "own"},
     "shared": {"head_kind": "shared"},
     "two blocks": {"head_kind": "shared", "head_layers": 2},
+    "newest token": {"head_kind": "own", "head_inputs": "state_token", "head_layers": 2},
+    "gated": {"head_kind": "shared", "head_block": "mlp", "head_layers": 2},
+    "gated, newest token": {"head_kind": "shared", "head_block": "mlp", "head_inputs": "state_token", "head_backs": 3},
+    "own draft vocabulary": {"head_kind": "own", "draft_vocab_size": 40},
+    "shared draft vocabulary": {"head_kind": "shared", "draft_vocab_size": 40, "head_inputs": "state_token"},
 }
 
 
@@ -53,7 +58,26 @@ def test_the_window_is_the_last_states(size, prompts, seed):
         finished = [done or rng.random() < 0.1 for done in finished]
 
 
-def brute_force(model, states, place, levels):
+def normed(vector):
+    return vector / vector.square().mean().sqrt()
+
+
+def through_blocks(leap, z, embedding, back):
+    """A state behind the residual blocks of a head; only the first reads the newest token's embedding."""
+    for number, block in enumerate(leap.blocks):
+        reads_token = number == 0 and block.leap_back is not None
+        x = torch.cat([normed(z), normed(embedding)]) if reads_token else z
+        bias = block.leap_back[back] if reads_token else 0
+        if hasattr(block, "leap_proj"):
+            bias = bias if reads_token else block.leap_proj.bias
+            z = z + F.silu(block.leap_proj.weight @ x + bias)
+        else:
+            gate, up = (block.leap_gate_up.weight @ x + bias).chunk(2)
+            z = z + block.leap_down.weight @ (F.silu(gate) * up)
+    return z
+
+
+def brute_force(model, states, place, levels, root):
     """(levels, vocabulary) probabilities, where ``place`` is the root's and ``states`` are of all places before it.
 
     A level whose head needs a state that does not exist has probabilities 0.
@@ -65,13 +89,16 @@ def brute_force(model, states, place, levels):
         if source < 0:
             rows.append(torch.zeros(config.vocab_size))
             continue
-        leap, z = model.leap_heads.heads[head - 1], states[source]
-        for block in leap.blocks:
-            z = z + F.silu(block.leap_proj.weight @ z + block.leap_proj.bias)
+        leap, embedding = model.leap_heads.heads[head - 1], model.get_input_embeddings().weight[root]
+        z = through_blocks(leap, states[source], embedding, back=place - 1 - source)
         matrix = model.get_output_embeddings().weight if config.head_kind == "shared" else leap.unembed.weight
+        drafted = list(range(config.vocab_size))
+        if config.draft_vocab_size is not None:  # as the fixture `leap` chooses it
+            drafted = list(range(3, 3 + 5 * config.draft_vocab_size, 5))
+            matrix = matrix[drafted] if config.head_kind == "shared" else matrix
         softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         logits = matrix @ z if softcap is None else softcap * torch.tanh(matrix @ z / softcap)
-        rows.append(logits.softmax(-1))
+        rows.append(torch.zeros(config.vocab_size).index_copy(0, torch.tensor(drafted), logits.softmax(-1)))
     return torch.stack(rows)
 
 
@@ -93,7 +120,7 @@ def check_drafts(model, inputs, plan, monkeypatch, seed=0, new=16):
             return foretold(model, window, levels, width)
 
         monkeypatch.setattr(tree_builder, "propose_candidates", recorded)
-        monkeypatch.setattr(draft_module, "int8_linear", lambda layer: layer)  # int8 heads are right but for a percent
+        monkeypatch.setattr(draft_module, "int8_linear", lambda *_: None)  # int8 heads are right but for a percent
         _, stats = decoded(model, **inputs, **kwargs, lmtp_tree=plan)
         monkeypatch.undo()
 
@@ -106,7 +133,9 @@ def check_drafts(model, inputs, plan, monkeypatch, seed=0, new=16):
             for row, total in lengths.items():
                 padding = int((mask[row] == 0).sum())
                 levels, width = candidates.tokens.shape[1:]
-                rows_expected = brute_force(model, hidden[row, padding:], total - 1 - padding, levels)
+                rows_expected = brute_force(
+                    model, hidden[row, padding:], total - 1 - padding, levels, root=int(expected[row, total - 1])
+                )
                 best = rows_expected.topk(width)
                 torch.testing.assert_close(candidates.probabilities[row], best.values, rtol=2e-3, atol=1e-6)
                 for level in range(levels):
@@ -170,15 +199,15 @@ def test_a_conversation_s_next_turn_starts_a_window_of_what_is_new(leap, monkeyp
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["own", "shared"])
-def test_int8_heads_propose_nearly_the_same(leap, kind, monkeypatch):
-    """On a CPU the heads' vocabulary matrices are read as int8, which may change near ties and nothing else."""
-    model, drafts = leap(heads={"head_kind": kind}), []
+@pytest.mark.parametrize("heads", HEADS)
+def test_int8_heads_propose_nearly_the_same(leap, heads, monkeypatch):
+    """On a CPU the heads' matrices are read as int8, which may change near ties and nothing else."""
+    model, drafts = leap(heads=HEADS[heads]), []
 
     def recorded(model, window, levels, width):
         quick = propose_candidates(model, window, levels, width)
         with monkeypatch.context() as patch:
-            patch.setattr(draft_module, "int8_linear", lambda layer: layer)
+            patch.setattr(draft_module, "int8_linear", lambda *_: None)
             drafts.append((quick, propose_candidates(model, window, levels, model.config.vocab_size)))
         return quick
 
@@ -186,6 +215,7 @@ def test_int8_heads_propose_nearly_the_same(leap, kind, monkeypatch):
     decoded(model, prompt(), max_new_tokens=6, do_sample=False, lmtp_tree=TREES["dynamic"])
     assert drafts
     for quick, exact in drafts:
-        of_token = torch.zeros_like(exact.probabilities).scatter(2, exact.tokens, exact.probabilities)
+        of_token = torch.zeros(*exact.tokens.shape[:2], model.config.vocab_size)
+        of_token.scatter_(2, exact.tokens, exact.probabilities)
         torch.testing.assert_close(quick.probabilities, of_token.gather(2, quick.tokens), rtol=0.1, atol=1e-4)
         torch.testing.assert_close(quick.probabilities, exact.probabilities[:, :, :3], rtol=0.1, atol=1e-4)

@@ -66,9 +66,21 @@ def test_all_missing_facts_are_named(folder):
 
 
 def test_a_fact_of_a_newer_version_is_refused(folder):
-    change(folder, head_inputs="state_token")
-    with pytest.raises(LMTPError, match=r"config.json cannot be used. .* has no head_inputs: .* newer version"):
+    change(folder, head_colour="blue")
+    with pytest.raises(LMTPError, match=r"config.json cannot be used. .* has no head_colour: .* newer version"):
         load_heads(folder.parent)
+
+
+def test_facts_that_the_first_version_lacked_are_all_there_or_none(folder):
+    names = ("head_block", "head_inputs", "head_backs", "draft_vocab_size")
+    written = json.loads((folder / "config.json").read_text())
+    assert all(name in written for name in names)
+    for name in names:
+        (folder / "config.json").write_text(json.dumps({key: v for key, v in written.items() if key != name}))
+        with pytest.raises(LMTPError, match=f"does not say {name}: copy or train the leap heads again"):
+            load_heads(folder.parent)
+    (folder / "config.json").write_text(json.dumps({key: v for key, v in written.items() if key not in names}))
+    assert load_heads(folder.parent).config.head_inputs == "state"
 
 
 def test_what_transformers_writes_is_no_fact_of_a_newer_version(folder, tmp_path):

@@ -22,13 +22,27 @@ def test_grown_heads_keep_their_rows_and_take_the_lm_heads_new_ones(kind):
     after = heads.logits(hidden, model.lm_head)
     assert after.shape[-1] == heads.config.vocab_size == known + 2
     torch.testing.assert_close(after[..., :known], before)
-    for head in heads.heads:
-        torch.testing.assert_close(
-            head.logits(hidden, model.lm_head)[:, known:], head.features(hidden) @ model.lm_head.weight[known:].T
-        )
+    for head, logits in zip(heads.heads, after):
+        torch.testing.assert_close(logits[:, known:], head.features(hidden) @ model.lm_head.weight[known:].T)
     state = {name: tensor.clone() for name, tensor in heads.state_dict().items()}
     grow_heads(heads, model)  # nothing is new
     assert all(torch.equal(tensor, state[name]) for name, tensor in heads.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["own", "shared"])
+def test_grown_heads_with_a_draft_vocabulary_draft_what_they_drafted(kind):
+    tokens = list(range(0, 60, 2))
+    config = LMTPConfig(head_kind=kind, draft_vocab_size=len(tokens))
+    model = attach_heads(tiny_models.llama(), config, draft_tokens=tokens)
+    randomise_heads(model)
+    heads, known = model.leap_heads, model.config.vocab_size
+    hidden = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    before = heads.logits(hidden, model.lm_head)
+    model.resize_token_embeddings(known + 2, mean_resizing=False)
+    grow_heads(heads, model)
+    assert heads.config.vocab_size == len(heads.t2d) == known + 2
+    assert torch.equal(heads.logits(hidden, model.lm_head), before)
+    assert heads.draft_labels(torch.tensor([known, known + 1, 2])).tolist() == [-100, -100, 1]
 
 
 def test_a_vocabulary_fits_heads_of_its_size_and_tokenizer(tmp_path):

@@ -1,5 +1,7 @@
 """Subsets of the trained heads, against models that have only these heads."""
 
+from itertools import combinations
+
 import pytest
 import torch
 from helpers import tiny_models
@@ -16,14 +18,20 @@ from lmtp_factory.tuning.tree_search import rank_trees
 
 
 TRAINED = (1, 2, 3, 5, 6, 9)
+KINDS = {
+    "own": {"head_kind": "own"},
+    "shared": {"head_kind": "shared"},
+    "newest token": {"head_inputs": "state_token", "head_block": "mlp", "head_backs": 8, "draft_vocab_size": 80},
+}
 
 
-@pytest.fixture(scope="module", params=["own", "shared"])
+@pytest.fixture(scope="module", params=KINDS)
 def superset(request, tmp_path_factory):
     """A tiny model that repeats itself, with five different heads that are right now and then."""
     path = tiny_models.save_qwen3(tmp_path_factory.mktemp("model"))
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    attach_heads(model, LMTPConfig(offsets=TRAINED, head_kind=request.param))
+    config = LMTPConfig(offsets=TRAINED, **KINDS[request.param])
+    attach_heads(model, config, draft_tokens=range(config.draft_vocab_size) if config.draft_vocab_size else None)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.leap_heads.parameters():
@@ -60,16 +68,16 @@ def timed(monkeypatch):
 
 
 def test_subsets_are_all_choices_beside_the_lm_head():
-    chosen = subsets(TRAINED, 3)
+    chosen = subsets(LMTPConfig(offsets=TRAINED), 3)
     assert len(chosen) == len(set(chosen)) == 10
     assert all(geometry.check_offsets(offsets[1:]) == offsets and set(offsets) <= set(TRAINED) for offsets in chosen)
-    assert subsets(TRAINED, 5) == [TRAINED]
+    assert subsets(LMTPConfig(offsets=TRAINED), 5) == [TRAINED]
 
 
 @pytest.mark.parametrize("num_heads", [1, 3, 5])
 def test_a_subset_is_observed_as_a_model_with_these_heads_alone(superset, rows, timed, num_heads):
     ranked = rank_subsets(superset, iter(rows), num_heads, width=6)
-    assert {subset.offsets for subset in ranked} == set(subsets(TRAINED, num_heads))
+    assert {subset.offsets for subset in ranked} == set(subsets(LMTPConfig(offsets=TRAINED), num_heads))
     for subset in ranked:
         alone = observed_alone(superset, rows, subset.offsets)
         for ours, theirs in zip(subset.observed, alone, strict=True):
@@ -92,7 +100,7 @@ def test_the_backbone_reads_an_answer_once(superset, rows, timed, monkeypatch):
 
 def test_a_draft_is_timed_once_for_each_reach(superset, rows, timed):
     rank_subsets(superset, rows, 3)
-    reaches = {geometry.reach(offsets) for offsets in subsets(TRAINED, 3)}
+    reaches = {geometry.reach(offsets) for offsets in subsets(LMTPConfig(offsets=TRAINED), 3)}
     assert sorted(len(pairs) for pairs in timed) == sorted(reach - 1 for reach in reaches)
     assert all(len({head for head, _ in pairs}) == 3 for pairs in timed)
 
@@ -126,3 +134,19 @@ def test_the_table_is_cut_and_says_so(superset, rows, timed):
     assert cut[:5] == whole[:5] and cut[5] == "and 6 more, none of them faster"
     assert [line for line in whole if "<- chosen" in line] == [whole[1]]
     assert whole[1].startswith(",".join(map(str, ranked[0].offsets[1:])))
+
+
+@pytest.mark.parametrize("head_backs", [1, 2, 3, 8])
+def test_heads_that_read_a_token_look_back_no_further_than_they_were_trained_for(head_backs):
+    trained = LMTPConfig(offsets=(2, 3, 4, 5, 6, 7), head_inputs="state_token", head_backs=head_backs)
+    for num_heads in range(1, 7):
+        expected = [
+            (1, *extra)
+            for extra in combinations(trained.offsets[1:], num_heads)
+            if all(far - near <= head_backs for near, far in zip((1, *extra), extra))
+        ]
+        if expected:
+            assert subsets(trained, num_heads) == expected
+        else:
+            with pytest.raises(LMTPError, match=f"No {num_heads} of these heads leap only as far .*larger head_backs"):
+                subsets(trained, num_heads)

@@ -161,7 +161,7 @@ class _HeadRun:
         blocks = [p for p in self.head.parameters if p in gradients]
         inputs = hidden[rows].requires_grad_(hidden_gradient is not None)  # (rows, hidden)
         with torch.set_grad_enabled(bool(blocks) or inputs.requires_grad):
-            features = self.head.features(inputs)  # (rows, hidden), with a graph back to `inputs` and the blocks
+            features = self.head.features(inputs, rows)  # (rows, hidden), with a graph back to `inputs` and the blocks
         project = self._project_by_autograd if self.linear is None else self._project
         losses, hits, feature_gradient = project(features.detach(), targets, scale, gradients, features.requires_grad)
         if feature_gradient is not None:

@@ -27,8 +27,9 @@ def eager_loss(
         Scalar fp32 loss with gradient; (heads,) unscaled fp32 loss sums; (heads,) int64 top-1 hits.
     """
     sums, hits = [], []
+    rows = torch.arange(len(hidden), device=hidden.device)
     for head, head_targets in zip(heads, targets, strict=True):
-        features = head.features(hidden)  # (rows, hidden)
+        features = head.features(hidden, rows)  # (rows, hidden)
         logits = head.unembedding(cast_like(features, head.unembedding))  # (rows, vocabulary)
         # Masked targets become token 0, a valid index. `where` then removes their losses and their gradients.
         losses, is_hit = cross_entropy(logits, head_targets.clamp(min=0), softcap)  # (rows,), (rows,)

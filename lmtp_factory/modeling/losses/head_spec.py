@@ -11,13 +11,14 @@ class HeadSpec:
     """What the loss needs to know about one head. The LM head is a head whose `features` is the identity.
 
     Attributes:
-        features: Maps (rows, hidden) final hidden states to the unembedding's (rows, hidden) inputs.
+        features: Maps (rows, hidden) final hidden states and the (rows,) numbers of these rows in the batch to the
+            unembedding's (rows, hidden) inputs.
         unembedding: Maps (rows, hidden) to (rows, vocabulary) raw logits. Heads may share it.
-        vocab_size: Output size of the unembedding.
+        vocab_size: Size of the largest logits that the unembedding computes for a row.
         parameters: Parameters that `features` uses.
     """
 
-    features: Callable[[Tensor], Tensor]
+    features: Callable[[Tensor, Tensor], Tensor]
     unembedding: nn.Module
     vocab_size: int
     parameters: tuple[nn.Parameter, ...] = ()

@@ -33,7 +33,7 @@ def attach_for_training(
         _warn_if_renamed(heads.config.base_model, source)
         log.info(f"Leap heads start from {source.folder}.")
     else:
-        heads = fresh_heads(base, source.config)
+        heads = fresh_heads(base, source.config, source.draft_tokens)
         if finetuning_args.lmtp_stage == 2:
             log.warning(
                 "Stage 2 starts from fresh leap heads, which disturbs the backbone: train stage 1 first and name its "

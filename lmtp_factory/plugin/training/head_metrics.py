@@ -8,6 +8,8 @@ from torch import Tensor
 
 
 LOSS, ACCURACY = "loss", "acc"
+# Parts of a LeapOutput that are summed.
+_ROWS = ("loss_sums", "hits", "counts", "outside")
 
 
 class HeadMetric(NamedTuple):
@@ -49,13 +51,13 @@ class HeadMetrics:
 
     def __init__(self, first: int, heads: int):
         self._heads = range(first, first + heads)
-        self._sums: Tensor | None = None  # (3, heads): loss sums, hits, targets
+        self._sums: Tensor | None = None  # (4, heads), see _ROWS
         self._reduced: Tensor | None = None
 
     def add(self, outputs) -> None:
         """Add the `LeapOutput` of one forward, without waiting for the device."""
         dtype = torch.float32 if outputs.loss_sums.device.type == "mps" else torch.float64  # MPS has no fp64
-        sums = torch.stack([outputs.loss_sums.to(dtype), outputs.hits.to(dtype), outputs.counts.to(dtype)])
+        sums = torch.stack([getattr(outputs, name).to(dtype) for name in _ROWS])
         self._sums = sums if self._sums is None else self._sums + sums
         self._reduced = None
 
@@ -71,13 +73,13 @@ class HeadMetrics:
 
     def pop(self, accelerator, prefix: str = "") -> dict[str, float]:
         """Mean metrics since the last call over all ranks, by name; a collective operation."""
-        sums = self._reduce(accelerator)
+        losses, sums = self.losses(accelerator), self._reduce(accelerator)
         self._sums = self._reduced = None
         if sums is None:
             return {}
-        means = (sums[:2] / sums[2].clamp(min=1)).tolist()
+        accuracies = (sums[1] / (sums[2] + sums[3]).clamp(min=1)).tolist()  # what cannot be drafted is a miss
         return {
             str(HeadMetric(quantity, head, prefix)): value
-            for quantity, values in zip((LOSS, ACCURACY), means)
+            for quantity, values in ((LOSS, losses), (ACCURACY, accuracies))
             for head, value in zip(self._heads, values)
         }

@@ -15,7 +15,7 @@ from ...errors import LMTPError
 from ...files import HEADS_FOLDER
 from ...modeling import heads_of, load_heads, save_heads
 from ...modeling.checkpoint import validate_checkpoint
-from ...modeling.losses.targets import count_targets
+from ...modeling.losses.targets import IGNORE_INDEX
 from ...modeling.model import HEADS_PREFIX, base_of
 from ...modeling.zero3 import gathered
 from .. import log
@@ -54,9 +54,13 @@ class LeapTrainer(CustomSeq2SeqTrainer):
         """Number of valid targets of every head over the accumulated batches of all ranks, (heads,)."""
         if not batch_samples or "labels" not in batch_samples[0]:
             return None
-        offsets = self.objective.offsets(self.leap_model.leap_heads.config.offsets)
-        counts = sum(count_targets(batch["labels"], offsets, batch.get("position_ids")) for batch in batch_samples)
-        return self.accelerator.reduce(counts.to(device), reduction="sum")
+        counts = 0
+        for batch in batch_samples:
+            positions = batch.get("position_ids")
+            positions = positions if positions is None else positions.to(device)
+            targets = self.leap_model.head_targets(batch["labels"].to(device), positions)
+            counts = counts + (targets != IGNORE_INDEX).sum(-1)
+        return self.accelerator.reduce(counts, reduction="sum")
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch: Tensor | None = None):
         """Loss of the stage. Its gradient, averaged over ranks, is the gradient of the whole batch's per-head means."""

@@ -8,7 +8,7 @@ from ...config import LMTPConfig
 from ...errors import LMTPError
 from ...files import HEADS_FOLDER
 from ...modeling.checkpoint import read_config
-from ...options import HEAD_DECAY, HEAD_KINDS, HEAD_WEIGHT
+from ...options import HEAD_BLOCKS, HEAD_DECAY, HEAD_INPUTS, HEAD_KINDS, HEAD_WEIGHT
 from .fields import AUTO, stage_of, written
 from .runs import finished_stage1_runs
 from .suggestions import Suggestions, recipe
@@ -42,6 +42,11 @@ class Panel:
             with gr.Row():
                 head_kind = gr.Dropdown(choices=[AUTO, *HEAD_KINDS], value=AUTO)
                 head_layers = gr.Number(value=None, minimum=1, precision=0, placeholder=str(fresh.head_layers))
+                head_block = gr.Dropdown(choices=[AUTO, *HEAD_BLOCKS], value=AUTO)
+                draft_vocab_size = gr.Number(value=None, minimum=1, precision=0)
+            with gr.Row():
+                head_inputs = gr.Dropdown(choices=[AUTO, *HEAD_INPUTS], value=AUTO)
+                head_backs = gr.Number(value=None, minimum=1, precision=0)
                 head_decay = gr.Number(value=None, placeholder=str(HEAD_DECAY))
                 warmup_ratio = gr.Slider(minimum=0, maximum=0.5, value=recipe(1)["warmup_ratio"], step=0.01)
             with gr.Row(visible=False) as row1:
@@ -53,7 +58,9 @@ class Panel:
         self.rows = {1: row1, 2: row2}
         self.fields: dict[str, Component] = dict(
             num_heads=num_heads, leap_stride=leap_stride, leap_offsets=leap_offsets, head_kind=head_kind,
-            head_layers=head_layers, head_decay=head_decay, warmup_ratio=warmup_ratio, hidden_cache_dir=hidden_cache_dir,
+            head_layers=head_layers, head_block=head_block, head_inputs=head_inputs, head_backs=head_backs,
+            draft_vocab_size=draft_vocab_size, head_decay=head_decay, warmup_ratio=warmup_ratio,
+            hidden_cache_dir=hidden_cache_dir,
             stage1_pretrained_path=stage1_pretrained_path, head_weight=head_weight, train_lm_head=train_lm_head,
         )  # fmt: skip
         self.inputs = set(self.fields.values())

@@ -140,7 +140,7 @@ def test_fp32_sums_keep_what_bf16_sums_would_lose(monkeypatch):
     torch.testing.assert_close(gradient[:, 0].float(), expected, rtol=2**-8, atol=0)
 
 
-def run(hidden, targets, unembedding, features=lambda rows: rows, **options):
+def run(hidden, targets, unembedding, features=lambda hidden, rows: hidden, **options):
     """One head without blocks."""
     scales, heads = torch.ones(len(targets)), [HeadSpec(features, unembedding, unembedding.out_features)]
     return chunked_loss(hidden, targets, scales, heads, row_loss=in_place_cross_entropy("torch"), **options)
@@ -149,7 +149,7 @@ def run(hidden, targets, unembedding, features=lambda rows: rows, **options):
 def test_masked_rows_are_dropped_and_chunks_are_even():
     seen = []
 
-    def features(rows):
+    def features(rows, numbers):
         seen.append(len(rows))
         return rows
 

@@ -37,11 +37,16 @@ def small_shards(monkeypatch):
     monkeypatch.setattr(cached_states, "_SHARDS", 8)
 
 
-def test_trains_as_without_and_runs_the_backbone_once(llama, data, tmp_path, backbone, lines, small_shards):
-    plain = runs.train(llama, data, tmp_path / "plain", packing=False, **RUN)
+NEW_HEADS = {"head_inputs": "state_token", "head_block": "mlp", "draft_vocab_size": 64}
+
+
+@pytest.mark.parametrize("heads", [{}, NEW_HEADS], ids=["the paper's heads", "heads that read a token"])
+def test_trains_as_without_and_runs_the_backbone_once(heads, llama, data, tmp_path, backbone, lines, small_shards):
+    run = RUN | heads
+    plain = runs.train(llama, data, tmp_path / "plain", packing=False, **run)
     without, backbone[:] = sum(backbone), []
     folder = tmp_path / "cache"
-    cached = runs.train(llama, data, tmp_path / "cached", hidden_cache_dir=str(folder), **RUN)
+    cached = runs.train(llama, data, tmp_path / "cached", hidden_cache_dir=str(folder), **run)
     assert runs.step_losses(cached) == pytest.approx(runs.step_losses(plain), rel=5e-3)  # bf16 states
     assert sum(backbone) < without / 2.5
     shards = sorted(folder.glob("*.safetensors"))
@@ -49,12 +54,12 @@ def test_trains_as_without_and_runs_the_backbone_once(llama, data, tmp_path, bac
     assert any("x 32 x 2 bytes = " in line and f"{len(shards)} shards" in line for line in lines)
 
     backbone.clear()
-    again = runs.train(llama, data, tmp_path / "again", hidden_cache_dir=str(folder), **RUN)
+    again = runs.train(llama, data, tmp_path / "again", hidden_cache_dir=str(folder), **run)
     assert runs.step_losses(again) == runs.step_losses(cached)
     only_the_trial = sum(backbone)
     shards[1].unlink()  # a kill before it was written
     backbone.clear()
-    resumed = runs.train(llama, data, tmp_path / "resumed", hidden_cache_dir=str(folder), **RUN)
+    resumed = runs.train(llama, data, tmp_path / "resumed", hidden_cache_dir=str(folder), **run)
     assert runs.step_losses(resumed) == runs.step_losses(cached)
     assert only_the_trial < sum(backbone) < only_the_trial + without / 6
 

@@ -24,11 +24,18 @@ MODELS = [
 ]
 
 
-@pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
-def test_losses_equal_those_of_padded_rows(make, data, tmp_path, lines):
+NEW_HEADS = {"head_inputs": "state_token", "head_block": "mlp", "draft_vocab_size": 64}
+
+
+@pytest.mark.parametrize(
+    ("make", "heads"),
+    [*((make, {}) for make in MODELS), (tiny_models.save_llama, NEW_HEADS), (tiny_models.save_gemma3, NEW_HEADS)],
+    ids=lambda part: part.__name__ if callable(part) else "-".join(part) or "paper",
+)
+def test_losses_equal_those_of_padded_rows(make, heads, data, tmp_path, lines):
     model = make(tmp_path / "model")
     template = "gemma3" if make is tiny_models.save_gemma3 else "qwen"
-    run = {"per_device_train_batch_size": 6, "template": template, "val_size": 6, "eval_strategy": "steps"}
+    run = {"per_device_train_batch_size": 6, "template": template, "val_size": 6, "eval_strategy": "steps", **heads}
     packed = runs.train(model, data, tmp_path / "packed", eval_steps=2, **run)
     assert any("packs the documents of each batch" in line for line in lines)
     padded = runs.train(model, data, tmp_path / "padded", eval_steps=2, packing=False, **run)

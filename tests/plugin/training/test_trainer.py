@@ -87,7 +87,16 @@ def are_equal(heads, others):
     return all(torch.equal(tensor, others[offset][name]) for offset in SUBSET for name, tensor in heads[offset].items())
 
 
-@pytest.mark.parametrize("run", [{"head_kind": "own"}, {"head_kind": "shared", "head_layers": 2}], ids=str)
+@pytest.mark.parametrize(
+    "run",
+    [
+        {"head_kind": "own"},
+        {"head_kind": "shared", "head_layers": 2},
+        {"head_kind": "own", "head_inputs": "state_token", "head_backs": 3, "draft_vocab_size": 90},
+        {"head_kind": "shared", "head_block": "mlp", "head_inputs": "state_token", "head_backs": 3},
+    ],
+    ids=str,
+)
 def test_one_stage_one_holds_the_heads_of_every_geometry(run, llama, data, tmp_path):
     """Each head is clipped by its own norm, so it does not matter which others are trained beside it."""
     _, together = trained_at(SUPERSET, llama, data, tmp_path / "superset", **run)
@@ -353,6 +362,17 @@ def test_an_lm_head_that_is_not_tied_is_tuned_with_freeze_as_advised(data, tmp_p
         {"stage": "lmtp2", "finetuning_type": "lora", "lora_target": "all,lm_head", "head_kind": "shared"},
         {"stage": "lmtp2", "finetuning_type": "full", "disable_gradient_checkpointing": True},
         {"stage": "lmtp2", "finetuning_type": "full", "disable_gradient_checkpointing": False},
+        {"stage": "lmtp1", "draft_vocab_size": 64, "head_inputs": "state_token"},
+        {"stage": "lmtp1", "draft_vocab_size": 64, "head_kind": "shared", "head_block": "mlp"},
+        {"stage": "lmtp2", "finetuning_type": "full", "draft_vocab_size": 64, "head_kind": "shared"},
+        {"stage": "lmtp2", "finetuning_type": "lora", "draft_vocab_size": 64, "head_inputs": "state_token"},
+        {
+            "stage": "lmtp2",
+            "finetuning_type": "lora",
+            "train_lm_head": True,
+            "draft_vocab_size": 64,
+            "head_kind": "shared",
+        },
     ],
     ids=lambda run: "-".join(str(value) for value in run.values()),
 )

@@ -19,6 +19,16 @@ LABELS = {
         "info": "own：ヘッドごとの出力行列、shared：LM ヘッドの行列を共有し、パラメータがはるかに少なくなります。",
     },
     "head_layers": {"label": "ヘッドの層数", "info": "各ヘッドの残差ブロックの数。"},
+    "head_block": {"label": "ヘッドのブロック", "info": "linear：論文の残差ブロック、mlp：4 倍の幅のゲート付き MLP。"},
+    "draft_vocab_size": {
+        "label": "ドラフト語彙",
+        "info": "学習テキストに最も多いトークンをこの数だけ下書きします。空欄ならすべて。",
+    },
+    "head_inputs": {"label": "ヘッドの入力", "info": "state：最終隠れ状態、state_token：さらに最新の既知トークン。"},
+    "head_backs": {
+        "label": "振り返る位置の数",
+        "info": "state_token でヘッドが多い場合のみ：lmtp-cli select が選べる最大の跳躍幅。",
+    },
     "head_decay": {"label": "ヘッド減衰", "info": "一つ前のヘッドに対する、次のヘッドの損失の重みの比率。"},
     "warmup_ratio": {
         "label": "ウォームアップ比率",

@@ -19,6 +19,19 @@ LABELS = {
         "info": "own: 헤드마다 별도의 출력 행렬, shared: LM 헤드의 행렬을 공유하여 파라미터가 훨씬 적습니다.",
     },
     "head_layers": {"label": "헤드 레이어", "info": "각 헤드의 잔차 블록 수."},
+    "head_block": {"label": "헤드 블록", "info": "linear: 논문의 잔차 블록, mlp: 4배 너비의 게이트 MLP."},
+    "draft_vocab_size": {
+        "label": "초안 어휘",
+        "info": "학습 텍스트에서 가장 자주 나오는 토큰을 이 수만큼만 초안으로 씁니다. 비워 두면 전체.",
+    },
+    "head_inputs": {
+        "label": "헤드 입력",
+        "info": "state: 최종 은닉 상태, state_token: 가장 최근에 알려진 토큰도 함께.",
+    },
+    "head_backs": {
+        "label": "되돌아보는 위치 수",
+        "info": "state_token이고 헤드가 많을 때만: lmtp-cli select가 고를 수 있는 최대 도약 간격.",
+    },
     "head_decay": {"label": "헤드 감쇠", "info": "바로 앞 헤드에 대한 다음 헤드 손실의 가중치 비율."},
     "warmup_ratio": {"label": "Warmup 비율", "info": "Warmup 스텝이 0일 때 warmup에 사용되는 스텝의 비율."},
     "hidden_cache_dir": {

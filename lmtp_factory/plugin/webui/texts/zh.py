@@ -15,6 +15,16 @@ LABELS = {
         "info": "own：每个预测头有自己的输出矩阵；shared：共用 LM 头的矩阵，参数少得多。",
     },
     "head_layers": {"label": "预测头层数", "info": "每个预测头的残差块数量。"},
+    "head_block": {"label": "预测头的块", "info": "linear：论文中的残差块；mlp：四倍宽的门控 MLP。"},
+    "draft_vocab_size": {
+        "label": "草稿词表大小",
+        "info": "只起草这么多个词元，即训练文本中最常见的词元。留空则为全部。",
+    },
+    "head_inputs": {"label": "预测头的输入", "info": "state：最终隐藏状态；state_token：另加最新的已知词元。"},
+    "head_backs": {
+        "label": "回看位置数",
+        "info": "仅用于 state_token 且预测头较多时：lmtp-cli select 可选的最大跳跃步长。",
+    },
     "head_decay": {"label": "预测头衰减", "info": "后一个预测头的损失权重与前一个之比。"},
     "warmup_ratio": {"label": "预热比例", "info": "学习率预热步数的占比，仅在预热步数为 0 时生效。"},
     "hidden_cache_dir": {

@@ -40,12 +40,15 @@ def test_empty_fields_are_left_out(board, folder):
 
 def test_what_is_filled_in_reaches_the_command(board, folder):
     filled = dict(
-        train__num_heads=2, train__leap_stride=1, train__head_kind="shared", train__head_layers=2, train__head_decay=0.8,
+        train__num_heads=2, train__leap_stride=1, train__head_kind="shared", train__head_layers=2, train__head_block="mlp",
+        train__head_inputs="state_token",
+        train__draft_vocab_size=64, train__head_decay=0.8,
         train__warmup_ratio=0.2, train__hidden_cache_dir="cache", train__stage1_pretrained_path="saves/x",
         train__head_weight=0, train__train_lm_head=True,
     )  # fmt: skip
     shared = dict(
-        num_heads=2, leap_stride=1, head_kind="shared", head_layers=2, head_decay=0.8, warmup_ratio=0.2
+        num_heads=2, leap_stride=1, head_kind="shared", head_layers=2, head_block="mlp", head_inputs="state_token",
+        draft_vocab_size=64, head_decay=0.8, warmup_ratio=0.2
     )  # fmt: skip
     assert ours(arguments(board, STAGE1, **filled)) == shared | {"hidden_cache_dir": "cache"}
     stage2 = {"stage1_pretrained_path": "saves/x", "head_weight": 0, "train_lm_head": True}

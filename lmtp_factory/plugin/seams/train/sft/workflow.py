@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import islice
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING
@@ -66,10 +67,15 @@ class _Parts:
 
     def get_dataset(self, *args, **kwargs) -> dict:
         from ....training.cached_states import with_cached_states
+        from ....training.draft_tokens import count_draft_tokens
 
         module = self.upstream.get_dataset(*args, **kwargs)
         source, folder = self.finetuning_args.heads_source, self.finetuning_args.hidden_cache_dir
         check_targets(module, source.reach)
+        if source.folder is None and source.config.draft_vocab_size is not None:
+            vocab_size = source.base.config().get_text_config().vocab_size
+            tokens = count_draft_tokens(module, source.config, vocab_size)
+            source = self.finetuning_args.heads_source = replace(source, draft_tokens=tokens)
         if folder is not None:
             documents = with_cached_states(
                 module["train_dataset"], source.base, self.model_args, self.data_args, folder
