@@ -55,7 +55,10 @@ def arms_of(chosen: list[str] | None) -> dict[str, dict]:
 def train(args: argparse.Namespace, name: str, keys: dict) -> float:
     """Train an arm unless its output is complete. Returns its seconds."""
     output = args.output_dir / name
-    done = output / "all_results.json"
+    done, made_with = output / "all_results.json", args.output_dir / f"{name}.json"
+    facts = {"rows": str(args.rows), "steps": args.steps, "seed": args.seed, "model": args.model, **keys}
+    if made_with.is_file() and json.loads(made_with.read_text(encoding="utf-8")) != facts:
+        raise SystemExit(f"{output} was trained with other settings ({made_with}): name another --output-dir.")
     if not done.is_file():
         data = args.output_dir / "data"
         data.mkdir(parents=True, exist_ok=True)
@@ -66,13 +69,14 @@ def train(args: argparse.Namespace, name: str, keys: dict) -> float:
             "hidden_cache_dir": args.output_dir / "hidden", "max_steps": args.steps, "seed": args.seed, **keys,
         }  # fmt: skip
         command = [Path(sys.executable).with_name("llamafactory-cli"), "train", Path(__file__).with_suffix(".yaml")]
+        made_with.write_text(json.dumps(facts), encoding="utf-8")
         subprocess.run([*map(str, command), *(f"{key}={value}" for key, value in written.items())], check=True)
     return json.loads(done.read_text(encoding="utf-8"))["train_runtime"]
 
 
 def answers_to(args: argparse.Namespace, model, label: str, prompts_file: str) -> list:
     """Return the model's greedy answers to the prompts of a file, written once."""
-    path = args.output_dir / f"answers_{label}.jsonl"
+    path = args.output_dir / f"answers_{label}_{args.limit}x{args.max_new_tokens}.jsonl"
     if not path.is_file():
         _, prompts = read_prompts(args.model, prompts_file, args.limit)
         lines = [

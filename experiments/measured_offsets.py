@@ -11,7 +11,7 @@ import argparse
 from collections import Counter
 from collections.abc import Sequence
 
-from lmtp_factory import LeapHeads, LMTPConfig, geometry
+from lmtp_factory import geometry
 from lmtp_factory.convert import measure
 from lmtp_factory.errors import LMTPError
 from lmtp_factory.evaluation.report import load_for_scoring
@@ -20,14 +20,6 @@ from lmtp_factory.modeling.model import base_of
 
 POSITIONS = (512, 1024, 2048, 4096)
 IRREGULAR = ((2, 4, 7), (3, 4, 9), (2, 3, 5), (2, 5, 9))
-
-
-def of_offsets(heads: LeapHeads, offsets: Sequence[int]) -> LeapHeads:
-    """Return the heads with these offsets."""
-    config = LMTPConfig(**{**heads.config.to_diff_dict(), "offsets": (1, *offsets)})
-    chosen = LeapHeads(config)
-    chosen.heads = type(heads.heads)(heads.heads[heads.config.offsets.index(offset) - 1] for offset in offsets)
-    return chosen
 
 
 def result(hits, offsets: Sequence[int]) -> str:
@@ -53,7 +45,7 @@ def main() -> None:
     for offsets in (*strides, *IRREGULAR):
         if not set(offsets) <= set(heads.config.offsets):
             parser.error(f"{args.model} has no heads for all of the offsets {offsets}")
-        hits = measure.measure(model, of_offsets(heads, offsets), rows)
+        hits = measure.measure(model, heads.subset((1, *offsets)), rows)
         results = [result(hits[:, :, :positions], offsets) for positions in POSITIONS]
         counts.update(word.split()[0] for word in results)
         print(f"{','.join(map(str, offsets)):<12} " + " ".join(f"{word:>9}" for word in results))

@@ -1,5 +1,6 @@
 """Configuration of a set of leap heads, saved as `lmtp/config.json`."""
 
+import copy
 from collections.abc import Sequence
 
 from transformers import PretrainedConfig
@@ -28,10 +29,10 @@ class LMTPConfig(PretrainedConfig):
         head_kind: `own` gives each head its own unembedding matrix; `shared` uses the backbone's LM head.
         head_block: `linear`, the paper's residual block, or `mlp`, a gated one.
         head_inputs: `state`, the final hidden state, or `state_token`, also the embedding of the newest known token.
-        head_backs: Of `state_token`: each head is trained for at least so many places looked back, see `backs`. More than
-            1 lets `lmtp-cli select` leave out heads between others.
-        draft_vocab_size: Number of tokens that the heads can draft, the most frequent ones of the training text. None for
-            the whole vocabulary.
+        head_backs: With `state_token`, the least number of positions at which each head can read its state, see `backs`.
+            More than 1 lets `lmtp-cli select` leave out heads between others.
+        draft_vocab_size: Number of tokens that the heads can draft, the most frequent ones of the training answers. None
+            for the whole vocabulary.
         hidden_size: Hidden size of the base model, set by `attach_heads`.
         vocab_size: Vocabulary size of the base model, set by `attach_heads`.
         base_model: Name or path of the base model.
@@ -113,15 +114,31 @@ class LMTPConfig(PretrainedConfig):
 
     @property
     def backs(self) -> tuple[int, ...]:
-        """For each extra head the number of places looked back that it can tell apart; 0 if it reads the state alone.
+        """For each extra head the number of positions at which it can read its state; 0 if it reads the state alone.
 
-        A head of offset `o` behind one of offset `p` is used at `o - p` places, and never at more than `o - 1`.
+        The newest state is the first of them. A head of offset `o` behind one of offset `p` needs `o - p` of them, and
+        never more than `o - 1`.
         """
         if not self.reads_token:
             return (0,) * self.num_heads
         return tuple(
             min(far - 1, max(far - near, self.head_backs)) for near, far in zip(self.offsets, self.offsets[1:])
         )
+
+    def subset(self, offsets: Sequence[int]) -> "LMTPConfig":
+        """Return the configuration of the heads at `offsets`, with the LM head's 1 first.
+
+        Raises:
+            LMTPError: The heads leap further than they were trained for.
+        """
+        config = copy.deepcopy(self)
+        config.offsets = tuple(offsets)
+        if config.backs != tuple(self.backs[self.offsets.index(offset) - 1] for offset in offsets[1:]):
+            raise LMTPError(
+                f"Heads at {','.join(map(str, offsets[1:]))} leap further than they were trained for (head_backs: "
+                f"{self.head_backs}): keep more heads, or train them with a larger head_backs."
+            )
+        return config
 
 
 def _choice(name: str, value: str, choices: Sequence[str]) -> str:

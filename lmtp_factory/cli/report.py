@@ -49,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
     print_table(scores)
     for label, config in configs.items():
         print(f"{label}: {describe_heads(config)}.")
+    if len({config.draft_vocab_size for config in configs.values()}) > 1:
+        print("Their draft vocabularies differ, so their losses are over different tokens: compare the accuracies.")
     if args.output_dir:
         write_report(scores, Path(args.output_dir))
     return 0

@@ -38,17 +38,19 @@ def run(args: argparse.Namespace) -> int:
     from ..evaluation.self_generated import read_prompts, self_generated_rows
     from ..modeling.checkpoint import load_heads, save_heads, validate_checkpoint
     from ..modeling.model import base_of
-    from ..tuning.head_subsets import measured_subsets, rank_subsets, subset_table
+    from ..tuning.head_subsets import measured_subsets, rank_subsets, subset_table, subsets
     from ..tuning.plots import draw_tree
     from ..tuning.replay import accuracies
     from ..tuning.tree_search import measured, tree_config_of
 
     output = Path(args.output)
-    trained = validate_checkpoint(_heads_folder(Path(args.model))).num_heads
+    config = validate_checkpoint(_heads_folder(Path(args.model)))
+    trained = config.num_heads
     if args.num_heads > trained:
         raise LMTPError(
             f"--num-heads is {args.num_heads}, but {args.model} has {trained} heads: write --num-heads {trained} or less."
         )
+    subsets(config, args.num_heads)  # raises before anything is loaded
     check_output(output)
     tokenizer, prompts = read_prompts(args.model, args.prompts, args.limit)
     model = base_of(load_for_scoring(args.model))

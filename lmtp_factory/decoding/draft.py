@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import geometry
-from ..modeling.blocks import KnownToken, as_it_is
+from ..modeling.blocks import KnownToken, unchanged
 from ..modeling.dtypes import cast_like
 from ..modeling.heads import LeapHead, LeapHeads, softcap_of
 from ..modeling.losses.softmax import softcapped
@@ -173,7 +173,7 @@ def _features(head: LeapHead, states: Tensor, places: slice, root: Tensor | None
         newest = states.shape[1] - 1
         back = torch.arange(newest - places.start, newest - places.stop, -1, device=states.device)  # (levels,)
         known = KnownToken(root.to(states.device), back)
-    return head.features(hidden, known, _linear if _is_packable(hidden) else as_it_is)
+    return head.features(hidden, known, _linear if _is_packable(hidden) else unchanged)
 
 
 # Unembeddings of the heads that decode in this thread: the rows of a draft vocabulary are copied once a generation.

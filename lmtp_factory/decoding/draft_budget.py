@@ -72,12 +72,8 @@ class DraftBudget:
             nodes: Number of verified nodes, including the root.
             accepted: Number of accepted drafted tokens, averaged over the rows.
         """
-        times = self._times(nodes)
-        times.append(seconds)
-        extra = self._extra(nodes)
-        if len(times) == 1:
-            extra = min(extra, _FIRST_EXTRA)
-        self.balance = min(self.balance + accepted - extra, self.most)
+        self._times(nodes).append(seconds)
+        self.balance = min(self.balance + accepted - self._extra(nodes), self.most)
         self._drafts += 1
 
     def _times(self, nodes: int) -> deque[float]:
@@ -90,4 +86,5 @@ class DraftBudget:
         if not times:
             return _FIRST_EXTRA
         # Not below 0: one slow plain step must not make drafts look free.
-        return max(median_low(times) / median_low(self._plain) - 1, 0.0)
+        extra = max(median_low(times) / median_low(self._plain) - 1, 0.0)
+        return min(extra, _FIRST_EXTRA) if len(times) == 1 else extra

@@ -73,7 +73,7 @@ def decode(
     if reason is not None:
         fall_back(stats, reason)
         return None
-    tree.check_ranks(model.config.get_text_config().vocab_size)
+    tree.check_ranks(model.leap_heads.config.draft_vocab_size or model.config.get_text_config().vocab_size)
     stats.strategy, stats.stock_reason = "backward" if request.strategy == "auto" else request.strategy, None
 
     forward = model.compiled_backbone(config.compile_config) if compiled else None

@@ -116,7 +116,9 @@ class TreeConfig:
         return self.paths[: self.nodes] if self.kind == "static" else chain_paths(self.nodes)
 
     def check_ranks(self, vocab_size: int) -> None:
-        """Check that a static tree's candidates exist. Dynamic trees adapt to the vocabulary.
+        """Check that a static tree's candidates exist among the `vocab_size` tokens that heads can draft.
+
+        Dynamic trees adapt to the vocabulary.
 
         Raises:
             LMTPError: A candidate rank is beyond the vocabulary.
@@ -125,7 +127,7 @@ class TreeConfig:
         deepest = max((path[-1] for path in paths if path), default=0)
         if deepest >= vocab_size:
             raise LMTPError(
-                f"The static tree takes candidates down to rank {deepest}, but the vocabulary has {vocab_size} tokens "
+                f"The static tree takes candidates down to rank {deepest}, but the heads draft {vocab_size} tokens "
                 f"(ranks 0 to {vocab_size - 1}): measure a tree on this model with lmtp-cli tree."
             )
 

@@ -114,7 +114,7 @@ def run_arms(
     try:
         for arm in arms.values():  # warm-up: kernels, prepacked weights, caches
             with arm.around():
-                generate_greedy(model, prompts[0], 8, **_always_drafting(arm.options))
+                generate_greedy(model, prompts[0], 8, **always_drafting(arm.options))
         for ids in tqdm(prompts, desc="benchmark", unit="prompt"):
             times: dict[str, list[float]] = {name: [] for name in arms}
             for repeat in range(repeats):
@@ -158,7 +158,7 @@ def results(arms: Mapping[str, Arm], prompts: Sequence[Sequence[int]]) -> list[A
     return rows
 
 
-def _always_drafting(options: Mapping) -> Mapping:
+def always_drafting(options: Mapping) -> Mapping:
     """Return the options with a tree that drafts in every step, so that a few tokens warm up drafting too."""
     tree = options.get("lmtp_tree")
     return options if tree is None else {**options, "lmtp_tree": replace(tree, always=True)}

@@ -29,13 +29,15 @@ class HeadScores:
         offsets: Offset of each head.
         losses: Mean cross-entropy of each head, in nats.
         accuracies: Top-1 accuracy of each head, between 0 and 1.
-        targets: Number of valid targets of each head. Those outside a draft vocabulary are misses and have no loss.
+        targets: Number of valid targets of each head. Those outside a draft vocabulary count as misses.
+        scored: Number of targets that the loss is averaged over: those in the draft vocabulary.
     """
 
     offsets: tuple[int, ...]
     losses: tuple[float, ...]
     accuracies: tuple[float, ...]
     targets: tuple[int, ...]
+    scored: tuple[int, ...]
 
     @property
     def perplexity(self) -> float:
@@ -100,7 +102,8 @@ def score_heads(model: nn.Module, rows: Sequence[Row], batch_size: int = 4, labe
         model.train(was_training)
     targets = sums[2] + sums[3]
     losses, accuracies = sums[0] / sums[2].clamp(min=1), sums[1] / targets.clamp(min=1)
-    return HeadScores(config.offsets, *(tuple(part.tolist()) for part in (losses, accuracies, targets.long())))
+    parts = (losses, accuracies, targets.long(), sums[2].long())
+    return HeadScores(config.offsets, *(tuple(part.tolist()) for part in parts))
 
 
 def _batch(rows: Sequence[Row], device: torch.device) -> dict[str, torch.Tensor]:

@@ -52,12 +52,14 @@ def attach_heads(
 
     Raises:
         LMTPError: The heads belong to another base model, the base model's logits are not its LM head applied to its
-            final hidden states (see `prove_logits`), or the LM head cannot be copied.
+            final hidden states (see `prove_logits`), the LM head cannot be copied, or the draft vocabulary is impossible.
     """
     base = base_of(model)
     if isinstance(base, LeapModel):
         raise LMTPError("This model has leap heads already: attach them once.")
     if heads is not None:
+        if draft_tokens is not None:
+            raise LMTPError("These heads have their draft vocabulary already: leave draft_tokens out.")
         check_base(heads.config, base.config)
     backbone = prove_logits(base)
     if heads is None:
@@ -102,17 +104,21 @@ def fresh_heads(base: PreTrainedModel, config: LMTPConfig, draft_tokens: Sequenc
     config = copy.deepcopy(config)
     config.hidden_size, config.vocab_size = state_size(text_config), text_config.vocab_size
     config.base_model = config.base_model or base.config.name_or_path
-    if len(draft_tokens or ()) != (config.draft_vocab_size or 0):
+    tokens = None if config.draft_vocab_size is None and not draft_tokens else list(draft_tokens or ())
+    if tokens is not None and len(tokens) != config.draft_vocab_size:
         raise LMTPError(
-            f"draft_vocab_size is {config.draft_vocab_size}, but {len(draft_tokens or ())} tokens are given: give as many."
+            f"draft_vocab_size is {config.draft_vocab_size}, but {len(tokens)} tokens are given: give as many."
+        )
+    if tokens is not None and not all(a < b for a, b in zip([-1, *tokens], [*tokens, config.vocab_size])):
+        raise LMTPError(
+            f"The draft vocabulary has to rise from 0 to at most {config.vocab_size - 1}: give sorted token ids without "
+            "repetition."
         )
     with torch.random.fork_rng(devices=()):  # layers draw random numbers before `reset` sets their weights
         heads = LeapHeads(config)
     heads.reset(torch.initial_seed())
-    tokens = None
-    if draft_tokens is not None:
-        tokens = torch.tensor(draft_tokens)
-        heads.d2t, heads.t2d = draft_vocabulary.tables(tokens, config.vocab_size)
+    if tokens is not None:
+        heads.d2t, heads.t2d = draft_vocabulary.tables(torch.tensor(tokens), config.vocab_size)
     if config.head_kind == "own":
         if not lm_head.weight.is_floating_point():
             raise LMTPError("The LM head is quantised and cannot be copied into the heads: write head_kind: shared.")

@@ -28,14 +28,14 @@ class KnownToken:
 
     Attributes:
         embedding: (..., hidden) embedding of the token, broadcastable to the states.
-        back: (...) int64 number of positions between the state and the newest state.
+        back: (...) int64 number of positions from the state to the newest state.
     """
 
     embedding: Tensor
     back: Tensor
 
 
-def as_it_is(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
+def unchanged(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
     """Return `layer` itself, see `Linear`."""
     return layer
 
@@ -45,13 +45,14 @@ class _Block(nn.Module):
 
     Args:
         hidden_size: Width of its input and output.
-        backs: Number of places looked back, if the block reads the newest known token too; 0 if it reads the state alone.
+        backs: Number of positions, from the newest state on, at which the block may read the state; 0 if it reads the
+            state alone.
         width: Width of its first linear layer's output.
     """
 
     def __init__(self, hidden_size: int, backs: int, width: int):
         super().__init__()
-        # A bias for each place looked back, in the place of the linear layer's own.
+        # A bias for each distance to the newest state, instead of the linear layer's own.
         self.leap_back = nn.Parameter(torch.zeros(backs, width)) if backs else None
 
     def read(self, layer: nn.Linear, hidden: Tensor, known: KnownToken | None, linear: Linear) -> Tensor:
@@ -78,7 +79,7 @@ class ResidualBlock(_Block):
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
 
-    def forward(self, hidden: Tensor, known: KnownToken | None = None, linear: Linear = as_it_is) -> Tensor:
+    def forward(self, hidden: Tensor, known: KnownToken | None = None, linear: Linear = unchanged) -> Tensor:
         """Map (..., hidden) to (..., hidden)."""
         return cast_like(hidden, self.leap_proj) + F.silu(self.read(self.leap_proj, hidden, known, linear))
 
@@ -99,7 +100,7 @@ class GatedBlock(_Block):
         if self.leap_back is not None:
             nn.init.zeros_(self.leap_back)
 
-    def forward(self, hidden: Tensor, known: KnownToken | None = None, linear: Linear = as_it_is) -> Tensor:
+    def forward(self, hidden: Tensor, known: KnownToken | None = None, linear: Linear = unchanged) -> Tensor:
         """Map (..., hidden) to (..., hidden)."""
         gate, up = self.read(self.leap_gate_up, hidden, known, linear).chunk(2, dim=-1)  # (..., 4 * hidden) each
         return cast_like(hidden, self.leap_down) + linear(self.leap_down)(F.silu(gate) * up)

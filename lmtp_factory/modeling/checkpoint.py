@@ -30,8 +30,9 @@ from .heads import LeapHeads
 
 # Keys that change what the weights mean. They must be in a saved config.json; defaults are not applied.
 _FACTS = ("offsets", "head_kind", "head_layers", "hidden_size", "vocab_size")
-# Keys that 0.1.0 did not write yet. Its heads are the paper's: a file has all of these keys or none.
-_LATER_FACTS = ("head_block", "head_inputs", "head_backs", "draft_vocab_size")
+# Keys that 0.1.0 did not write yet. Its heads are the paper's: a file has all of these keys or none. draft_vocab_size is not
+# one of them, because transformers writes no null; the weights show whether it is missing.
+_LATER_FACTS = ("head_block", "head_inputs", "head_backs")
 # safetensors' names of the dtypes that heads can be loaded in.
 _DTYPES = ("F16", "BF16", "F32", "F64")
 _TABLE_DTYPES = {"d2t": ("I64",), "t2d": ("BOOL",)}

@@ -60,7 +60,7 @@ def check_tables(d2t: Tensor, t2d: Tensor, where: str) -> None:
 
 
 class LMHeadRows(nn.Module):
-    """Some rows of an LM head that is trained, quantised or wrapped. Maps (..., hidden) to (..., rows) logits."""
+    """Some rows of an LM head that is trained, quantised, wrapped or offloaded. Maps (..., hidden) to (..., rows)."""
 
     def __init__(self, lm_head: nn.Module, tokens: Tensor):
         super().__init__()
@@ -74,16 +74,18 @@ class LMHeadRows(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Compute the logits."""
         linear = as_plain_linear(self.lm_head)
-        if linear is None:
-            return self.lm_head(hidden).index_select(-1, self.tokens)
+        if linear is None or linear.weight.is_meta:  # an offloaded layer has weights only while it is called
+            logits = self.lm_head(hidden)
+            return logits.index_select(-1, self.tokens.to(logits.device))
         bias = None if linear.bias is None else linear.bias.index_select(0, self.tokens)
         return F.linear(hidden, linear.weight.index_select(0, self.tokens), bias)
 
 
 def rows_of(lm_head: nn.Module, tokens: Tensor) -> nn.Module:
-    """Return a layer that computes the logits of `tokens` only: a copy of these rows if the LM head is a frozen layer."""
+    """Return a layer that computes the logits of `tokens` only: a copy of these rows, if they need no gradient."""
     linear = as_plain_linear(lm_head)
-    if linear is None or any(parameter.requires_grad for parameter in linear.parameters()):
+    trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in lm_head.parameters())
+    if linear is None or linear.weight.is_meta or trains:
         return LMHeadRows(lm_head, tokens)
     rows = nn.Linear(linear.in_features, len(tokens), bias=linear.bias is not None, device="meta")
     for name, parameter in linear.named_parameters():

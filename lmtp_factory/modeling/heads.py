@@ -1,6 +1,5 @@
 """Leap heads: residual blocks on the final hidden state, an unembedding (L-MTP, section 3.2; Medusa, section 2.1)."""
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from transformers import PreTrainedModel
 
 from ..config import LMTPConfig
 from . import draft_vocabulary
-from .blocks import BLOCKS, KnownToken, Linear, as_it_is
+from .blocks import BLOCKS, KnownToken, Linear, unchanged
 from .dtypes import cast_like
 from .losses import HeadSpec, leap_loss
 from .losses.softmax import softcapped
@@ -48,7 +47,7 @@ class LeapHead(nn.Module):
         self.unembed = nn.Linear(size, vocab_size, bias=False) if config.head_kind == "own" else None
         self.backs = backs
 
-    def features(self, hidden: Tensor, known: KnownToken | None = None, linear: Linear = as_it_is) -> Tensor:
+    def features(self, hidden: Tensor, known: KnownToken | None = None, linear: Linear = unchanged) -> Tensor:
         """Map (..., hidden) final hidden states to the unembedding's (..., hidden) inputs.
 
         Args:
@@ -122,9 +121,12 @@ class LeapHeads(PreTrainedModel):
         )
 
     def subset(self, offsets: Sequence[int]) -> "LeapHeads":
-        """Return the heads at `offsets`, with the LM head's 1 first. Their weights are shared with these heads."""
-        config = copy.deepcopy(self.config)
-        config.offsets = tuple(offsets)
+        """Return the heads at `offsets`, with the LM head's 1 first. Their weights are shared with these heads.
+
+        Raises:
+            LMTPError: See `LMTPConfig.subset`.
+        """
+        config = self.config.subset(offsets)
         tensors = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("heads.")}
         for number, offset in enumerate(offsets[1:]):
             head = self.heads[self.config.offsets.index(offset) - 1]
@@ -142,7 +144,7 @@ class LeapHeads(PreTrainedModel):
         lm_head: nn.Module,
         *,
         embeddings: Tensor | None = None,
-        places: Tensor | None = None,
+        turns: Tensor | None = None,
         softcap: float | None = None,
         implementation: str = "torch",
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,7 +159,7 @@ class LeapHeads(PreTrainedModel):
             scales: (heads,) factors of the heads' loss sums.
             lm_head: The backbone's LM head. Heads of kind `shared` use it as their unembedding.
             embeddings: (rows, hidden) embeddings of the rows' tokens, for heads that read the newest known token.
-            places: (rows,) int64; modulo a head's `backs` the number of places that the head looks back at the row.
+            turns: (rows,) int64; modulo a head's `backs` the number of positions that the head looks back at the row.
             softcap: The base model's `final_logit_softcapping`.
             implementation: `torch`, `triton` or `eager`, see `losses/`.
 
@@ -166,9 +168,9 @@ class LeapHeads(PreTrainedModel):
         """
         specs = []
         for head, layer in zip(self.heads, self.unembeddings(lm_head)):
-            whole = self.config.draft_vocab_size is None or isinstance(layer, draft_vocabulary.LMHeadRows)
-            size = self.config.vocab_size if whole else self.config.draft_vocab_size
-            specs.append(HeadSpec(_Features(head, embeddings, places), layer, size, tuple(head.blocks.parameters())))
+            computes_all = self.config.draft_vocab_size is None or isinstance(layer, draft_vocabulary.LMHeadRows)
+            size = self.config.vocab_size if computes_all else self.config.draft_vocab_size
+            specs.append(HeadSpec(_Features(head, embeddings, turns), layer, size, tuple(head.blocks.parameters())))
         if len(targets) > len(specs):
             specs.insert(0, HeadSpec(_identity, lm_head, self.config.vocab_size))
         return leap_loss(hidden, targets, scales, specs, softcap=softcap, implementation=implementation)
@@ -177,14 +179,14 @@ class LeapHeads(PreTrainedModel):
 class _Features:
     """Features of one head for the rows of a training batch."""
 
-    def __init__(self, head: LeapHead, embeddings: Tensor | None, places: Tensor | None):
-        self.head, self.embeddings, self.places = head, embeddings, places
+    def __init__(self, head: LeapHead, embeddings: Tensor | None, turns: Tensor | None):
+        self.head, self.embeddings, self.turns = head, embeddings, turns
 
     def __call__(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """Map (rows, hidden) final hidden states to features; `rows` are their (rows,) numbers in the batch."""
         if not self.head.backs:
             return self.head.features(hidden)
-        back = self.places[rows] % self.head.backs  # (rows,)
+        back = self.turns[rows] % self.head.backs  # (rows,)
         # Beyond the last row there is no target, so that any token will do.
         token = (rows + 1 + back).clamp(max=len(self.embeddings) - 1)
         return self.head.features(hidden, KnownToken(self.embeddings[token], back))

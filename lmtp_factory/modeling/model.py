@@ -127,7 +127,7 @@ class LeapModel:
         positions = inputs.get("position_ids")
         targets = self.head_targets(labels, positions, objective)  # (heads, rows)
         counts = (targets != IGNORE_INDEX).sum(-1)  # (heads,)
-        everything = count_targets(labels, objective.offsets(offsets), positions)  # (heads,)
+        all_counts = count_targets(labels, objective.offsets(offsets), positions)  # (heads,)
         items = torch.as_tensor(counts if num_items_in_batch is None else num_items_in_batch, device=counts.device)
         loss, sums, hits = self.leap_heads(
             hidden,
@@ -146,7 +146,7 @@ class LeapModel:
             loss_sums=sums,
             hits=hits,
             counts=counts,
-            outside=everything - counts,
+            outside=all_counts - counts,
         )
 
     def head_targets(
@@ -172,8 +172,8 @@ class LeapModel:
     def _known_tokens(self, input_ids: Tensor | None, position_ids: Tensor | None) -> dict:
         """Return the arguments of `LeapHeads.forward` by which heads read the newest known token.
 
-        The numbers of places looked back follow each other along a document, from a random one on, so that each is trained
-        equally often, and packed as padded documents train the same.
+        Heads look back 0, 1, 2, ... positions in turn along a document, from a random turn on. So each is trained equally
+        often, and packed documents train as padded ones do.
 
         Raises:
             LMTPError: The heads read it, and there are no token ids.
@@ -187,12 +187,12 @@ class LeapModel:
         with torch.no_grad():
             embeddings = self.get_input_embeddings()(input_ids).flatten(0, 1)  # (rows, hidden)
         if position_ids is None:
-            places = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         else:
-            places = position_ids[0] if position_ids.dim() == 3 else position_ids
+            positions = position_ids[0] if position_ids.dim() == 3 else position_ids
         # One random number whatever the heads are, so that a head does not depend on the others.
         first = int(torch.randint(1 << 30, ())) if self.leap_heads.training else 0
-        return {"embeddings": embeddings, "places": places.flatten() + first}
+        return {"embeddings": embeddings, "turns": positions.expand_as(input_ids).flatten() + first}
 
     def save_pretrained(self, save_directory, state_dict: dict | None = None, **kwargs) -> None:
         """Save the base model as `PreTrainedModel.save_pretrained` does, and the heads in `lmtp/`.

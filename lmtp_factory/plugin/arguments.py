@@ -78,8 +78,8 @@ class LMTPArguments:
     draft_vocab_size: int | None = field(
         default=None,
         metadata={
-            "help": "The heads draft only so many tokens, the most frequent ones of the training text, e.g. 8192 (default: "
-            "all)."
+            "help": "The number of tokens that the heads can draft, the most frequent ones of the training answers, e.g. "
+            "8192 (default: all)."
         },
     )
     head_weight: float = field(
@@ -193,5 +193,5 @@ class LMTPArguments:
         }
         for key, (ours, theirs) in written.items():
             if ours is not None and ours != theirs:
-                return f"{key} {ours}, the heads have {theirs}"
+                return f"{key} {ours}, the heads have {'no such limit' if theirs is None else theirs}"
         return None

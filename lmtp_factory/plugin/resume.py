@@ -182,11 +182,17 @@ def in_words(differing: dict[str, tuple]) -> str:
 
 def _in_yaml(theirs: LMTPConfig, differing: dict[str, tuple]) -> str:
     """YAML keys that give this run the checkpoint's heads."""
-    keys = {_key(fact): _value(fact, value) for fact, (_, value) in differing.items() if fact not in BASE_FACTS}
-    if len(keys) < len(differing):
+    left_out = [_key(fact) for fact, (_, value) in differing.items() if value is None and fact not in BASE_FACTS]
+    keys = {
+        _key(fact): _value(fact, value)
+        for fact, (_, value) in differing.items()
+        if fact not in BASE_FACTS and value is not None
+    }
+    if any(fact in BASE_FACTS for fact in differing):
         keys["model_name_or_path"] = theirs.base_model
     instead = " (no num_heads or leap_stride)" if "offsets" in differing else ""
-    return " and ".join(f"{key}: {value}" for key, value in keys.items()) + instead
+    written = [f"{key}: {value}" for key, value in keys.items()] + [f"no {key}" for key in left_out]
+    return " and ".join(written) + instead
 
 
 def _key(fact: str) -> str:

@@ -68,16 +68,14 @@ def subsets(trained: LMTPConfig, num_heads: int) -> list[tuple[int, ...]]:
     Raises:
         LMTPError: There is no such subset.
     """
-    found = []
+    found, refusal = [], None
     for extra in combinations(trained.offsets[1:], num_heads):
-        shape = LMTPConfig(offsets=extra, head_inputs=trained.head_inputs, head_backs=trained.head_backs)
-        if shape.backs == tuple(trained.backs[trained.offsets.index(offset) - 1] for offset in extra):
-            found.append((1, *extra))
+        try:
+            found.append(trained.subset((1, *extra)).offsets)
+        except LMTPError as error:
+            refusal = error
     if not found:
-        raise LMTPError(
-            f"No {num_heads} of these heads leap only as far as they were trained for (head_backs: {trained.head_backs}): "
-            "keep more heads, or train them with a larger head_backs."
-        )
+        raise refusal
     return found
 
 
@@ -137,11 +135,11 @@ def subset_table(ranked: Sequence[RankedSubset], limit: int = 20) -> str:
     return "\n".join(lines)
 
 
-def measured_subsets(ranked: Sequence[RankedSubset]) -> list[dict]:
-    """Return the compared subsets, fastest first, for `tree.json`."""
+def measured_subsets(ranked: Sequence[RankedSubset], limit: int = 20) -> list[dict]:
+    """Return the fastest subsets, at most `limit`, for `tree.json`, which every `generate` reads."""
     return [
         {"offsets": subset.offsets[1:], "tau": subset.best.tau, "tokens_per_second": subset.best.tokens_per_second}
-        for subset in ranked
+        for subset in ranked[:limit]
     ]
 
 

@@ -1,6 +1,7 @@
 """lmtp-cli select on tiny models."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -97,7 +98,16 @@ def test_the_output_decodes_as_stock(base, selected):
 
 
 def test_every_subset_is_printed_the_fastest_first(trained, prompts, tmp_path, capsys):
-    """Choosing all heads leaves one subset, which is the model itself."""
+    arguments = ["--num-heads", "2", "--prompts", prompts, "--output", str(tmp_path / "two"), "--limit", "2"]
+    assert main(["select", str(trained), *arguments, *QUICK]) == 0
+    printed = capsys.readouterr().out
+    rows = re.findall(r"^(\d+,\d+) +[\d.]+ +([\d.]+)  \w", printed, re.MULTILINE)
+    assert len({offsets for offsets, _ in rows}) == 6 and "Ways to keep 2 of 4 heads: 6, " in printed
+    speeds = [float(speed) for _, speed in rows]
+    assert speeds == sorted(speeds, reverse=True)
+
+
+def test_choosing_all_heads_leaves_them_as_they_are(trained, prompts, tmp_path, capsys):
     arguments = ["--num-heads", "4", "--prompts", prompts, "--output", str(tmp_path / "all"), "--limit", "2"]
     assert main(["select", str(trained), *arguments, *QUICK]) == 0
     printed = capsys.readouterr().out

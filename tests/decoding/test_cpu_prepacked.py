@@ -224,6 +224,19 @@ def test_int8_follows_the_weight(model):
             unembedding.weight.data.copy_(unembedding.weight.data.flip(0))
 
 
+def test_int8_rows_follow_weight_and_choice():
+    torch.manual_seed(0)
+    layer, inputs = nn.Linear(32, 48), torch.randn(3, 32)
+    with torch.no_grad():
+        for rows in ([1, 5, 40], [0, 2, 47], [1, 5, 40]):
+            rows = torch.tensor(rows)
+            for _ in range(2):
+                with prepacked(nn.Sequential(layer)):
+                    exact, rough = layer(inputs)[:, rows], int8_linear(layer, rows)(inputs)
+                assert (exact - rough).norm() < 0.02 * exact.norm()
+                layer.weight.data.copy_(layer.weight.data.flip(0))
+
+
 def test_int8_keeps_the_bias():
     torch.manual_seed(0)
     layer, inputs = nn.Linear(32, 48), torch.randn(3, 32)

@@ -101,6 +101,19 @@ def test_one_slow_step_does_not_end_drafting():
     assert drafts > 190
 
 
+def test_a_slow_first_whole_tree_does_not_end_whole_trees():
+    """It may load kernels. The balance never reaches what such a step seems to cost."""
+    budget, whole = DraftBudget(), 0
+    for _ in range(300):
+        nodes = budget.affordable(32)
+        if nodes == 1:
+            budget.record_plain(1.0)
+        else:
+            whole += nodes == 32
+            budget.record_draft(5.0 if whole == 1 and nodes == 32 else 1.2, nodes, accepted=1)
+    assert whole > 200
+
+
 def test_a_slow_first_step_does_not_pay_for_drafts():
     """A pause of the machine in the only plain step known so far is no gain of the drafts behind it."""
     budget, slow = DraftBudget(), iter([100.0, *[1.0] * 10_000])

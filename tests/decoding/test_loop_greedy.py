@@ -18,7 +18,7 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
 )
 
-from lmtp_factory import attach_heads
+from lmtp_factory import LMTPError, attach_heads
 from lmtp_factory.decoding.tree_config import TreeConfig
 from lmtp_factory.modeling import heads_of
 
@@ -296,3 +296,12 @@ def test_compiled_forwards(leap, architecture):
         assert ours.tolist() == expected.tolist() and stats.tau > 1.3
         graphs.append(counters["unique_graphs"])
     assert graphs[0] > 0 and graphs[2] == graphs[1]
+
+
+@pytest.mark.parametrize("kind", ["own", "shared"])
+def test_ranks_beyond_the_draft_vocabulary_are_refused(kind, leap):
+    model = leap(heads={"head_kind": kind, "draft_vocab_size": 4})
+    tree = TreeConfig("static", 2, ((), (6,)), always=True)
+    with pytest.raises(LMTPError, match="down to rank 6, but the heads draft 4 tokens"):
+        decoded(model, prompt(), max_new_tokens=5, lmtp_tree=tree)
+    assert_as_stock(model, prompt(), max_new_tokens=12, lmtp_tree=TREES["dynamic"], do_sample=False)

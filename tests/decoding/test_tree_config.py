@@ -189,6 +189,6 @@ def test_impossible_trees_are_refused(arguments, said):
 def test_ranks_beyond_the_vocabulary_are_refused():
     plan = TreeConfig("static", 3, paths=((), (0,), (9,)))
     plan.check_ranks(10)
-    with pytest.raises(LMTPError, match=r"down to rank 9, but the vocabulary has 9 tokens \(ranks 0 to 8\)"):
+    with pytest.raises(LMTPError, match=r"down to rank 9, but the heads draft 9 tokens \(ranks 0 to 8\)"):
         plan.check_ranks(9)
     TreeConfig("dynamic", 64, width=40).check_ranks(9)  # takes what there is

@@ -49,6 +49,7 @@ def test_the_chat_command_with_an_adapter(llama, adapter, tmp_path):
 
 def test_webchat_answers(ending, expected, streamed, lines, tmp_path, monkeypatch):
     """The app that `llamafactory-cli webchat` launches, asked over HTTP."""
+    chat_models.draft_in_every_step(monkeypatch)  # an answer without drafts has nothing to unfold
     monkeypatch.chdir(tmp_path)  # upstream makes a cache folder
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
     args = {"model_name_or_path": str(ending), "template": "qwen", "do_sample": False}

@@ -95,7 +95,24 @@ def test_a_head_is_trained_with_the_token_that_a_draft_knows(head_backs, train):
         torch.testing.assert_close(outputs.losses[head], torch.stack(losses).mean())
 
 
-def test_each_place_looked_back_is_trained_evenly():
+def test_each_distance_is_trained_equally_often():
+    """Whatever the positions are: along a row, restarting in packed documents, on several axes, shared by all rows."""
+    config = LMTPConfig(offsets=(2, 3, 6), head_inputs="state_token", head_backs=3)
+    model = attach_heads(tiny_models.llama(), config, stage=1).train()
+    ids, along = torch.zeros(2, 12, dtype=torch.long), torch.arange(12)
+    packed = torch.cat([torch.arange(3), torch.arange(9)])
+    for positions in (None, along[None], along.expand(2, 12), packed.expand(2, 12), along.expand(3, 2, 12)):
+        starts = set()
+        for _ in range(8):
+            turns = model._known_tokens(ids, positions)["turns"]
+            assert turns.shape == (24,)
+            for backs in (1, 2, 3):
+                assert torch.bincount(turns % backs, minlength=backs).tolist() == [24 // backs] * backs or backs == 2
+            starts.add(int(turns[0]))
+        assert len(starts) > 1
+
+
+def test_how_far_heads_can_look_back():
     config = LMTPConfig(offsets=(2, 3, 6), head_inputs="state_token", head_backs=3)
     assert config.backs == (1, 2, 3)
     assert LMTPConfig(offsets=(2, 3, 6), head_inputs="state_token").backs == (1, 1, 3)

@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from helpers import tiny_data, tiny_models
 from helpers.tiny_models import randomise_heads
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -140,3 +142,54 @@ def test_another_number_of_tokens_is_refused():
         attach_heads(tiny_models.llama(), LMTPConfig(draft_vocab_size=9))
     with pytest.raises(LMTPError, match="draft_vocab_size is None, but 8 tokens are given"):
         attach_heads(tiny_models.llama(), draft_tokens=range(8))
+
+
+@pytest.mark.parametrize("tokens", [[9, 3, 7], [3, 3, 7], [3, 7, 99_999], [-1, 3, 7]], ids=str)
+def test_tokens_that_do_not_rise_inside_the_vocabulary_are_refused(tokens):
+    with pytest.raises(LMTPError, match="has to rise from 0 to at most .*: give sorted token ids"):
+        attach_heads(tiny_models.llama(), LMTPConfig(draft_vocab_size=3), draft_tokens=tokens)
+
+
+def test_heads_that_have_their_vocabulary_take_no_other():
+    heads = with_heads().leap_heads
+    with pytest.raises(LMTPError, match="have their draft vocabulary already"):
+        attach_heads(tiny_models.llama(), heads=heads, draft_tokens=TOKENS)
+
+
+def rows_of_wrapped_heads():
+    """LM heads that are no plain frozen layer on a device."""
+
+    def offloaded(layer):
+        add_hook_to_module(
+            layer, AlignDevicesHook(execution_device="cpu", offload=True, weights_map=dict(layer.state_dict()))
+        )
+        assert layer.weight.is_meta
+        return layer
+
+    yield "trained", lambda layer: layer.requires_grad_()
+    yield (
+        "lora",
+        lambda layer: get_peft_model(nn.Sequential(layer), LoraConfig(target_modules=["0"])).base_model.model[0],
+    )
+    yield "offloaded", offloaded
+
+
+@pytest.mark.parametrize(
+    ("name", "wrap"), rows_of_wrapped_heads(), ids=lambda part: part if isinstance(part, str) else ""
+)
+@pytest.mark.parametrize("bias", [False, True])
+def test_rows_of_any_lm_head_are_its_logits(name, wrap, bias):
+    torch.manual_seed(0)
+    layer, hidden, tokens = nn.Linear(8, 30, bias=bias), torch.randn(3, 8), torch.tensor([1, 4, 29])
+    expected = layer(hidden)[:, tokens]
+    wrapped = wrap(layer)
+    torch.testing.assert_close(draft_vocabulary.rows_of(wrapped, tokens)(hidden), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(draft_vocabulary.rows_of(wrapped, tokens)(hidden), expected)
+
+
+def test_rows_that_need_no_gradient_are_copied_once():
+    layer, tokens = nn.Linear(8, 30), torch.tensor([1, 4, 29])
+    assert type(draft_vocabulary.rows_of(layer, tokens)) is draft_vocabulary.LMHeadRows
+    with torch.no_grad():
+        assert type(draft_vocabulary.rows_of(layer, tokens)) is nn.Linear

@@ -43,7 +43,7 @@ def leap_loss(
 
     Args:
         hidden: (rows, hidden) final hidden states.
-        targets: (heads, rows) token ids, -100 where masked.
+        targets: (heads, rows) indices of the heads' logits, -100 where masked.
         scales: (heads,) factors of the heads' loss sums.
         heads: Heads in the order of `targets`.
         softcap: The model's `final_logit_softcapping`.

@@ -52,7 +52,7 @@ def chunked_loss(
 
     Args:
         hidden: (rows, hidden) final hidden states.
-        targets: (heads, rows) token ids, -100 where masked.
+        targets: (heads, rows) indices of the heads' logits, -100 where masked.
         scales: (heads,) factors of the heads' loss sums.
         heads: Heads in the order of `targets`.
         row_loss: In-place form of the row loss, see `rows.py`.

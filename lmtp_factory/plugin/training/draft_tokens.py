@@ -1,4 +1,4 @@
-"""The draft vocabulary of fresh heads, counted on the training text (`draft_vocab_size`)."""
+"""The draft vocabulary of fresh heads, counted on the answers of the training set (`draft_vocab_size`)."""
 
 from collections.abc import Iterator
 
@@ -28,7 +28,7 @@ def count_draft_tokens(dataset_module: dict, config: LMTPConfig, vocab_size: int
     if dataset is None or isinstance(dataset, IterableDataset) or not hasattr(dataset, "column_names"):
         what = "there is none" if dataset is None else "a stream cannot be read beforehand"
         raise LMTPError(
-            f"draft_vocab_size counts the words of the training text, but {what}: leave it out, or name heads that have a "
+            f"draft_vocab_size counts the tokens of the training set, but {what}: leave it out, or name heads that have a "
             "draft vocabulary in stage1_pretrained_path."
         )
     size, total, covered = config.draft_vocab_size, 0, 0
@@ -37,7 +37,7 @@ def count_draft_tokens(dataset_module: dict, config: LMTPConfig, vocab_size: int
     for row in _labels(dataset):
         total += len(row)
         covered += sum(token in chosen for token in row)
-    log.info(f"The heads draft {size} of {vocab_size} tokens, {covered / max(total, 1):.1%} of the training text.")
+    log.info(f"The heads draft {size} of {vocab_size} tokens, {covered / max(total, 1):.1%} of the training answers.")
     return tuple(tokens)
 
 

@@ -19,14 +19,14 @@ LABELS = {
     "head_block": {"label": "Head block", "info": "linear: the paper's; mlp: a gated MLP, 4 times as wide."},
     "draft_vocab_size": {
         "label": "Draft vocabulary",
-        "info": "Draft only so many tokens, the most frequent of the training text. Empty: all.",
+        "info": "Number of tokens that heads can draft, the most frequent of the answers. Empty: all.",
     },
     "head_inputs": {
         "label": "Heads read",
         "info": "state: the final hidden state; state_token: also the newest known token.",
     },
     "head_backs": {
-        "label": "Places looked back",
+        "label": "Positions looked back",
         "info": "Only with state_token and many heads: the largest leap that lmtp-cli select may choose.",
     },
     "head_decay": {"label": "Head decay", "info": "Weight of each head's loss relative to the previous head's."},
