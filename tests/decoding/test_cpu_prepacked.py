@@ -233,7 +233,8 @@ def test_int8_rows_follow_weight_and_choice():
             for _ in range(2):
                 with prepacked(nn.Sequential(layer)):
                     exact, rough = layer(inputs)[:, rows], int8_linear(layer, rows)(inputs)
-                assert (exact - rough).norm() < 0.02 * exact.norm()
+                # Other rows, or those of the weight before, would be wrong by more than the outputs themselves.
+                assert (exact - rough).norm() < 0.1 * exact.norm()
                 layer.weight.data.copy_(layer.weight.data.flip(0))
 
 

@@ -167,7 +167,7 @@ def test_trees_wider_than_the_vocabulary(leap, rows):
         assert_as_stock(model, **inputs, **kwargs, lmtp_tree=TreeConfig("dynamic", 64, width=width))
     assert_as_stock(model, **inputs, **kwargs, lmtp_tree=TreeConfig("static", 3, paths=((), (0,), (8,))))
     beyond = TreeConfig("static", 3, paths=((), (0,), (9,)))
-    message = r"static tree takes candidates down to rank 9, but the vocabulary has 9 tokens \(ranks 0 to 8\)"
+    message = r"static tree takes candidates down to rank 9, but the heads draft 9 tokens \(ranks 0 to 8\)"
     with pytest.raises(LMTPError, match=message):
         model.generate(**inputs, **kwargs, lmtp_tree=beyond)
     assert torch.equal(
