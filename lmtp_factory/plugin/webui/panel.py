@@ -43,10 +43,11 @@ class Panel:
                 head_kind = gr.Dropdown(choices=[AUTO, *HEAD_KINDS], value=AUTO)
                 head_layers = gr.Number(value=None, minimum=1, precision=0, placeholder=str(fresh.head_layers))
                 head_block = gr.Dropdown(choices=[AUTO, *HEAD_BLOCKS], value=AUTO)
-                draft_vocab_size = gr.Number(value=None, minimum=1, precision=0)
+                # Without a placeholder the page sends 0 for an empty number.
+                draft_vocab_size = gr.Number(value=None, minimum=1, precision=0, placeholder=AUTO)
             with gr.Row():
                 head_inputs = gr.Dropdown(choices=[AUTO, *HEAD_INPUTS], value=AUTO)
-                head_backs = gr.Number(value=None, minimum=1, precision=0)
+                head_backs = gr.Number(value=None, minimum=1, precision=0, placeholder=str(fresh.head_backs))
                 head_decay = gr.Number(value=None, placeholder=str(HEAD_DECAY))
                 warmup_ratio = gr.Slider(minimum=0, maximum=0.5, value=recipe(1)["warmup_ratio"], step=0.01)
             with gr.Row(visible=False) as row1:

@@ -144,3 +144,12 @@ def test_choosing_an_lmtp_stage_keeps_the_dataset(board):
 
     assert train.change_stage("Pre-Training") == ([], True)
     assert all("value" not in update for update in train.change_stage(STAGE1))
+
+
+def test_every_empty_number_has_a_placeholder(board):
+    """Without one the page sends 0, which `minimum` refuses: no button of the Train tab would work."""
+    import gradio as gr
+
+    numbers = [board.component(f"train.{key}") for key in fields.ALL_FIELDS]
+    numbers = [number for number in numbers if isinstance(number, gr.Number) and number.value is None]
+    assert len(numbers) > 4 and all(number.placeholder for number in numbers)
