@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..errors import LMTPError
 from ..files import HEADS_FOLDER
-from .arguments import count
+from .arguments import add_replay_options, count
 from .heads_output import check_output, holds_model
 
 
@@ -18,17 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-heads", type=count, required=True, metavar="N", help="heads to keep, without the LM head"
     )
-    parser.add_argument("--prompts", required=True, metavar="FILE", help="JSON or JSONL, as lmtp-cli distill reads")
     parser.add_argument(
         "--output", required=True, metavar="DIR", help=f"directory for {HEADS_FOLDER}/ and the tokenizer"
     )
-    parser.add_argument("--limit", type=count, default=24, metavar="N", help="use the first N prompts (default: 24)")
-    parser.add_argument(
-        "--max-new-tokens", type=count, default=128, metavar="N", help="length of an answer (default: 128)"
-    )
-    parser.add_argument(
-        "--context", type=count, default=256, metavar="N", help="cached tokens while timing (default: 256)"
-    )
+    add_replay_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:

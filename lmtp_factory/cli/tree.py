@@ -4,20 +4,13 @@ import argparse
 from pathlib import Path
 
 from ..errors import LMTPError
-from .arguments import count
+from .arguments import add_replay_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.add_argument("model", metavar="MODEL", help="export, adapter or stage-1 directory with heads")
-    parser.add_argument("--prompts", required=True, metavar="FILE", help="JSON or JSONL, as lmtp-cli distill reads")
-    parser.add_argument("--limit", type=count, default=24, metavar="N", help="use the first N prompts (default: 24)")
-    parser.add_argument(
-        "--max-new-tokens", type=count, default=128, metavar="N", help="length of an answer (default: 128)"
-    )
-    parser.add_argument(
-        "--context", type=count, default=256, metavar="N", help="cached tokens while timing (default: 256)"
-    )
+    add_replay_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
