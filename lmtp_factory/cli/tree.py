@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
     from ..modeling.model import base_of
     from ..tuning.costs import measure_costs
     from ..tuning.plots import draw_tree
-    from ..tuning.replay import accuracies, observe, with_steps
+    from ..tuning.replay import accuracies, observe_answers
     from ..tuning.tree_search import measured, rank_trees, table, tree_config_of
 
     folder = find_heads(args.model) if Path(args.model).is_dir() else None
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     _, prompts = read_prompts(args.model, args.prompts, args.limit)
     model = base_of(load_for_scoring(args.model))
     rows = self_generated_rows(model, prompts, args.max_new_tokens)
-    observed = with_steps([observe(model, row, DEFAULT_WIDTH) for row in rows])
+    observed = observe_answers(model, rows, DEFAULT_WIDTH)
     costs = measure_costs(model, context=args.context)
     options = rank_trees(observed, costs)
     best = max(options, key=lambda option: option.tokens_per_second)

@@ -1,4 +1,4 @@
-"""Linear layers with prepacked weights for fast decoding on a CPU.
+"""Linear layers with prepacked weights, for a backbone that only runs forwards on a CPU: decoding, stage 1, scoring.
 
 A forward of a few tokens is bound by reading weights. oneDNN's packed layout, which torch.compile's freezing also uses,
 is read faster than torch's ordinary fp32 layout, and several tokens share one read. This makes verifying a tree cheap
@@ -14,7 +14,7 @@ therefore compares a checksum of each weight with that of its copy, which reads 
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from weakref import WeakKeyDictionary
@@ -22,6 +22,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from ..modeling import onednn
 from .free_memory import free_memory
 
 
@@ -60,13 +61,13 @@ def available() -> bool:
     """Return whether torch has the packed operators and they agree with an ordinary matmul."""
     try:
         weight, inputs = _sample_matrices()
-        return torch.allclose(_linear(inputs, _pack(weight), None), inputs @ weight.T, atol=1e-4)
+        return torch.allclose(onednn.linear(inputs, _pack(weight)), inputs @ weight.T, atol=1e-4)
     except (AttributeError, RuntimeError, NotImplementedError):
         return False
 
 
 def can_prepack(model: nn.Module, compiled: bool = False) -> bool:
-    """Return whether decoding uses prepacked weights: `model` has fp32 linear layers on a CPU, and memory allows a copy.
+    """Return whether `model` has fp32 linear layers on a CPU, and memory allows a packed copy of them.
 
     Args:
         model: The model.
@@ -79,6 +80,11 @@ def can_prepack(model: nn.Module, compiled: bool = False) -> bool:
         missing = sum(4 * layer.weight.numel() for layer in linears if _kept(layer) is None)
     free = free_memory()
     return free is not None and missing <= _SHARE * free
+
+
+def prepacked_if_possible(model: nn.Module, compiled: bool = False) -> AbstractContextManager[None]:
+    """Return `prepacked(model)` if `can_prepack` allows it, else a context that changes nothing."""
+    return prepacked(model) if can_prepack(model, compiled) else nullcontext()
 
 
 @contextmanager
@@ -146,7 +152,7 @@ class _PrepackedForward:
         plain = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or inputs.dtype != torch.float32
         if plain or inputs.device.type != "cpu":
             return nn.Linear.forward(self.layer, inputs)
-        return _linear(inputs, self.packed, self.layer.bias)
+        return onednn.linear(inputs, self.packed, self.layer.bias)
 
 
 def _linears(model: nn.Module) -> list[nn.Linear]:
@@ -206,10 +212,6 @@ def _bits(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def _pack(weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight, _TUNED_FOR)
-
-
-def _linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
 
 
 def _quantise(weight: Tensor):

@@ -5,7 +5,6 @@ replaces `_sample` only. Beam search, assisted and contrastive generation do not
 """
 
 import time
-from contextlib import nullcontext
 
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
@@ -14,9 +13,10 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .. import geometry
 from ..modeling.heads import lm_logits
-from . import compat, cpu_prepacked
+from . import compat
 from .accept import Acceptor
 from .cache import TreeCache
+from .cpu_prepacked import prepacked_if_possible
 from .draft import unembeddings_kept
 from .request import current_request
 from .state import DecodeState, prompt_length
@@ -80,8 +80,7 @@ def decode(
     pad_token = compat.pad_token(config)
     state = DecodeState(Acceptor(input_ids, processors, criteria, config), cache)
     stream = Stream(streamer, state.acceptor, pad_token)
-    prepack = cpu_prepacked.can_prepack(model, compiled)
-    weights = cpu_prepacked.prepacked(model) if prepack else nullcontext()
+    weights = prepacked_if_possible(model, compiled)
     with weights, unembeddings_kept(), stats.timed("total", input_ids.device):
         with stats.timed("prefill", input_ids.device):
             state.prefill(model, input_ids, model_kwargs)

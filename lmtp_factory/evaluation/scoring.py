@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from ..decoding.cpu_prepacked import prepacked_if_possible
 from ..distill.rows import PROMPT_COLUMN, RESPONSE_COLUMN, parse_ids
 from ..errors import LMTPError
 from ..modeling.losses.targets import IGNORE_INDEX
@@ -93,11 +94,12 @@ def score_heads(model: nn.Module, rows: Sequence[Row], batch_size: int = 4, labe
     model.eval()
     try:
         ordered = sorted(rows, key=lambda row: len(row[0]) + len(row[1]))
-        for start in tqdm(range(0, len(ordered), batch_size), desc=label, leave=False):
-            batch = _batch(ordered[start : start + batch_size], base.device)
-            outputs = base.leap_loss(objective=objective, **batch)
-            parts = (outputs.loss_sums, outputs.hits, outputs.counts, outputs.outside)
-            sums += torch.stack([part.cpu().double() for part in parts])
+        with prepacked_if_possible(base.base_model):
+            for start in tqdm(range(0, len(ordered), batch_size), desc=label, leave=False):
+                batch = _batch(ordered[start : start + batch_size], base.device)
+                outputs = base.leap_loss(objective=objective, **batch)
+                parts = (outputs.loss_sums, outputs.hits, outputs.counts, outputs.outside)
+                sums += torch.stack([part.cpu().double() for part in parts])
     finally:
         model.train(was_training)
     targets = sums[2] + sums[3]

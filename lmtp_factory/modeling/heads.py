@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..config import LMTPConfig
-from . import draft_vocabulary
+from . import draft_vocabulary, onednn
 from .blocks import BLOCKS, KnownToken, Linear, unchanged
 from .dtypes import cast_like
 from .losses import HeadSpec, leap_loss
@@ -166,11 +166,13 @@ class LeapHeads(PreTrainedModel):
         Returns:
             Scalar loss; (heads,) unscaled loss sums; (heads,) top-1 hits.
         """
+        linear = unchanged if implementation == "eager" else onednn.trainable_linear
         specs = []
         for head, layer in zip(self.heads, self.unembeddings(lm_head)):
             computes_all = self.config.draft_vocab_size is None or isinstance(layer, draft_vocabulary.LMHeadRows)
             size = self.config.vocab_size if computes_all else self.config.draft_vocab_size
-            specs.append(HeadSpec(_Features(head, embeddings, turns), layer, size, tuple(head.blocks.parameters())))
+            features = _Features(head, embeddings, turns, linear)
+            specs.append(HeadSpec(features, layer, size, tuple(head.blocks.parameters())))
         if len(targets) > len(specs):
             specs.insert(0, HeadSpec(_identity, lm_head, self.config.vocab_size))
         return leap_loss(hidden, targets, scales, specs, softcap=softcap, implementation=implementation)
@@ -179,17 +181,17 @@ class LeapHeads(PreTrainedModel):
 class _Features:
     """Features of one head for the rows of a training batch."""
 
-    def __init__(self, head: LeapHead, embeddings: Tensor | None, turns: Tensor | None):
-        self.head, self.embeddings, self.turns = head, embeddings, turns
+    def __init__(self, head: LeapHead, embeddings: Tensor | None, turns: Tensor | None, linear: Linear):
+        self.head, self.embeddings, self.turns, self.linear = head, embeddings, turns, linear
 
     def __call__(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """Map (rows, hidden) final hidden states to features; `rows` are their (rows,) numbers in the batch."""
         if not self.head.backs:
-            return self.head.features(hidden)
+            return self.head.features(hidden, linear=self.linear)
         back = self.turns[rows] % self.head.backs  # (rows,)
         # Beyond the last row there is no target, so that any token will do.
         token = (rows + 1 + back).clamp(max=len(self.embeddings) - 1)
-        return self.head.features(hidden, KnownToken(self.embeddings[token], back))
+        return self.head.features(hidden, KnownToken(self.embeddings[token], back), self.linear)
 
 
 def _identity(hidden: Tensor, rows: Tensor) -> Tensor:

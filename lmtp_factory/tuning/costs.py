@@ -3,7 +3,6 @@
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,8 +12,8 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from .. import geometry
-from ..decoding import cpu_prepacked
 from ..decoding.cache import TreeCache
+from ..decoding.cpu_prepacked import prepacked_if_possible
 from ..decoding.draft import Window, candidates_of, unembeddings_kept
 from ..decoding.state import one_row_state
 from ..decoding.tree import chain_paths, fixed, grow
@@ -71,8 +70,7 @@ def measure_drafts(
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (1, context), generator=generator).to(device)
     cache = TreeCache.replacing(DynamicCache(config=config), config, columns=0)
-    weights = cpu_prepacked.prepacked(model) if cpu_prepacked.can_prepack(model) else nullcontext()
-    with weights, unembeddings_kept():
+    with prepacked_if_possible(model), unembeddings_kept():
         hidden = model.base_model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
         window = Window.of_prompt(hidden, [context], window_size)
         window.roots = ids[:, 0]

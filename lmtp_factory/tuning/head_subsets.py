@@ -16,7 +16,7 @@ from ..decoding.tree_config import DEFAULT_WIDTH
 from ..errors import LMTPError
 from ..evaluation.scoring import Row
 from .costs import StepCosts, measure_drafts
-from .replay import Observed, observe_pairs, with_steps
+from .replay import Observed, observe_answers
 from .tree_search import Option, rank_trees
 
 
@@ -107,7 +107,7 @@ def rank_subsets(
     by_offsets = {offsets: pairs_within(trained, offsets) for offsets in subsets(model.leap_heads.config, num_heads)}
     # In the order of `candidates_of`: by head, and from the state that is furthest back to the last.
     pairs = sorted({pair for one in by_offsets.values() for pair in one}, key=lambda pair: (pair[0], -pair[1]))
-    observed = with_steps([observe_pairs(model, row, pairs, width) for row in rows])
+    observed = observe_answers(model, rows, width, pairs)
 
     one_of_reach = {geometry.reach(offsets): one for offsets, one in by_offsets.items()}
     costs = dict(zip(one_of_reach, measure_drafts(model, list(one_of_reach.values()), **timing)))

@@ -5,14 +5,15 @@ the candidates of every step, and the ranks of the text's tokens among them give
 again.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from .. import geometry
-from ..decoding.draft import Window, candidates_of
+from ..decoding.cpu_prepacked import prepacked_if_possible
+from ..decoding.draft import Window, candidates_of, unembeddings_kept
 from ..decoding.tree import grow
 from ..decoding.tree_config import AcceptanceCalibration, TreeConfig
 from ..errors import LMTPError
@@ -41,6 +42,28 @@ class Observed:
     def columns(self, levels: Sequence[int]) -> "Observed":
         """Return the levels at these indices, in this order."""
         return Observed(self.probabilities[:, levels], self.ranks[:, levels])
+
+
+def observe_answers(
+    model: nn.Module, rows: Iterable[Row], width: int, pairs: Sequence[tuple[int, int]] | None = None
+) -> list[Observed]:
+    """Observe every answer that has a step.
+
+    The backbone may use prepacked weights. The heads compute in full precision: int8 rounds all rows of a call alike, and
+    a call here has more rows than a draft.
+
+    Args:
+        model: A model with leap heads.
+        rows: Token ids of prompts and of the model's greedy answers.
+        width: Number of candidates per level.
+        pairs: See `observe_pairs`. Default: the levels of the model's own heads.
+
+    Raises:
+        LMTPError: No answer has a step.
+    """
+    pairs = geometry.lookback_pairs(model.leap_heads.config.offsets) if pairs is None else pairs
+    with prepacked_if_possible(model.base_model), unembeddings_kept():
+        return with_steps([observe_pairs(model, row, pairs, width) for row in rows])
 
 
 def observe(model: nn.Module, row: Row, width: int) -> Observed:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from .. import onednn
 from ..dtypes import accumulation_dtype, cast_like, compute_dtype
 from .head_spec import HeadSpec
 from .implementation import as_plain_linear
@@ -25,7 +26,7 @@ from .targets import IGNORE_INDEX
 # Vocabulary 152,064: 256 MiB hold 441 fp32 rows and 1 GiB 3,530 bf16 rows. Vocabulary 262,144: 256 and 2,048 rows.
 LOGIT_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
 
-# Temporary memory of a weight's gradient if its dtype differs from the logits', so that the matmul cannot add in place.
+# Temporary memory of a weight's gradient where the matmul cannot add in place: oneDNN's, or of another dtype.
 _PRODUCT_BYTES = 64 * 2**20
 
 
@@ -180,10 +181,7 @@ class _HeadRun:
         if self._weight is None:
             self._weight = weight.detach().to(compute_dtype(weight))
         features = features.to(self._weight.dtype)
-        # Reuse the buffer: page faults on a new allocation are slow.
-        if self._logits is None or len(self._logits) < len(features):
-            self._logits = features.new_empty(len(features), self.head.vocab_size)
-        logits = torch.mm(features, self._weight.t(), out=self._logits[: len(features)])  # (rows, vocabulary)
+        logits = self._multiply(features, self._weight.t())  # (rows, vocabulary)
         if bias is not None:
             logits += bias.detach()
         losses, hits = self.row_loss(logits, targets, self.softcap)
@@ -192,7 +190,16 @@ class _HeadRun:
             _add_product_(gradients[weight], logits, features, scale)
         if bias is not None and bias in gradients:
             gradients[bias] += logits.sum(0, dtype=gradients[bias].dtype) * scale
-        return losses, hits, logits @ self._weight if features_need else None  # (rows, hidden)
+        return losses, hits, onednn.mm(logits, self._weight) if features_need else None  # (rows, hidden)
+
+    def _multiply(self, features: Tensor, weight: Tensor) -> Tensor:
+        """Multiply (rows, hidden) by (hidden, vocabulary), into a buffer where possible."""
+        if onednn.usable(features, weight):
+            return onednn.mm(features, weight)
+        # Reuse the buffer: page faults on a new allocation are slow.
+        if self._logits is None or len(self._logits) < len(features):
+            self._logits = features.new_empty(len(features), self.head.vocab_size)
+        return torch.mm(features, weight, out=self._logits[: len(features)])
 
     def _project_by_autograd(self, features, targets, scale, gradients, features_need):
         """Do the same with autograd, for an unembedding that is not a plain linear layer (quantised, LoRA)."""
@@ -226,10 +233,10 @@ def _add_product_(total: Tensor, logits: Tensor, features: Tensor, scale: Tensor
         features: (rows, hidden).
         scale: Scalar.
     """
-    if total.dtype == logits.dtype:
+    if total.dtype == logits.dtype and not onednn.usable(logits, features):
         total.addmm_(logits.t(), features * scale)
         return
     # A block of the vocabulary at a time. The product is scaled in fp32: `scale` is too small for fp16.
     rows = max(1, _PRODUCT_BYTES // (total.shape[1] * total.element_size()))
     for part, columns in zip(total.split(rows), logits.split(rows, dim=1)):  # (block, hidden), (rows, block)
-        part.addcmul_((columns.t() @ features).to(total.dtype), scale.to(total.dtype))
+        part.addcmul_(onednn.mm(columns.t(), features).to(total.dtype), scale.to(total.dtype))

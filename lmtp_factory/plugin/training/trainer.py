@@ -1,6 +1,7 @@
 """Trainer of both stages: upstream's SFT Trainer with per-head averages, metrics and checkpoints."""
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn.utils import clip_grad_norm_
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
+from ...decoding.cpu_prepacked import prepacked_if_possible
 from ...errors import LMTPError
 from ...files import HEADS_FOLDER
 from ...modeling import heads_of, load_heads, save_heads
@@ -159,7 +161,15 @@ class LeapTrainer(CustomSeq2SeqTrainer):
             resume_from_checkpoint, str
         ):  # here, because DeepSpeed restores its own checkpoint without _load_from_checkpoint
             self._check_heads(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        with self._fast_backbone():
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _fast_backbone(self) -> AbstractContextManager[None]:
+        """Return a context in which a frozen fp32 backbone on a CPU computes with prepacked weights."""
+        weights_change = self.objective.trains_backbone or self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if weights_change or self.args.bf16 or self.args.fp16:  # autocast casts the weights in each forward
+            return nullcontext()
+        return prepacked_if_possible(self.leap_model.base_model, compiled=self.args.torch_compile)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         if self.objective.trains_backbone:

@@ -1,0 +1,76 @@
+"""fp32 matrix products on a CPU by oneDNN.
+
+torch multiplies fp32 matrices with MKL, which chooses slower kernels on CPUs that are not Intel's. oneDNN, which is part of
+torch too, uses AVX-512 there as well (benchmarks/README.md).
+"""
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+@cache
+def available() -> bool:
+    """Return whether torch has oneDNN's linear layer, and it agrees with an ordinary matmul."""
+    try:
+        weight, inputs = torch.arange(24 * 16).sin().view(24, 16), torch.arange(3 * 16).cos().view(3, 16)
+        return torch.allclose(linear(inputs, weight), inputs @ weight.T, atol=1e-4)
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return False
+
+
+def usable(inputs: Tensor, weight: Tensor) -> bool:
+    """Return whether oneDNN should multiply these matrices: both are fp32 on a CPU, and autocast would not cast them."""
+    both = (inputs, weight)
+    if any(tensor.device.type != "cpu" or tensor.dtype != torch.float32 or tensor.is_meta for tensor in both):
+        return False
+    return not torch.is_autocast_enabled("cpu") and available()
+
+
+def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute `inputs @ weight.T + bias`, without gradients.
+
+    Args:
+        inputs: (..., in) fp32.
+        weight: (out, in) fp32, of any strides or packed by oneDNN.
+        bias: (out,) fp32, or None.
+    """
+    return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+
+
+def mm(left: Tensor, right: Tensor) -> Tensor:
+    """Multiply (n, k) by (k, m), by oneDNN if it is `usable`; without gradients."""
+    return linear(left, right.t()) if usable(left, right) else left @ right
+
+
+class _Linear(torch.autograd.Function):
+    """A linear layer whose forward and backward use oneDNN."""
+
+    @staticmethod
+    def forward(ctx, inputs, weight, bias):
+        ctx.save_for_backward(inputs, weight)
+        return linear(inputs, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        inputs, weight = ctx.saved_tensors
+        needs_inputs, needs_weight, needs_bias = ctx.needs_input_grad
+        rows = gradient.reshape(-1, gradient.shape[-1])  # (rows, out)
+        of_inputs = mm(rows, weight).view_as(inputs) if needs_inputs else None
+        of_weight = mm(rows.t(), inputs.reshape(-1, inputs.shape[-1])) if needs_weight else None
+        return of_inputs, of_weight, rows.sum(0) if needs_bias else None
+
+
+def trainable_linear(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
+    """Return a function that computes `layer` with gradients, by oneDNN where it is `usable`."""
+
+    def forward(inputs: Tensor) -> Tensor:
+        if type(layer) is nn.Linear and usable(inputs, layer.weight):
+            return _Linear.apply(inputs, layer.weight, layer.bias)
+        return layer(inputs)
+
+    return forward
