@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from lmtp_factory import LMTPConfig, attach_heads
+from lmtp_factory.decoding.cpu_prepacked import prepacked_if_possible
+from lmtp_factory.modeling.draft_vocabulary import most_frequent
 from lmtp_factory.modeling.losses.targets import IGNORE_INDEX
 from lmtp_factory.modeling.model import softcap_of
 from lmtp_factory.plugin.training.collator import CACHE_INDEX, CachedStatesCollator
@@ -24,6 +26,7 @@ ARMS = {
     "stage 1, naive": "padded; computes the LM head and its loss, stores all hidden states, stacks all logits",
     "stage 1": "packed; final hidden states and the leap loss",
     "stage 1, cached": "packed; final hidden states from the cache on disk and the leap loss",
+    "stage 1, cached, draft vocabulary": "the same; heads draft the most frequent tokens of the text only",
     "stage 1, backbone": "packed; only the frozen forward, a lower bound of stage 1 without a cache",
     "LoRA SFT": "padded; transformers' own loss",
     "stage 2, naive": "padded; stores all hidden states, stacks all logits",
@@ -42,6 +45,7 @@ class Setting:
     heads: int
     kind: str
     checkpointing: bool
+    draft_vocab_size: int
 
 
 def make_step(
@@ -71,9 +75,11 @@ def make_step(
             model.gradient_checkpointing_enable()
     leap_model = model
     if arm != "LoRA SFT":
-        attach_heads(
-            model, LMTPConfig(num_heads=setting.heads, head_kind=setting.kind), stage=1 if "stage 1" in arm else 2
-        )
+        size = setting.draft_vocab_size if "draft vocabulary" in arm else None
+        config = LMTPConfig(num_heads=setting.heads, head_kind=setting.kind, draft_vocab_size=size)
+        answers = ([token for token in document["labels"] if token >= 0] for document in documents)
+        tokens = size and most_frequent(answers, size, model.config.vocab_size)
+        attach_heads(model, config, stage=1 if "stage 1" in arm else 2, draft_tokens=tokens)
         leap_model = model if "stage 1" in arm else model.get_base_model()
         leap_model.leap_heads.float()
     model.train()
@@ -84,15 +90,15 @@ def make_step(
     def packed(batch: Sequence[dict]) -> dict[str, Tensor]:
         return pack(batch, arrange([len(d["input_ids"]) for d in batch], hidden_size), pad)
 
-    cached = (
-        CachedStatesCollator(None, fill(folder, leap_model, documents, pad), pad) if arm == "stage 1, cached" else None
-    )
+    if "stage 1" in arm and "naive" not in arm:  # as the Trainer does, until this process ends
+        prepacked_if_possible(leap_model.base_model).__enter__()
+    cached = CachedStatesCollator(None, fill(folder, leap_model, documents, pad), pad) if "cached" in arm else None
 
     def loss_of(batch: Sequence[dict]) -> Tensor:
         if arm in ("stage 1", "stage 1, backbone"):
             inputs = _moved(packed(batch), setting.device)
             return model(**inputs).loss if arm == "stage 1" else leap_model.final_hidden_states(**_unlabelled(inputs))
-        if arm == "stage 1, cached":
+        if "cached" in arm:
             return model(**_moved(cached(batch), setting.device)).loss
         inputs = _moved(padded(batch, pad), setting.device)
         return naive_loss(leap_model, inputs) if "naive" in arm else model(**inputs).loss

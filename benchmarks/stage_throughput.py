@@ -48,7 +48,14 @@ def main() -> None:
     report = {"machine": describe(device), "steps": args.steps, "batches": []}
     for batch in args.batch:
         setting = Setting(
-            args.model, batch, args.dtype, args.device, args.heads, args.kind, args.gradient_checkpointing
+            args.model,
+            batch,
+            args.dtype,
+            args.device,
+            args.heads,
+            args.kind,
+            args.gradient_checkpointing,
+            args.draft_vocab,
         )
         rows = compare(setting, args)
         print_table(setting, rows)
@@ -70,6 +77,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--kind", choices=HEAD_KINDS, default="own")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="in stage 2 and SFT")
+    parser.add_argument("--draft-vocab", type=int, default=8192, help="words of the draft vocabulary (default: 8192)")
     parser.add_argument("--steps", type=int, default=3, help="measured steps, after one warm-up step")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
@@ -164,12 +172,12 @@ def read_documents(path: str, cutoff: int, count: int) -> list[dict]:
 def print_table(setting: Setting, rows: dict[str, dict]) -> None:
     print(f"\n{setting.batch} documents a step, {setting.heads} {setting.kind} heads, {setting.dtype}")
     print(
-        f"{'':<18}{'tokens/s':>10}{'x naive':>9}{'x SFT':>8}{'memory':>13}{'of naive':>10}{'with model':>12}{'of SFT':>8}"
+        f"{'':<34}{'tokens/s':>10}{'x naive':>9}{'x SFT':>8}{'memory':>13}{'of naive':>10}{'with model':>12}{'of SFT':>8}"
     )
     for arm, row in rows.items():
         naive = BASELINES[arm.split(",")[0]]
         print(
-            f"{arm:<18}{row['tokens_per_second']:>10.1f}{cell(row.get(f'speed over {naive}'), '.2f'):>9}"
+            f"{arm:<34}{row['tokens_per_second']:>10.1f}{cell(row.get(f'speed over {naive}'), '.2f'):>9}"
             f"{cell(row.get('speed over LoRA SFT'), '.2f'):>8}{cell(row['peak_bytes'], ',.0f', MIB, ' MiB'):>13}"
             f"{cell(row.get(f'memory over {naive}'), '.2f'):>10}"
             f"{cell(row.get(f'memory with model over {naive}'), '.2f'):>12}"

@@ -11,7 +11,7 @@ from helpers import tiny_models
 
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "stage_throughput.py"
-ARMS = ("stage 1, naive", "stage 1", "stage 1, cached", "stage 2", "LoRA SFT")
+ARMS = ("stage 1, naive", "stage 1", "stage 1, cached", "stage 1, cached, draft vocabulary", "stage 2", "LoRA SFT")
 
 
 @pytest.mark.slow
@@ -32,6 +32,8 @@ def test_both_stages(tmp_path):
         "1",
         "--device",
         "cpu",
+        "--draft-vocab",
+        "20",
     ]
     command = [sys.executable, SCRIPT, model, *options, "--arms", *ARMS, "--json", numbers, "--plot", plot]
     done = subprocess.run(

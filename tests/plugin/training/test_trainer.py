@@ -7,6 +7,7 @@ import torch
 from helpers import llamafactory_runs as runs
 from helpers import tiny_models
 from safetensors.torch import load_file
+from torch import nn
 
 from lmtp_factory import LMTPError
 from lmtp_factory.modeling.checkpoint import load_heads, read_config
@@ -337,3 +338,25 @@ def test_every_path_of_the_loss_trains_the_same(run, llama, data, tmp_path, line
     assert said[0].startswith("Leap loss: chunks of at most 256 MB of logits, softmax in plain torch")
     assert ("autograd computes the gradient" in said[0]) == ("lora_target" in run)
     assert said[1] == "Leap loss: eager, every head's logits at once."
+
+
+@pytest.mark.parametrize("stage, packed", [("lmtp1", True), ("lmtp2", False)])
+def test_only_a_frozen_backbone_has_packed_weights(stage, packed, llama, data, stage1, tmp_path, trainers, monkeypatch):
+    """In stage 2 the weights change with every step. After training all layers are as before."""
+    from lmtp_factory.modeling.model import LeapModel
+
+    seen, states = set(), LeapModel.final_hidden_states
+
+    def look(self, **inputs):
+        layers = [*self.base_model.modules(), self.lm_head, *self.leap_heads.modules()]
+        seen.update((layer is self.lm_head, "forward" in vars(layer)) for layer in layers if type(layer) is nn.Linear)
+        return states(self, **inputs)
+
+    monkeypatch.setattr(LeapModel, "final_hidden_states", look)
+    source = {"stage1_pretrained_path": str(stage1)} if stage == "lmtp2" else {"head_kind": "shared"}
+    runs.train(
+        llama, data, tmp_path, stage=stage, max_steps=2, val_size=6, eval_strategy="steps", eval_steps=1, **source
+    )
+    assert (False, True) in seen if packed else (False, True) not in seen
+    assert (True, True) not in seen
+    assert not any("forward" in vars(layer) for layer in trainers[0].model.modules() if type(layer) is nn.Linear)
