@@ -1,6 +1,7 @@
 """The arms of `stage_throughput.py`: the training step of each arm, on the same documents."""
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from lmtp_factory import LMTPConfig, attach_heads
-from lmtp_factory.decoding.cpu_prepacked import prepacked_if_possible
+from lmtp_factory.decoding.cpu_prepacked import can_prepack, prepacked_if_possible
 from lmtp_factory.modeling.draft_vocabulary import most_frequent
 from lmtp_factory.modeling.losses.targets import IGNORE_INDEX
 from lmtp_factory.modeling.model import softcap_of
@@ -49,7 +50,7 @@ class Setting:
 
 
 def make_step(
-    arm: str, setting: Setting, documents: Sequence[dict], folder: str
+    arm: str, setting: Setting, documents: Sequence[dict], folder: str, stack: ExitStack
 ) -> tuple[Callable[[Sequence[dict]], None], int, int]:
     """Create the training step of an arm.
 
@@ -58,9 +59,11 @@ def make_step(
         setting: Settings that all arms share.
         documents: All training documents.
         folder: Empty directory for the cache.
+        stack: Receives the contexts in which the step has to run.
 
     Returns:
-        The step (forward, backward and AdamW); bytes of the base model; bytes of the parameters added to it.
+        The step (forward, backward and AdamW); bytes of the base model; bytes of the parameters and packed weights added
+        to it.
     """
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(setting.model, dtype=DTYPES[setting.dtype]).to(setting.device)
@@ -90,8 +93,11 @@ def make_step(
     def packed(batch: Sequence[dict]) -> dict[str, Tensor]:
         return pack(batch, arrange([len(d["input_ids"]) for d in batch], hidden_size), pad)
 
-    if "stage 1" in arm and "naive" not in arm:  # as the Trainer does, until this process ends
-        prepacked_if_possible(leap_model.base_model).__enter__()
+    if "stage 1" in arm and "naive" not in arm:  # as the Trainer does
+        backbone = leap_model.base_model
+        if can_prepack(backbone):
+            added_bytes += sum(layer.weight.nbytes for layer in backbone.modules() if isinstance(layer, nn.Linear))
+        stack.enter_context(prepacked_if_possible(backbone))
     cached = CachedStatesCollator(None, fill(folder, leap_model, documents, pad), pad) if "cached" in arm else None
 
     def loss_of(batch: Sequence[dict]) -> Tensor:

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
@@ -128,8 +129,8 @@ def in_worker(setting: Setting, args: argparse.Namespace) -> dict:
     """Run the steps of one arm. The first also creates AdamW's states, so it counts for memory but not for time."""
     documents = read_documents(args.rows, args.cutoff, setting.batch * (args.steps + 1))
     batches = [documents[i : i + setting.batch] for i in range(0, len(documents), setting.batch)]
-    with tempfile.TemporaryDirectory() as folder:
-        step, base_bytes, added_bytes = make_step(args.arms[0], setting, documents, folder)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        step, base_bytes, added_bytes = make_step(args.arms[0], setting, documents, folder, stack)
         peak, seconds = run(step, batches, setting.device)
     tokens = sum(len(document["input_ids"]) for batch in batches[1:] for document in batch)
     return {
