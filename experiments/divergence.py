@@ -33,7 +33,7 @@ from lmtp_factory.modeling.draft_vocabulary import most_frequent
 from lmtp_factory.tuning.replay import observe_answers, tau_of_dynamic, tau_of_paths
 
 
-HEADS = {"head_inputs": "state_token", "head_block": "mlp", "head_kind": "shared", "draft_vocab_size": 8192}
+HEADS = {"head_inputs": "state_token", "head_kind": "own", "draft_vocab_size": 8192}
 OFFSETS = (1, 2, 3, 6)
 NODES = 16
 BATCH = 4  # rows
@@ -75,7 +75,8 @@ def train(model: nn.Module, rows: list[Row], states: list[Tensor], soft: float, 
             embeddings = model.get_input_embeddings()(torch.cat(known)).detach()
             newest = KnownToken(embeddings, torch.cat(backs))
             features = head.features(torch.cat(inputs), newest, onednn.trainable_linear)
-            logs = onednn._Linear.apply(features, words, None).log_softmax(-1)  # (rows, draft vocabulary)
+            logits = onednn.trainable_linear(head.unembed)(features)  # (rows, draft vocabulary)
+            logs = logits.log_softmax(-1)
             targets = torch.cat(targets)
             loss = (1 - soft) * F.nll_loss(logs, targets, ignore_index=-100)
             if soft:

@@ -1,7 +1,7 @@
 """Tau against the number of training tokens: how much text do heads need?
 
-Each run trains the same heads on the first N tokens of the rows, for one pass or at least --least-steps steps. Trees are
-then replayed as in heads_ablation.py. Finished runs are kept: the same command continues.
+Each run trains the same heads on N tokens of the rows, for --passes passes and at least --least-steps steps. Trees are then
+replayed as in heads_ablation.py. Finished runs are kept: the same command continues.
 
     python experiments/training_tokens.py demo_run/model --rows data/self_distilled_smollm2_train.jsonl \\
         --test general=data/general_prompts.jsonl --tokens 10000 30000 100000 300000 --output-dir tokens
@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from lmtp_factory.evaluation.scoring import read_rows
 
 
-HEADS = {"head_inputs": "state_token", "head_block": "mlp", "head_kind": "shared", "draft_vocab_size": 8192}
+HEADS = {"head_inputs": "state_token", "head_kind": "own", "draft_vocab_size": 8192}
 BATCH = 4  # rows, as in heads_stage1.yaml
 
 
@@ -58,6 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     parser.add_argument("--tokens", type=int, nargs="+", required=True, help="numbers of training tokens")
+    parser.add_argument("--passes", type=int, default=3)
     parser.add_argument("--least-steps", type=int, default=200)
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -66,7 +67,7 @@ def main() -> None:
     for wanted in sorted(args.tokens):
         rows = args.output_dir / f"first_{wanted}.jsonl"
         count, tokens = first_rows(args.rows, wanted, rows)
-        steps = max(args.least_steps, math.ceil(count / BATCH))
+        steps = max(args.least_steps, args.passes * math.ceil(count / BATCH))
         seconds = train(args, f"tokens-{wanted}", [rows], {"max_steps": steps, **HEADS})
         curve.append({"tokens": tokens, "rows": count, "steps": steps, "train seconds": seconds})
         curve[-1] |= measure(args, f"tokens-{wanted}")
