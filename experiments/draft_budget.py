@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lmtp_factory import resources
-from lmtp_factory.decoding.draft_budget import ALLOWANCE, MOST, PROBE_NODES, DraftBudget
+from lmtp_factory.decoding.draft_budget import ALLOWANCE, MOST, PROBE_NODES, STAKE, DraftBudget
 from lmtp_factory.decoding.tree import assumed_accuracies, best_first_paths, chain_paths
 from lmtp_factory.decoding.tree_config import DEFAULT_WIDTH
 from lmtp_factory.evaluation.report import load_for_scoring
@@ -26,12 +26,12 @@ from lmtp_factory.tuning.replay import accepted_levels, accepted_of_paths, obser
 
 # (initial balance, allowance, largest balance), in plain steps. The constants in use are the first.
 SETTINGS = (
-    (0.0, ALLOWANCE, MOST),
-    (0.0, 0.005, 3.0),
-    (0.0, 0.02, 3.0),
-    (0.0, 0.01, 1.0),
+    (STAKE, ALLOWANCE, MOST),
+    (0.0, 0.01, 3.0),
+    (0.3, 0.02, 3.0),
+    (0.3, 0.01, 1.0),
     (0.5, 0.01, 3.0),
-    (1.0, 0.005, 3.0),
+    (1.0, 0.01, 3.0),
 )
 
 
@@ -53,7 +53,7 @@ def cost_of(tree: Tree, answer: int, costs: StepCosts, setting: Sequence[float] 
     Returns:
         Duration of the answer, in plain steps.
     """
-    noise, budget = random.Random(seed), DraftBudget(*(setting or (0.0, ALLOWANCE, MOST))[1:])
+    noise, budget = random.Random(seed), DraftBudget(0.0, *(setting or SETTINGS[0])[1:])
     budget.balance = setting[0] if setting else 0.0
     total, position, whole = 0.0, 0, max(tree)
     while position < len(tree[whole][answer]):

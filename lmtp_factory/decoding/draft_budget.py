@@ -4,8 +4,9 @@ The unit is the duration of a plain step, which yields one token. A step with a 
 takes `extra` longer, for the draft and the wider forward. Compared with plain steps it gains `accepted - extra`. The
 balance is the sum of these gains. Steps draft while it is positive and are plain otherwise. Each plain step adds a
 small allowance to the balance, which pays for an occasional draft; an accepted draft pays for the next one. The balance
-starts at 0, because a short answer could not earn back an initial stake. While the balance is smaller than the extra time
-of a whole tree, drafts are probes: small trees, which cost less to fail.
+starts at 0, or at a small stake if `lmtp-cli tree` has measured that drafts gain as much. A short answer could not earn
+back a larger one. While the balance is smaller than the extra time of a whole tree, drafts are probes: small trees, which
+cost less to fail.
 """
 
 from collections import defaultdict, deque
@@ -13,8 +14,8 @@ from statistics import median_low
 
 
 # In plain steps. ALLOWANCE: added by each plain step. MOST: largest balance, which limits the loss on text that is
-# harder than what came before. Chosen with experiments/draft_budget.py.
-ALLOWANCE, MOST = 0.01, 3.0
+# harder than what came before. STAKE: largest balance at the start. Chosen with experiments/draft_budget.py.
+ALLOWANCE, MOST, STAKE = 0.01, 3.0, 0.3
 # Number of nodes of a probe, including the root.
 PROBE_NODES = 4
 # `extra` of a tree size before its first step, and its cap in that step, whose time may include kernel selection or int8
@@ -31,6 +32,7 @@ class DraftBudget:
     """Decides for each step of one generation how many nodes it may draft.
 
     Args:
+        expected_gain: Gain of a step with a whole tree, as measured for this model on this device; 0 if it is unknown.
         allowance: Gain per plain step.
         most: Largest balance.
 
@@ -38,9 +40,9 @@ class DraftBudget:
         balance: Time that drafting may still lose, in plain steps.
     """
 
-    def __init__(self, allowance: float = ALLOWANCE, most: float = MOST):
+    def __init__(self, expected_gain: float = 0.0, allowance: float = ALLOWANCE, most: float = MOST):
         self.allowance, self.most = allowance, most
-        self.balance = 0.0
+        self.balance = min(max(expected_gain, 0.0), STAKE)
         self._plain: deque[float] = deque(maxlen=_TIMES)
         self._drafted: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=_TIMES))
         self._intervals = list(_DRAFTS_BETWEEN_PLAIN)

@@ -33,7 +33,7 @@ class TreeBuilder:
             kept = [path for path in paths if len(path) <= self.reach]
             self.shape, self.probe = fixed(kept, device), fixed(kept[:PROBE_NODES], device)
             self.width = max((path[-1] for path in kept if path), default=0) + 1
-        self.calibration, self.budget = AcceptanceCalibration(), DraftBudget()
+        self.calibration, self.budget = AcceptanceCalibration(), DraftBudget(config.expected_gain)
         self.drafted = False  # whether the current step made a draft, even if its tree was cut to the root
         # Expected number of accepted tokens of each active row in the current step; empty if the tree was not cut.
         self.predicted: list[float] = []

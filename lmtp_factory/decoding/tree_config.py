@@ -1,6 +1,7 @@
 """Kind and size of the draft tree: `lmtp/tree.json` or a default for the device."""
 
 import json
+import math
 import os
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
@@ -78,6 +79,8 @@ class TreeConfig:
         width: Number of candidates per level of a dynamic tree.
         cost: Duration of a forward. If given, each dynamic tree is cut to the size with the most expected tokens per
             second.
+        expected_gain: Measured gain of a step with this tree over plain steps, in plain steps; 0 if it is unknown. It
+            decides how soon a generation drafts.
         always: Draft in every step, even if it is unprofitable. For measurements and tests.
         source: Origin of the configuration, for the log.
 
@@ -91,6 +94,7 @@ class TreeConfig:
     paths: tuple[tuple[int, ...], ...] = ()
     width: int = DEFAULT_WIDTH
     cost: CostCurve | None = None
+    expected_gain: float = 0.0
     always: bool = field(default=False, compare=False)
     source: str = field(default="given", compare=False)
 
@@ -101,6 +105,8 @@ class TreeConfig:
             raise LMTPError(f"A tree of {self.nodes} nodes has no root: write 1 or more.")
         if self.kind == "static" and len(self.paths) < self.nodes:
             raise LMTPError(f"A static tree of {self.nodes} nodes needs as many paths: measure it with lmtp-cli tree.")
+        if not math.isfinite(self.expected_gain):
+            raise LMTPError(f"The expected gain is {self.expected_gain}, but it has to be a finite number.")
         if self.width < 1:
             raise LMTPError(f"A dynamic tree of width {self.width} has no candidates: write 1 or more.")
         if self.paths:
@@ -254,6 +260,7 @@ def read_tree(folder: str | os.PathLike) -> tuple[TreeConfig, Conditions | None]
             paths=tuple(tuple(map(int, path)) for path in values["paths"]),
             width=int(values["width"]),
             cost=cost or None,
+            expected_gain=float(values.get("expected_gain", 0.0)),  # older files do not have it
         )
         if cost and not all(seconds > 0 for seconds in cost.seconds.values()):
             raise ValueError("a cost is not positive")

@@ -66,11 +66,13 @@ def tree_config_of(option: Option, observed: Sequence[Observed], costs: StepCost
     """Return the tree configuration of an option."""
     if option.kind == "none":
         return TreeConfig("chain", 1)
+    # A step takes tau / tokens_per_second seconds, and in plain steps that time would have brought so many tokens.
+    gain = option.tau - option.tau / option.tokens_per_second / costs.verify.at(1)
     if option.kind == "static":
         paths = best_first_paths(accuracies(observed), option.nodes)
-        return TreeConfig("static", len(paths), tuple(paths))
+        return TreeConfig("static", len(paths), tuple(paths), expected_gain=gain)
     cost = costs.verify if option.kind == "dynamic, cut" else None
-    return TreeConfig(option.kind.split(",")[0], option.nodes, cost=cost)
+    return TreeConfig(option.kind.split(",")[0], option.nodes, cost=cost, expected_gain=gain)
 
 
 def table(options: Sequence[Option]) -> str:

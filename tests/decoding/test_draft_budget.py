@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmtp_factory.decoding.draft_budget import ALLOWANCE, MOST, PROBE_NODES, DraftBudget
+from lmtp_factory.decoding.draft_budget import ALLOWANCE, MOST, PROBE_NODES, STAKE, DraftBudget
 
 
 def simulate(accepted, extra: float, tokens: int, budget=None, noise=lambda: 1.0) -> tuple[float, int]:
@@ -53,6 +53,18 @@ def test_short_answers_that_accept_nothing_cost_one_draft():
     for tokens in range(5, 16):
         seconds, drafts = simulate(lambda: 0, 0.3, tokens)
         assert drafts == 1 and seconds <= tokens + 0.15 + 1e-6
+
+
+@pytest.mark.parametrize("gain, stake", [(0.0, 0.0), (0.1, 0.1), (5.0, STAKE), (-1.0, 0.0)])
+def test_a_measured_gain_is_staked_up_to_a_limit(gain, stake):
+    assert DraftBudget(gain).balance == stake
+
+
+def test_a_measured_gain_pays_for_a_second_probe_and_no_more_than_the_stake_is_lost():
+    for extra in (0.1, 0.25, 0.5):
+        seconds, drafts = simulate(lambda: 0, extra, 30, DraftBudget(1.0))
+        without, fewer = simulate(lambda: 0, extra, 30)
+        assert drafts > fewer and seconds - without <= STAKE + extra / 2
 
 
 def test_a_whole_tree_is_drafted_once_the_balance_can_lose_it():

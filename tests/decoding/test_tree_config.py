@@ -1,6 +1,7 @@
 """Which tree a model drafts with: the measured one where it was measured, else the device's default."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -34,6 +35,15 @@ def export(tmp_path):
 
 def test_a_plan_is_read_as_it_was_written(tmp_path):
     write_tree(MEASURED, tmp_path, HERE, measured={})
+    assert read_tree(tmp_path) == (MEASURED, HERE)
+
+
+def test_a_plan_without_an_expected_gain_expects_none(tmp_path):
+    """Older versions did not write it."""
+    path = write_tree(replace(MEASURED, expected_gain=0.5), tmp_path, HERE, measured={})
+    values = json.loads(path.read_text())
+    assert values.pop("expected_gain") == 0.5
+    path.write_text(json.dumps(values))
     assert read_tree(tmp_path) == (MEASURED, HERE)
 
 
@@ -120,6 +130,8 @@ def test_a_damaged_plan_is_named(export):
         {"cost": {"1": 0.0}},
         {"cost": {"1": "fast"}},
         {"cost": [1.0, 2.0]},
+        {"expected_gain": "much"},
+        {"expected_gain": float("nan")},
     ],
     ids=str,
 )

@@ -27,6 +27,9 @@ def test_every_kind_and_size_is_ranked_and_can_be_carried_out(observed):
     for option in options:
         plan = tree_config_of(option, observed, costs)
         assert plan.nodes <= option.nodes and (plan.cost is not None) == (option.kind == "dynamic, cut")
+        if option.kind in ("static", "dynamic"):  # a step yields tau tokens and takes as long as this many plain steps
+            plain_steps = (costs.verify.at(option.nodes) + costs.draft) / costs.verify.at(1)
+            assert plan.expected_gain == pytest.approx(option.tau - plain_steps)
     best = max(options, key=lambda option: option.tokens_per_second)
     marked = [line for line in table(options).splitlines() if "<- chosen" in line]
     assert len(marked) == 1 and marked[0].startswith(best.kind)
