@@ -64,13 +64,16 @@ def workplace(tmp_path_factory):
 def parse_keys(keys, workplace, monkeypatch):
     """Upstream's and this package's checks of a YAML.
 
-    The model's id is replaced by a tiny model, and ``output_dir``, which holds the next step's heads here, by an empty one.
+    The model's id is replaced by a tiny model, whose vocabulary is smaller than a draft vocabulary of a real one, and
+    ``output_dir``, which holds the next step's heads here, by an empty one.
     """
     from llamafactory.hparams import get_infer_args, get_train_args
 
     monkeypatch.chdir(workplace)
     if keys["model_name_or_path"] == MODEL:
         keys = keys | {"model_name_or_path": "base"}
+    if "draft_vocab_size" in keys:
+        keys = keys | {"draft_vocab_size": 100}
     if "stage" in keys:
         # bf16 is refused without a GPU unless the CPU is asked for
         return get_train_args(keys | {"output_dir": "output", "use_cpu": True})[3]

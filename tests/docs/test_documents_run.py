@@ -27,7 +27,7 @@ from lmtp_factory.cli import main as lmtp_cli
 
 MODEL = "Qwen/Qwen2.5-3B-Instruct"
 TRAIN = ["use_cpu=true", "max_steps=6", "per_device_train_batch_size=4", "gradient_accumulation_steps=1"]
-TRAIN += ["preprocessing_num_workers=1", "logging_steps=2", "learning_rate=1.0e-2"]
+TRAIN += ["preprocessing_num_workers=1", "logging_steps=2", "learning_rate=1.0e-2", "draft_vocab_size=100"]
 SMALL = {
     ("lmtp-cli", "distill"): ["--max-new-tokens", "64"],
     ("lmtp-cli", "tree"): ["--limit", "2", "--max-new-tokens", "16", "--context", "16"],
