@@ -24,7 +24,8 @@ from lmtp_factory.tuning.costs import StepCosts, measure_costs
 from lmtp_factory.tuning.replay import accepted_levels, accepted_of_paths, observe
 
 
-# (initial balance, allowance, largest balance), in plain steps. The constants in use are the first.
+# (initial balance, allowance, largest balance), in plain steps. The constants in use are the first, with a tree whose
+# measured gain is at least the stake.
 SETTINGS = (
     (STAKE, ALLOWANCE, MOST),
     (0.0, 0.01, 3.0),

@@ -82,7 +82,10 @@ def observe(model: nn.Module, row: Row) -> Answer | None:
         return candidates
 
     replay.candidates_of = remember
-    observed = replay.observe(model, row, WIDTH)
+    try:
+        observed = replay.observe(model, row, WIDTH)
+    finally:
+        replay.candidates_of = candidates_of
     if not len(observed):
         return None
     text = torch.tensor(row[0] + row[1] + [0] * observed.ranks.shape[1])

@@ -1,6 +1,7 @@
 """Stage-1 runs of the experiments on heads: train once, then replay trees on the model's own answers."""
 
 import argparse
+import hashlib
 import json
 import subprocess
 import sys
@@ -9,14 +10,14 @@ from pathlib import Path
 import torch
 
 from lmtp_factory.decoding.tree import chain_paths
-from lmtp_factory.decoding.tree_config import DEFAULT_WIDTH
+from lmtp_factory.decoding.tree_config import DEFAULT_WIDTH, CostCurve
 from lmtp_factory.distill.rows import PROMPT_COLUMN, RESPONSE_COLUMN, dataset_entry, format_ids
 from lmtp_factory.evaluation.machine import describe
 from lmtp_factory.evaluation.report import load_for_scoring
 from lmtp_factory.evaluation.scoring import Row, read_rows
 from lmtp_factory.evaluation.self_generated import read_prompts, self_generated_rows
 from lmtp_factory.modeling.model import base_of
-from lmtp_factory.tuning.costs import measure_costs
+from lmtp_factory.tuning.costs import StepCosts, measure_costs
 from lmtp_factory.tuning.replay import observe_answers, tau_of_dynamic, tau_of_paths
 from lmtp_factory.tuning.tree_search import rank_trees
 
@@ -53,7 +54,9 @@ def train(args: argparse.Namespace, name: str, rows: list[Path], keys: dict) -> 
     """
     model, output = str(Path(args.model).resolve()), args.output_dir / name
     done, made_with = output / "all_results.json", args.output_dir / f"{name}.json"
-    facts = {"rows": [str(file) for file in rows], "seed": args.seed, "model": model, **keys}
+    if len({file.stem for file in rows}) < len(rows):
+        raise SystemExit("Two files of rows have the same name: rename one.")
+    facts = {"rows": {file.name: digest(file) for file in rows}, "seed": args.seed, "model": model, **keys}
     if made_with.is_file() and json.loads(made_with.read_text(encoding="utf-8")) != facts:
         raise SystemExit(f"{output} was trained with other settings ({made_with}): name another --output-dir.")
     if not done.is_file():
@@ -61,7 +64,7 @@ def train(args: argparse.Namespace, name: str, rows: list[Path], keys: dict) -> 
         data.mkdir(parents=True, exist_ok=True)
         names = {file.stem: dataset_entry(str(file.resolve())) for file in rows}
         (data / "dataset_info.json").write_text(json.dumps(names), encoding="utf-8")
-        cache_dir = args.output_dir / f"hidden-{'-'.join(names)}"
+        cache_dir = args.output_dir / f"hidden-{'-'.join(digest(file)[:8] for file in rows)}"
         written = {
             "model_name_or_path": model, "dataset": ",".join(names), "dataset_dir": data, "output_dir": output,
             "hidden_cache_dir": cache_dir, "seed": args.seed, **keys,
@@ -69,8 +72,10 @@ def train(args: argparse.Namespace, name: str, rows: list[Path], keys: dict) -> 
         llamafactory = Path(sys.executable).with_name("llamafactory-cli")
         command = [llamafactory, "train", CONFIG, *(f"{key}={value}" for key, value in written.items())]
         made_with.write_text(json.dumps(facts), encoding="utf-8")
-        if not cache_dir.is_dir():
+        filled = cache_dir.with_suffix(".filled")
+        if not filled.is_file():
             subprocess.run([*map(str, command), "max_steps=1", f"output_dir={args.output_dir / 'filling'}"], check=True)
+            filled.touch()
         subprocess.run([*map(str, command)], check=True)
     return json.loads(done.read_text(encoding="utf-8"))["train_runtime"]
 
@@ -83,7 +88,7 @@ def measure(args: argparse.Namespace, name: str) -> dict:
         `MOST_NODES` nodes, and the best tree of at most so many nodes with its expected speed over plain steps.
     """
     model = base_of(load_for_scoring(str(args.output_dir / name)))
-    costs, kinds = measure_costs(model), {}
+    costs, kinds = costs_of(args, model), {}
     for label, file in args.test:
         observed = observe_answers(model, answers_to(args, model, label, file), DEFAULT_WIDTH)
         options = [option for option in rank_trees(observed, costs) if option.nodes <= MOST_NODES]
@@ -119,9 +124,25 @@ def in_words(kinds: dict[str, dict]) -> str:
     )
 
 
+def costs_of(args: argparse.Namespace, model) -> StepCosts:
+    """Time a draft. Forwards do not depend on the heads, so all runs of a directory share the first one's times."""
+    path, costs = args.output_dir / "verify_seconds.json", measure_costs(model)
+    if not path.is_file():
+        path.write_text(json.dumps(costs.verify.seconds), encoding="utf-8")
+    seconds = json.loads(path.read_text(encoding="utf-8"))
+    return StepCosts(CostCurve({int(size): cost for size, cost in seconds.items()}), costs.draft)
+
+
+def digest(file: Path) -> str:
+    """Return a digest of a file's content."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
 def answers_to(args: argparse.Namespace, model, label: str, prompts_file: str) -> list[Row]:
     """Return the model's greedy answers to the prompts of a file, written once."""
-    path = args.output_dir / f"answers_{label}_{args.limit}x{args.max_new_tokens}.jsonl"
+    facts = f"{digest(Path(prompts_file))} {Path(args.model).resolve()}".encode()
+    name = f"answers_{label}_{args.limit}x{args.max_new_tokens}_{hashlib.sha256(facts).hexdigest()[:8]}.jsonl"
+    path = args.output_dir / name
     if not path.is_file():
         _, prompts = read_prompts(args.model, prompts_file, args.limit)
         lines = [

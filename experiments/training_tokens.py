@@ -23,7 +23,11 @@ BATCH = 4  # rows, as in heads_stage1.yaml
 
 
 def first_rows(files: list[Path], tokens: int, path: Path) -> tuple[int, int]:
-    """Write the first rows of the files, taken in turn, until their answers have `tokens` tokens. Returns rows, tokens."""
+    """Write rows of the files, mixed, until their answers have `tokens` tokens.
+
+    Returns:
+        Numbers of rows and of tokens.
+    """
     lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     sizes = [len(output) for file in files for _, output in read_rows(file)]
     order = sorted(range(len(lines)), key=lambda index: (index * 2654435761) % 2**32)  # mixed, and the same every time
@@ -33,6 +37,8 @@ def first_rows(files: list[Path], tokens: int, path: Path) -> tuple[int, int]:
             break
         chosen.append(lines[index])
         total += sizes[index]
+    if total < tokens:
+        raise SystemExit(f"The rows have {total} tokens: write --tokens {total} or less.")
     path.write_text("\n".join(chosen) + "\n", encoding="utf-8")
     return len(chosen), total
 

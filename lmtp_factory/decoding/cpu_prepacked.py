@@ -8,8 +8,9 @@ Drafts need not be exact. The unembedding takes most of a draft's time, so it is
 bytes.
 
 Copies are keyed by the storage of their weight and freed with it (`model.to(dtype)`, a replaced `.data`). An optimizer
-step, a merged adapter or a write through `.data` changes a weight in place without notice. Every `generate` call
-therefore compares a checksum of each weight with that of its copy, which reads all weights once.
+step, a merged adapter or a write through `.data` changes a weight in place without notice. Entering the context, which
+every `generate` call does, therefore compares a checksum of each weight with that of its copy. This reads all weights once.
+Inside the context weights must not change.
 """
 
 import threading

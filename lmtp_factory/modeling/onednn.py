@@ -23,10 +23,15 @@ def available() -> bool:
 
 
 def usable(inputs: Tensor, weight: Tensor) -> bool:
-    """Return whether oneDNN should multiply these matrices: both are fp32 on a CPU, and autocast would not cast them."""
-    both = (inputs, weight)
-    if any(tensor.device.type != "cpu" or tensor.dtype != torch.float32 or tensor.is_meta for tensor in both):
-        return False
+    """Return whether oneDNN should multiply these matrices: both are fp32 on a CPU, and autocast would not cast them.
+
+    Neither is empty, and neither is a tensor of another class, such as a sharded one.
+    """
+    for tensor in (inputs, weight):
+        if tensor.device.type != "cpu" or tensor.dtype != torch.float32 or not tensor.numel():
+            return False
+        if type(tensor) not in (Tensor, nn.Parameter):
+            return False
     return not torch.is_autocast_enabled("cpu") and available()
 
 
@@ -69,8 +74,14 @@ def trainable_linear(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
     """Return a function that computes `layer` with gradients, by oneDNN where it is `usable`."""
 
     def forward(inputs: Tensor) -> Tensor:
-        if type(layer) is nn.Linear and usable(inputs, layer.weight):
+        if _is_plain(layer) and usable(inputs, layer.weight):
             return _Linear.apply(inputs, layer.weight, layer.bias)
         return layer(inputs)
 
     return forward
+
+
+def _is_plain(layer: nn.Linear) -> bool:
+    """Return whether calling the layer does nothing beyond `nn.Linear.forward`."""
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return type(layer) is nn.Linear and "forward" not in vars(layer) and not hooks

@@ -14,7 +14,15 @@ pytestmark = pytest.mark.skipif(not onednn.available(), reason="torch is built w
 def test_products(transposed):
     left = torch.randn(9, 33).t() if transposed else torch.randn(33, 9)
     right = torch.randn(17, 9).t() if transposed else torch.randn(9, 17)
+    assert onednn.usable(left, right)
     torch.testing.assert_close(onednn.mm(left, right), left @ right)
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_few_rows(rows):
+    layer, inputs = nn.Linear(12, 20), torch.randn(rows, 12, requires_grad=True)
+    onednn.trainable_linear(layer)(inputs).sum().backward()
+    torch.testing.assert_close(layer.weight.grad, inputs.sum(0).detach().expand(20, 12))
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -24,6 +32,7 @@ def test_a_linear_layer_and_its_gradients(bias, shape):
     upstream = torch.randn(*shape, 20)
     wanted = torch.autograd.grad(layer(inputs), [inputs, *layer.parameters()], upstream)
     outputs = onednn.trainable_linear(layer)(inputs)
+    assert type(outputs.grad_fn).__name__ == "_LinearBackward"
     torch.testing.assert_close(outputs, layer(inputs))
     for ours, theirs in zip(torch.autograd.grad(outputs, [inputs, *layer.parameters()], upstream), wanted, strict=True):
         torch.testing.assert_close(ours, theirs)
@@ -47,6 +56,7 @@ def test_other_dtypes_are_left_to_torch(dtype):
 def test_autocast_is_left_to_torch():
     layer, inputs = nn.Linear(12, 20), torch.randn(7, 12)
     with torch.autocast("cpu", torch.bfloat16):
+        assert not onednn.usable(inputs, layer.weight)
         assert onednn.trainable_linear(layer)(inputs).dtype == torch.bfloat16
 
 
@@ -57,3 +67,10 @@ def test_layers_of_other_classes_are_called():
 
     layer, inputs = Doubled(12, 20), torch.randn(7, 12)
     assert torch.equal(onednn.trainable_linear(layer)(inputs), layer(inputs))
+
+
+def test_layers_with_hooks_are_called():
+    layer, inputs, calls = nn.Linear(12, 20), torch.randn(7, 12), []
+    layer.register_forward_hook(lambda *_: calls.append(1))
+    onednn.trainable_linear(layer)(inputs)
+    assert calls

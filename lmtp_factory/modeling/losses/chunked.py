@@ -26,7 +26,8 @@ from .targets import IGNORE_INDEX
 # Vocabulary 152,064: 256 MiB hold 441 fp32 rows and 1 GiB 3,530 bf16 rows. Vocabulary 262,144: 256 and 2,048 rows.
 LOGIT_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
 
-# Temporary memory of a weight's gradient where the matmul cannot add in place: oneDNN's, or of another dtype.
+# Temporary memory of a weight's gradient where the matmul cannot add in place (oneDNN's, or of another dtype): a block of
+# the product, and of the logits, which oneDNN makes contiguous.
 _PRODUCT_BYTES = 64 * 2**20
 
 
@@ -225,7 +226,7 @@ def _valid_rows(targets: Tensor) -> tuple[Tensor, ...]:
 
 
 def _add_product_(total: Tensor, logits: Tensor, features: Tensor, scale: Tensor) -> None:
-    """Compute `total += scale * logits.T @ features` without a second matrix of `total`'s size.
+    """Compute `total += scale * logits.T @ features` with at most `_PRODUCT_BYTES` of temporary memory.
 
     Args:
         total: (vocabulary, hidden) accumulated gradient.
@@ -237,6 +238,6 @@ def _add_product_(total: Tensor, logits: Tensor, features: Tensor, scale: Tensor
         total.addmm_(logits.t(), features * scale)
         return
     # A block of the vocabulary at a time. The product is scaled in fp32: `scale` is too small for fp16.
-    rows = max(1, _PRODUCT_BYTES // (total.shape[1] * total.element_size()))
+    rows = max(1, _PRODUCT_BYTES // (total.element_size() * (total.shape[1] + len(features))))
     for part, columns in zip(total.split(rows), logits.split(rows, dim=1)):  # (block, hidden), (rows, block)
         part.addcmul_(onednn.mm(columns.t(), features).to(total.dtype), scale.to(total.dtype))

@@ -167,7 +167,8 @@ class LeapTrainer(CustomSeq2SeqTrainer):
     def _fast_backbone(self) -> AbstractContextManager[None]:
         """Return a context in which a frozen fp32 backbone on a CPU computes with prepacked weights."""
         weights_change = self.objective.trains_backbone or self.is_deepspeed_enabled or self.is_fsdp_enabled
-        if weights_change or self.args.bf16 or self.args.fp16:  # autocast casts the weights in each forward
+        # Autocast casts the weights in each forward. Other processes would each take their share of the free memory.
+        if weights_change or self.args.bf16 or self.args.fp16 or self.args.world_size > 1:
             return nullcontext()
         return prepacked_if_possible(self.leap_model.base_model, compiled=self.args.torch_compile)
 

@@ -348,8 +348,11 @@ def test_only_a_frozen_backbone_has_packed_weights(stage, packed, llama, data, s
     seen, states = set(), LeapModel.final_hidden_states
 
     def look(self, **inputs):
-        layers = [*self.base_model.modules(), self.lm_head, *self.leap_heads.modules()]
-        seen.update((layer is self.lm_head, "forward" in vars(layer)) for layer in layers if type(layer) is nn.Linear)
+        parts = {"backbone": self.base_model, "LM head": self.lm_head, "heads": self.leap_heads}
+        for part, module in parts.items():
+            layers = [layer for layer in module.modules() if type(layer) is nn.Linear]
+            assert layers
+            seen.update((part, "forward" in vars(layer)) for layer in layers)
         return states(self, **inputs)
 
     monkeypatch.setattr(LeapModel, "final_hidden_states", look)
@@ -357,6 +360,6 @@ def test_only_a_frozen_backbone_has_packed_weights(stage, packed, llama, data, s
     runs.train(
         llama, data, tmp_path, stage=stage, max_steps=2, val_size=6, eval_strategy="steps", eval_steps=1, **source
     )
-    assert (False, True) in seen if packed else (False, True) not in seen
-    assert (True, True) not in seen
+    assert (("backbone", True) in seen) == packed
+    assert not {("LM head", True), ("heads", True)} & seen
     assert not any("forward" in vars(layer) for layer in trainers[0].model.modules() if type(layer) is nn.Linear)
