@@ -60,7 +60,7 @@ def main() -> None:
         )
         rows = compare(setting, args)
         print_table(setting, rows)
-        report["batches"].append({"setting": asdict(setting), "arms": rows})
+        report["batches"].append({"setting": asdict(setting) | {"model": Path(args.model).name}, "arms": rows})
         if args.json:  # after every size: each takes minutes
             Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if args.plot:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from heads_runs import add_test_options
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
@@ -109,13 +110,8 @@ def main() -> None:
     parser.add_argument("model", help="base model")
     parser.add_argument("--rows", type=Path, required=True, help="training rows of lmtp-cli distill")
     parser.add_argument("--train-rows", type=int, default=1000)
-    parser.add_argument(
-        "--test", action="append", required=True, metavar="LABEL=FILE", type=lambda text: text.split("=", 1)
-    )
     parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--limit", type=int, default=24)
-    parser.add_argument("--max-new-tokens", type=int, default=128)
+    add_test_options(parser)
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args()
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from heads_runs import add_test_options
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -184,14 +185,9 @@ def main() -> None:
     parser.add_argument("model", help="output directory of stage 1, adapter or export with heads")
     parser.add_argument("--rows", type=Path, required=True, help="rows of lmtp-cli distill that the edges train on")
     parser.add_argument("--train-rows", type=int, default=1500)
-    parser.add_argument(
-        "--test", action="append", required=True, metavar="LABEL=FILE", type=lambda text: text.split("=", 1)
-    )
     parser.add_argument("--ranks", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--limit", type=int, default=32)
-    parser.add_argument("--max-new-tokens", type=int, default=128)
+    add_test_options(parser)
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args()
 

@@ -27,9 +27,15 @@ CONFIG = Path(__file__).with_name("heads_stage1.yaml")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of every experiment on heads."""
+    """Add the options of every experiment that trains heads by stage 1."""
     parser.add_argument("model", help="base model")
     parser.add_argument("--rows", type=Path, nargs="+", required=True, help="training rows of lmtp-cli distill")
+    parser.add_argument("--output-dir", type=Path, required=True)
+    add_test_options(parser)
+
+
+def add_test_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the text that heads are tested on."""
     parser.add_argument(
         "--test", action="append", required=True, metavar="LABEL=FILE", type=lambda text: text.split("=", 1),
         help="prompts that nobody trained on; may be given several times",
@@ -37,7 +43,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--limit", type=int, default=32, help="prompts of each kind of text (default: 32)")
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--output-dir", type=Path, required=True)
 
 
 def train(args: argparse.Namespace, name: str, rows: list[Path], keys: dict) -> float:

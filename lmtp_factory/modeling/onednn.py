@@ -12,14 +12,22 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
-@cache
-def available() -> bool:
-    """Return whether torch has oneDNN's linear layer, and it agrees with an ordinary matmul."""
+def agrees(product: Callable[[Tensor, Tensor], Tensor], atol: float = 1e-4) -> bool:
+    """Return whether torch can compute a product of inputs and weight, and it agrees with an ordinary matmul.
+
+    Operators of oneDNN are private to torch and missing in some builds. No random numbers are drawn.
+    """
+    weight, inputs = torch.arange(24 * 16).sin().view(24, 16), torch.arange(3 * 16).cos().view(3, 16)
     try:
-        weight, inputs = torch.arange(24 * 16).sin().view(24, 16), torch.arange(3 * 16).cos().view(3, 16)
-        return torch.allclose(linear(inputs, weight), inputs @ weight.T, atol=1e-4)
+        return torch.allclose(product(inputs, weight), inputs @ weight.T, atol=atol)
     except (AttributeError, RuntimeError, NotImplementedError):
         return False
+
+
+@cache
+def available() -> bool:
+    """Return whether torch has oneDNN's linear layer."""
+    return agrees(linear)
 
 
 def usable(inputs: Tensor, weight: Tensor) -> bool:

@@ -81,6 +81,19 @@ def test_the_first_step_is_plain_because_a_draft_has_nothing_to_be_compared_with
     assert shape(tree) == (4, 3) and tokens.shape == (2, 4) and builder.drafted
 
 
+def test_a_tree_with_a_measured_gain_survives_a_failed_probe(leap):
+    model, drafted = leap(), {}
+    for gain in (0.0, 0.2):
+        state, config = state_of(model, {"input_ids": prompt()}), TreeConfig("chain", 6, expected_gain=gain)
+        builder = TreeBuilder(model, config, constant=False, device=torch.device("cpu"))
+        for seconds in (1.0, 1.1):  # a plain step, then a probe that brings nothing
+            tree, _ = builder.build(state)
+            builder.learn(tree, [[0]], seconds)
+        builder.build(state)
+        drafted[gain] = builder.drafted
+    assert drafted == {0.0: False, 0.2: True}
+
+
 @pytest.mark.parametrize("constant", [False, True])
 @pytest.mark.parametrize(
     "config", [TreeConfig("chain", 6), TreeConfig("static", 8, PATHS[:8]), TreeConfig("dynamic", 9, width=3)], ids=str

@@ -7,7 +7,6 @@ import torch
 from helpers import llamafactory_runs as runs
 from helpers import tiny_models
 from safetensors.torch import load_file
-from torch import nn
 
 from lmtp_factory import LMTPError
 from lmtp_factory.modeling.checkpoint import load_heads, read_config
@@ -43,21 +42,6 @@ def test_stage_one_trains_and_writes_heads_only(llama, data, tmp_path):
     config = read_config(tmp_path / "lmtp")
     assert (config.offsets, config.base_model) == ((1, 3, 5, 7), str(llama))
     assert config.tokenizer_fingerprint
-
-
-@pytest.fixture
-def trainers(monkeypatch):
-    """Trainers that were built while the test ran."""
-    from lmtp_factory.plugin.training import trainer
-
-    built, init = [], trainer.LeapTrainer.__init__
-
-    def remember(self, *args, **kwargs):
-        init(self, *args, **kwargs)
-        built.append(self)
-
-    monkeypatch.setattr(trainer.LeapTrainer, "__init__", remember)
-    return built
 
 
 def test_stage_one_leaves_the_backbone_alone(llama, data, tmp_path, trainers):
@@ -338,28 +322,3 @@ def test_every_path_of_the_loss_trains_the_same(run, llama, data, tmp_path, line
     assert said[0].startswith("Leap loss: chunks of at most 256 MB of logits, softmax in plain torch")
     assert ("autograd computes the gradient" in said[0]) == ("lora_target" in run)
     assert said[1] == "Leap loss: eager, every head's logits at once."
-
-
-@pytest.mark.parametrize("stage, packed", [("lmtp1", True), ("lmtp2", False)])
-def test_only_a_frozen_backbone_has_packed_weights(stage, packed, llama, data, stage1, tmp_path, trainers, monkeypatch):
-    """In stage 2 the weights change with every step. After training all layers are as before."""
-    from lmtp_factory.modeling.model import LeapModel
-
-    seen, states = set(), LeapModel.final_hidden_states
-
-    def look(self, **inputs):
-        parts = {"backbone": self.base_model, "LM head": self.lm_head, "heads": self.leap_heads}
-        for part, module in parts.items():
-            layers = [layer for layer in module.modules() if type(layer) is nn.Linear]
-            assert layers
-            seen.update((part, "forward" in vars(layer)) for layer in layers)
-        return states(self, **inputs)
-
-    monkeypatch.setattr(LeapModel, "final_hidden_states", look)
-    source = {"stage1_pretrained_path": str(stage1)} if stage == "lmtp2" else {"head_kind": "shared"}
-    runs.train(
-        llama, data, tmp_path, stage=stage, max_steps=2, val_size=6, eval_strategy="steps", eval_steps=1, **source
-    )
-    assert (("backbone", True) in seen) == packed
-    assert not {("LM head", True), ("heads", True)} & seen
-    assert not any("forward" in vars(layer) for layer in trainers[0].model.modules() if type(layer) is nn.Linear)
