@@ -24,9 +24,9 @@ setup(
     package_data={name: ["*.json", "*.jsonl", "*/*.json", "*/*.yaml"] for name in RESOURCES},
     install_requires=[
         runpy.run_path("lmtp_factory/plugin/versions.py")["requirement"](),
-        # torch and torchaudio have to match, and torchaudio ends at 2.11.
-        "torch>=2.4,<2.12",
-        "torchaudio<2.12",
+        # torchaudio has to be of torch's own release: 2.11.1 does not load with torch 2.11.0, and no torch is 2.11.1.
+        "torch>=2.4,<=2.11.0",
+        "torchaudio<=2.11.0",
         "torchvision<0.27",
         # The flash-attention path of 5.6.0 is broken.
         "transformers>=5.4,!=5.6.0,<5.24",

@@ -62,17 +62,17 @@ def _version_problems(versions: dict[str, str | None]) -> Iterator[str]:
     if versions[PACKAGE] not in (None, *TRIED_VERSIONS):
         yield f'{PACKAGE} {versions[PACKAGE]} was not tried with L-MTP: pip install "{requirement()}".'
     torch, torchaudio = versions["torch"], versions["torchaudio"]
-    if torch and torchaudio and _minor(torch) != _minor(torchaudio):
+    if torch and torchaudio and _release(torch) != _release(torchaudio):
         yield (
             f"torch {torch} and torchaudio {torchaudio} do not match, so LLaMA-Factory cannot import: "
-            'pip install "torch<2.12" "torchaudio<2.12" "torchvision<0.27".'
+            'pip install "torch==2.11.0" "torchaudio==2.11.0" "torchvision==0.26.0".'
         )
     if versions["transformers"] == "5.6.0":
         yield 'transformers 5.6.0 has a broken flash-attention path: pip install "transformers!=5.6.0,<=5.6".'
 
 
-def _minor(version: str) -> list[str]:
-    return version.split("+")[0].split(".")[:2]
+def _release(version: str) -> str:
+    return version.split("+")[0]
 
 
 def _autoload_problems() -> Iterator[str]:

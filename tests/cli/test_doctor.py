@@ -18,3 +18,9 @@ def test_an_untried_version_is_reported():
     assert problems(llamafactory="0.9.6") == [
         'llamafactory 0.9.6 was not tried with L-MTP: pip install "llamafactory==0.9.5".'
     ]
+
+
+def test_torchaudio_of_another_release_than_torch_is_reported():
+    [problem] = problems(torch="2.11.0+cu130", torchaudio="2.11.1")
+    assert "do not match" in problem and "torchaudio==2.11.0" in problem
+    assert problems(torch="2.11.0+cu130", torchaudio="2.11.0") == []
