@@ -24,6 +24,7 @@ from .. import log
 from ..resume import differences, in_words, write_stage
 from .cached_states import CachedDocuments, FillCache
 from .head_metrics import HeadMetrics
+from .replayed_tau import ReplayedTau
 
 
 # Folder that upstream writes beside a PiSSA adapter: the same adapter as an ordinary LoRA adapter of the base model.
@@ -49,6 +50,7 @@ class LeapTrainer(CustomSeq2SeqTrainer):
         self.objective = self.leap_model.objective
         first, heads = self.objective.first_head, len(self.objective.weights)
         self.train_metrics, self.eval_metrics = HeadMetrics(first, heads), HeadMetrics(first, heads)
+        self.eval_tau = ReplayedTau(self.leap_model)
 
     # Loss -------------------------------------------------------------------------------------------------------
 
@@ -92,8 +94,12 @@ class LeapTrainer(CustomSeq2SeqTrainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **gen_kwargs):
         if self.args.predict_with_generate:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
+        inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            self.eval_metrics.add(model(**self._prepare_inputs(inputs)))
+            backbone_inputs = {name: value for name, value in inputs.items() if name != "labels"}
+            hidden = self.leap_model.final_hidden_states(**backbone_inputs)
+            self.eval_metrics.add(model(**inputs, hidden_states=hidden))
+            self.eval_tau.add(inputs, hidden)
         return None, None, None  # evaluation_loop takes its means from eval_metrics
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
@@ -105,6 +111,7 @@ class LeapTrainer(CustomSeq2SeqTrainer):
                 weight * loss for weight, loss in zip(self.objective.weights, losses, strict=True)
             )
             output.metrics.update(self.eval_metrics.pop(self.accelerator, f"{metric_key_prefix}_"))
+            output.metrics.update(self.eval_tau.pop(self.accelerator, f"{metric_key_prefix}_"))
         return output
 
     # Logging ----------------------------------------------------------------------------------------------------

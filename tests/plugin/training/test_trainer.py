@@ -33,10 +33,13 @@ def test_stage_one_trains_and_writes_heads_only(llama, data, tmp_path):
     evaluations = [entry for entry in entries if "eval_loss" in entry]
     assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"]
     assert evaluations[0]["eval_loss"] == pytest.approx(sum(evaluations[0][f"eval_loss_head_{i}"] for i in (1, 2, 3)))
+    for entry in evaluations:  # a chain of reach 7 has six drafts
+        assert entry["eval_tau"] == pytest.approx(1 + sum(entry[f"eval_acceptance_{i}"] for i in range(1, 7)))
+    assert evaluations[-1]["eval_tau"] > evaluations[0]["eval_tau"] > 1
 
     lines = [json.loads(line) for line in (tmp_path / "trainer_log.jsonl").read_text().splitlines()]
     assert all(set(HEADS) <= set(line) for line in lines if "loss" in line)
-    assert any("eval_loss_head_3" in line for line in lines)
+    assert any({"eval_loss_head_3", "eval_tau"} <= set(line) for line in lines)
     assert (tmp_path / "training_heads.png").stat().st_size > 10_000
     assert not list(tmp_path.glob("*.safetensors")) and not (tmp_path / "config.json").exists()
     config = read_config(tmp_path / "lmtp")
