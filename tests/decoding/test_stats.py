@@ -69,4 +69,6 @@ def test_the_line_has_acceptance_where_something_was_drafted():
     assert "acceptance" not in stats.line()
     stats.count(4, [[0, 1, 2]])
     stats.count(4, [[0]])
-    assert stats.line().endswith("tau 1.50 (tokens a forward, backward), mean acceptance length 2.00 (by position 50% 50%)")
+    assert stats.line().endswith(
+        "tau 1.50 (tokens a forward, backward), mean acceptance length 2.00 (by position 50% 50%)"
+    )

@@ -22,7 +22,7 @@ def test_a_name_is_read_as_it_is_written(metric, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["loss", "eval_loss", "loss_head", "loss_head_x", "myloss_head_1", "mytau", "tau_head_1", "loss_head_1_per_second"]
+    "name", ["loss", "eval_loss", "loss_head", "loss_head_x", "myloss_head_1", "mytau", "tau_head_1", "tau_per_second"]
 )
 def test_other_entries_are_no_metrics_of_heads(name):
     assert HeadMetric.parse(name) is None

@@ -70,7 +70,9 @@ def test_packed_and_padded_documents_have_the_tau_of_documents_alone(model, docu
             rows = torch.full((len(documents), length), fill)
             for row, document in zip(rows, documents):
                 values = document.get(key, [1] * len(document["input_ids"]))
-                row[(slice(length - len(values), None) if side == "left" else slice(len(values)))] = torch.tensor(values)
+                row[(slice(length - len(values), None) if side == "left" else slice(len(values)))] = torch.tensor(
+                    values
+                )
             batch[key] = rows
         if side == "left":
             batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
