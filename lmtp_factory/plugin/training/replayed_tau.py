@@ -13,7 +13,6 @@ from ... import geometry
 from ...decoding.draft import unembeddings_kept
 from ...decoding.tree import chain_paths
 from ...modeling.losses.targets import IGNORE_INDEX
-from ...modeling.zero3 import gathered
 from ...tuning.replay import accepted_of_paths, observe_states, steps_of
 from .head_metrics import TAU, HeadMetric
 
@@ -25,7 +24,7 @@ class ReplayedTau:
     """Sums of the steps and tokens of replayed answers, over the batches of one evaluation.
 
     Args:
-        model: The model with leap heads.
+        model: The model with leap heads, whose weights are not sharded.
     """
 
     def __init__(self, model: nn.Module):
@@ -35,15 +34,14 @@ class ReplayedTau:
 
     @torch.no_grad()
     def add(self, inputs: dict[str, Tensor], hidden: Tensor) -> None:
-        """Replay the answers of a batch. Under ZeRO-3 a collective operation.
+        """Replay the answers of a batch.
 
         Args:
             inputs: The batch: `input_ids`, `labels` (-100 outside answers) and, for packed documents, `position_ids`.
             hidden: (batch, length, hidden) its final hidden states.
         """
         model, sums = self._model, [0] * (1 + len(self._chain))  # steps, steps that reach each number of tokens
-        used = [*model.leap_heads.parameters(), *model.get_output_embeddings().parameters()]
-        with gathered(used), unembeddings_kept():
+        with unembeddings_kept():
             for row, document, answer in answers_in(inputs):
                 ids, states = inputs["input_ids"][row, document], hidden[row, document]
                 observed = observe_states(model, ids, states, answer, self._pairs, width=1)

@@ -9,6 +9,7 @@ from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
 from peft import PeftModel
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
@@ -50,7 +51,10 @@ class LeapTrainer(CustomSeq2SeqTrainer):
         self.objective = self.leap_model.objective
         first, heads = self.objective.first_head, len(self.objective.weights)
         self.train_metrics, self.eval_metrics = HeadMetrics(first, heads), HeadMetrics(first, heads)
-        self.eval_tau = ReplayedTau(self.leap_model)
+        # Drafting reads the heads' weights outside their forward, where ZeRO-3 has not gathered them.
+        self.eval_tau = None if is_deepspeed_zero3_enabled() else ReplayedTau(self.leap_model)
+        if self.eval_tau is None and self.eval_dataset is not None:
+            log.info("eval_tau is left out under ZeRO-3: run lmtp-cli tree on a checkpoint for tau.")
 
     # Loss -------------------------------------------------------------------------------------------------------
 
@@ -96,10 +100,11 @@ class LeapTrainer(CustomSeq2SeqTrainer):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            backbone_inputs = {name: value for name, value in inputs.items() if name != "labels"}
-            hidden = self.leap_model.final_hidden_states(**backbone_inputs)
-            self.eval_metrics.add(model(**inputs, hidden_states=hidden))
-            self.eval_tau.add(inputs, hidden)
+            if self.eval_tau is not None:
+                backbone_inputs = {name: value for name, value in inputs.items() if name != "labels"}
+                inputs["hidden_states"] = self.leap_model.final_hidden_states(**backbone_inputs)
+                self.eval_tau.add(inputs, inputs["hidden_states"])
+            self.eval_metrics.add(model(**inputs))
         return None, None, None  # evaluation_loop takes its means from eval_metrics
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
@@ -111,6 +116,7 @@ class LeapTrainer(CustomSeq2SeqTrainer):
                 weight * loss for weight, loss in zip(self.objective.weights, losses, strict=True)
             )
             output.metrics.update(self.eval_metrics.pop(self.accelerator, f"{metric_key_prefix}_"))
+        if self.eval_tau is not None:
             output.metrics.update(self.eval_tau.pop(self.accelerator, f"{metric_key_prefix}_"))
         return output
 
