@@ -29,7 +29,7 @@ class Hub:
     to_row: Callable[[Row, int], dict[str, Any]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Benchmark:
     """One task.
 
