@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from ..evaluation.quality.code_sandbox import check_sandbox
     from ..evaluation.quality.data import read_rows
     from ..evaluation.quality.harness import ask, check_installed
-    from ..evaluation.quality.scores import ModelResult, comparison, table, write_results
+    from ..evaluation.quality.scores import ModelResult, remarks, table, write_results
 
     models = labelled_models(args.models)
     benchmarks = chosen(args.tasks, args.allow_code)
@@ -86,10 +86,7 @@ def run(args: argparse.Namespace) -> int:
         if args.output_dir:  # after each model, so that a failure keeps those before it
             write_results(facts, results, Path(args.output_dir))
     print(f"\n{table(results)}\n\nPercent of right answers, with 95 % intervals (Wilson).")
-    if len(results) > 1:
-        print(comparison(results))
-    for label, result in results.items():
-        print(f"{label}: {result.seconds:.0f} seconds.")
+    print(remarks(results))
     if args.output_dir:
         print(f"Written: {Path(args.output_dir)}")
     return 0

@@ -16,14 +16,14 @@ MATH500 = [
 HUMANEVAL = [
     {
         "id": "h0",
-        "instruction": "Complete the function.",
+        "instruction": "Complete area.",
         "prompt": 'import math\n\n\ndef area(radius):\n    """ Area of a circle. """\n',
         "entry_point": "area",
         "test": "def check(candidate):\n    assert candidate(0) == 0\n    assert abs(candidate(1) - 3.14159) < 1e-4\n",
     },
     {
         "id": "h1",
-        "instruction": "Complete the function.",
+        "instruction": "Complete double.",
         "prompt": 'def double(n):\n    """ Twice n. """\n',
         "entry_point": "double",
         "test": "def check(candidate):\n    assert candidate(4) == 8\n",

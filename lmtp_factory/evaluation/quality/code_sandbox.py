@@ -38,7 +38,7 @@ class Limits:
     """
 
     cpu_seconds: int = 10
-    wall_seconds: float = 20.0
+    wall_seconds: float = 30.0
     memory_megabytes: int = 1024
     file_megabytes: int = 4
     processes: int = 32

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ...errors import LMTPError
+from ...errors import LMTPError, first_line
 from .benchmarks import Benchmark, Row, code_block
 from .code_sandbox import run_program
 from .scores import Answer
@@ -70,21 +70,27 @@ def ask(model: LM, problems: Mapping[Benchmark, Sequence[Row]], max_new_tokens: 
         The answers in the order of the rows.
 
     Raises:
-        LMTPError: The model fails, or gives no text.
+        LMTPError: A server fails, or lm_eval does not score every row.
     """
+    from aiohttp import ClientError
     from lm_eval import evaluate
-    from lm_eval.models.api_models import LMEVAL_MODEL_NONE_ANSWER_PLACEHOLDER as NO_ANSWER
 
     scorers = {benchmark.name: _Scorer(benchmark, rows) for benchmark, rows in problems.items()}
     tasks = {name: _task(scorer, max_new_tokens) for name, scorer in scorers.items()}
-    results = evaluate(
-        model,
-        tasks,
-        bootstrap_iters=0,
-        apply_chat_template=True,
-        # Code runs in our sandbox, after our own question.
-        confirm_run_unsafe_code=True,
-    )
+    try:
+        results = evaluate(
+            model,
+            tasks,
+            bootstrap_iters=0,
+            apply_chat_template=True,
+            # The command has asked the user, and code runs in our sandbox.
+            confirm_run_unsafe_code=True,
+        )
+    except (ClientError, TimeoutError) as error:
+        raise LMTPError(
+            f"The server refuses a request or has stopped ({first_line(error)}): correct the cause, which lm_eval's lines "
+            "above tell, and run the command again."
+        ) from error
     answers = []
     for benchmark, rows in problems.items():
         texts: dict[int, str] = {}
@@ -95,11 +101,6 @@ def ask(model: LM, problems: Mapping[Benchmark, Sequence[Row]], max_new_tokens: 
             texts[number] = sample["resps"][0][0]
             name = _GSM8K_SCORES.get(sample["filter"], benchmark.name)
             scores.setdefault(number, {})[name] = bool(sample[sample["metrics"][0]])
-        if NO_ANSWER in texts.values():
-            raise LMTPError(
-                f"The server gave an answer without text in {benchmark.name}: turn its reasoning parser off, or raise "
-                "--max-new-tokens."
-            )
         if sorted(texts) != list(range(len(rows))):
             raise LMTPError(
                 f"lm_eval scored {len(texts)} of {len(rows)} rows of {benchmark.name}: report this as a bug."

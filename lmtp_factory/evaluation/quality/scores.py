@@ -79,6 +79,11 @@ class ModelResult:
                 columns.setdefault(name, []).append(right)
         return {name: Score(sum(rights), len(rights)) for name, rights in columns.items()}
 
+    @property
+    def empty(self) -> int:
+        """Number of answers without text. A server sends them when all of an answer was reasoning."""
+        return sum(not answer.text.strip() for answer in self.answers)
+
 
 def wilson_interval(right: int, answers: int) -> tuple[float, float]:
     """Return the bounds of Wilson's 95 % interval of a share (Wilson 1927).
@@ -112,10 +117,13 @@ def table(results: Mapping[str, ModelResult]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def comparison(results: Mapping[str, ModelResult]) -> str:
-    """Say how many answers of each further model differ from the first's."""
+def remarks(results: Mapping[str, ModelResult]) -> str:
+    """Say how long each model took, what it left empty, and how many of its answers differ from the first model's."""
     (base, first), *others = results.items()
     lines = []
+    for label, result in results.items():
+        empty = f"; {result.empty} answers are empty" if result.empty else ""
+        lines.append(f"{label}: {len(result.answers)} answers in {result.seconds:.0f} seconds{empty}.")
     for label, result in others:
         differing = differing_answers(first, result)
         what = f"{differing} of {len(first.answers)} answers differ" if differing else "all answers are equal"
@@ -132,6 +140,7 @@ def write_results(facts: Mapping[str, Any], results: Mapping[str, ModelResult], 
             "model": result.model,
             "seconds": round(result.seconds, 1),
             "scores": {name: score.to_dict() for name, score in result.scores.items()},
+            "empty_answers": result.empty,
             "answers_unlike_first": differing_answers(first, result),
         }
         for label, result in results.items()

@@ -4,7 +4,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from lmtp_factory.evaluation.quality import code_sandbox
 from lmtp_factory.evaluation.quality.code_sandbox import Limits, Outcome, check_sandbox, run_program
 
 
-FAST = Limits(cpu_seconds=1, wall_seconds=4, memory_megabytes=256, file_megabytes=1)
+FAST = Limits(cpu_seconds=5, wall_seconds=30, memory_megabytes=256, file_megabytes=1)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -26,7 +25,9 @@ def sandbox():
 
 
 def passes_outside(source, directory):
-    return subprocess.run([sys.executable, "-c", source], cwd=directory, capture_output=True, timeout=30).returncode == 0
+    return (
+        subprocess.run([sys.executable, "-c", source], cwd=directory, capture_output=True, timeout=30).returncode == 0
+    )
 
 
 def test_a_right_program_passes():
@@ -50,9 +51,10 @@ def test_wrong_programs_fail_with_a_reason(source, reason):
 
 
 def test_a_program_that_loops_is_killed():
-    start = time.monotonic()
-    assert run_program("while True: pass", FAST) == Outcome(False, "killed by signal 9")
-    assert time.monotonic() - start < FAST.wall_seconds
+    """By its CPU time: on a busy machine that takes longer than on a clock."""
+    assert run_program("while True: pass", Limits(cpu_seconds=1, wall_seconds=90)) == Outcome(
+        False, "killed by signal 9"
+    )
 
 
 def test_a_program_that_sleeps_is_killed():
@@ -122,7 +124,8 @@ def test_limits_cannot_be_raised_and_mounts_cannot_be_undone():
 
 def test_nothing_is_left_behind():
     mark = "lmtp-left-behind"
-    source = f"import os, sys\nif os.fork() == 0:\n    os.setsid()\n    os.execv({sys.executable!r}, ['{mark}', '-c', 'while True: pass'])"
+    child = f"os.setsid(); os.execv({sys.executable!r}, ['{mark}', '-c', 'while True: pass'])"
+    source = f"import os\nif os.fork() == 0:\n    {child}"
     assert run_program(source, FAST).passed
     names = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
     assert names and not any(name.startswith(mark.encode()) for name in names)
@@ -141,7 +144,7 @@ def test_processes_are_limited():
     ("before", "after", "words"),
     [
         ('call("unshare", ', 'call("unshare", 1 | ', "Invalid argument: 'unshare'"),
-        ("SYS_MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE = 442", "SYS_MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE = 9999", "Function not"),
+        ("AT_RECURSIVE = 442, ", "AT_RECURSIVE = 9999, ", "Function not implemented"),
         ('options["command"][0], ', '"/no/such/program", ', "No such file or directory"),
         ("import json", "import json, no_such_module", "No module named 'no_such_module'"),
     ],

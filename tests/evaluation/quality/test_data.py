@@ -39,7 +39,11 @@ def test_missing_and_ambiguous_files(data, tmp_path):
     [
         ("gsm8k", "{", "Line 1 of .* is no JSON"),
         ("gsm8k", "[]", "Line 1 of .* is no JSON object: write one with id, instruction and answer"),
-        ("gsm8k", '{"id": "a", "instruction": "x", "answer": 12}', "has no answer, which gsm8k needs: write text there"),
+        (
+            "gsm8k",
+            '{"id": "a", "instruction": "x", "answer": 12}',
+            "has no answer, which gsm8k needs: write text there",
+        ),
         ("gsm8k", '{"id": "a", "answer": "12"}', "has no instruction"),
         ("gsm8k", '{"id": "a", "instruction": "x", "input": 1, "answer": "1"}', "has a input that is no text"),
         ("mbpp", '{"id": "a", "instruction": "x"}', "has no test_list, which mbpp needs: write a list of texts"),
@@ -64,5 +68,7 @@ def test_blank_lines_are_skipped(tmp_path):
 def test_a_hub_out_of_reach_is_a_sentence(monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(LMTPError, match=r"openai/gsm8k cannot be read from the hub \(.*\): name a directory with gsm8k"):
+    with pytest.raises(
+        LMTPError, match=r"openai/gsm8k cannot be read from the hub \(.*\): name a directory with gsm8k"
+    ):
         read_rows(BENCHMARKS["gsm8k"], None)

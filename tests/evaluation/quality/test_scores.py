@@ -9,8 +9,8 @@ from lmtp_factory.evaluation.quality.scores import (
     Answer,
     ModelResult,
     Score,
-    comparison,
     differing_answers,
+    remarks,
     table,
     wilson_interval,
     write_results,
@@ -38,7 +38,11 @@ def result(texts, rights):
 
 @pytest.fixture
 def results():
-    return {"base": result("abcd", [1, 0, 0, 0]), "ntp": result("abcd", [1, 0, 0, 0]), "sft": result("abxy", [1, 0, 1, 1])}
+    return {
+        "base": result("abcd", [1, 0, 0, 0]),
+        "ntp": result("abcd", [1, 0, 0, 0]),
+        "sft": result("abxy", [1, 0, 1, 1]),
+    }
 
 
 def test_table(results):
@@ -51,9 +55,16 @@ def test_table(results):
     assert results["sft"].scores == {"gsm8k": Score(3, 4)}
 
 
-def test_answers_are_compared_with_the_first_model(results):
+def test_remarks(results):
     assert differing_answers(results["base"], results["sft"]) == 2
-    assert comparison(results) == "ntp and base: all answers are equal.\nsft and base: 2 of 4 answers differ."
+    assert remarks(results).splitlines() == [
+        "base: 4 answers in 12 seconds.",
+        "ntp: 4 answers in 12 seconds.",
+        "sft: 4 answers in 12 seconds.",
+        "ntp and base: all answers are equal.",
+        "sft and base: 2 of 4 answers differ.",
+    ]
+    assert remarks({"a": result(["x", "", "\n"], [1, 0, 0])}) == "a: 3 answers in 12 seconds; 2 answers are empty."
 
 
 def test_files(results, tmp_path):
