@@ -121,7 +121,8 @@ BENCHMARKS = {
             "gsm8k",
             {"answer": str},
             Hub("openai/gsm8k", "main", _gsm8k_row),
-            "Write the final number on the last line after ####, for example: #### 12",
+            # Without an example, whose number small models would repeat.
+            "Solve it step by step. Write #### and the final number on the last line.",
             ("gsm8k", "gsm8k last number"),
         ),
         Benchmark(
