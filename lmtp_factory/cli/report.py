@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from ..errors import LMTPError
-from .arguments import count
+from .arguments import count, labelled_models
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,12 +30,7 @@ def run(args: argparse.Namespace) -> int:
     if not Path(args.rows).is_file():
         raise LMTPError(f"--rows {args.rows} is no file: name the JSONL file that lmtp-cli distill wrote.")
     rows = read_rows(args.rows, args.limit)
-    models = {}
-    for model in args.models:
-        label, _, path = model.partition("=") if "=" in model else (Path(model).name, "", model)
-        if label in models:
-            raise LMTPError(f"Two models are labelled {label}: write LABEL={path} with another label for one of them.")
-        models[label] = path
+    models = labelled_models(args.models)
     # Models without heads are scored at the offsets of the first model with heads.
     configs = {label: read_config(folder) for label, path in models.items() if (folder := find_heads(path))}
     offsets = next((config.offsets for config in configs.values()), None)
