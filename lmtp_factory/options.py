@@ -24,3 +24,6 @@ HEAD_DECAY = 1.0
 
 # Of `lmtp-cli distill`: prompts that the model writes, longest prompt and longest answer in tokens.
 DISTILL_PROMPTS, DISTILL_PROMPT_TOKENS, DISTILL_ANSWER_TOKENS = 1000, 1024, 512
+
+# Of `lmtp-cli report --marginal`: the largest K, and the number of positions that are scored.
+MARGINAL_LARGEST_K, MARGINAL_POSITIONS = 64, 256
