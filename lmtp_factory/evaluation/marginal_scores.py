@@ -15,7 +15,7 @@ from ..decoding.cpu_prepacked import prepacked_if_possible
 from ..decoding.support import no_tree_forward_reason
 from ..errors import LMTPError
 from ..modeling.blocks import KnownToken
-from ..modeling.heads import lm_logits, softcap_of, unembed
+from ..modeling.heads import lm_logits, unembed
 from ..modeling.model import base_of
 from .marginal import MARGINAL_OFFSETS, marginals
 from .scoring import Row
@@ -189,7 +189,14 @@ class _Sums:
     rows: int = 0
 
 
-def _sum_up(base, rows, positions, ks, heads: "_Heads | None", label: str) -> _Sums:
+def _sum_up(
+    base: nn.Module,
+    rows: Sequence[Row],
+    positions: Sequence[tuple[int, int]],
+    ks: Sequence[int],
+    heads: "_Heads | None",
+    label: str,
+) -> _Sums:
     """Run the forwards, text by text and some positions at a time."""
     zeros = torch.zeros(len(ks), len(MARGINAL_OFFSETS), dtype=torch.float64)
     sums = _Sums(zeros, zeros.clone(), dict.fromkeys(heads.offsets if heads else (), 0))
@@ -245,6 +252,6 @@ class _Heads:
         if self.heads.config.reads_token:
             known = KnownToken(self.base.get_input_embeddings()(next_tokens), torch.zeros_like(next_tokens))
         features = self.heads.heads[number].features(hidden, known)
-        best = unembed(features, self.unembeddings[number], softcap_of(self.base)).argmax(-1)
+        best = unembed(features, self.unembeddings[number]).argmax(-1)  # a soft cap would not change the order
         tokens = self.heads.draft_tokens
         return best if tokens is None else tokens.to(best.device)[best]
