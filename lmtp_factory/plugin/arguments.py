@@ -90,6 +90,12 @@ class LMTPArguments:
         default=HEAD_DECAY,
         metadata={"help": "The factor by which each extra head's loss weighs less than the one before."},
     )
+    head_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Stage 2: the learning rate of the leap heads; the rest keeps `learning_rate` (default: the same)."
+        },
+    )
     stage1_pretrained_path: str | None = field(
         default=None,
         metadata={"help": "The directory or hub id whose `lmtp/` folder holds the heads to start from."},

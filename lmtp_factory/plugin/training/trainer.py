@@ -24,6 +24,7 @@ from .. import log
 from ..resume import differences, in_words, write_stage
 from .cached_states import CachedDocuments, FillCache
 from .head_metrics import HeadMetrics
+from .optimizer import HeadRate, check_rates, parameter_groups, with_groups
 
 
 # Folder that upstream writes beside a PiSSA adapter: the same adapter as an ordinary LoRA adapter of the base model.
@@ -46,6 +47,9 @@ class LeapTrainer(CustomSeq2SeqTrainer):
         self.leap_model = base_of(self.model)
         if isinstance(self.train_dataset, CachedDocuments):
             self.add_callback(FillCache(self, self.train_dataset))
+        self.head_rate = HeadRate()
+        if self.finetuning_args.head_learning_rate is not None:
+            self.add_callback(self.head_rate)
         self.objective = self.leap_model.objective
         first, heads = self.objective.first_head, len(self.objective.weights)
         self.train_metrics, self.eval_metrics = HeadMetrics(first, heads), HeadMetrics(first, heads)
@@ -70,6 +74,24 @@ class LeapTrainer(CustomSeq2SeqTrainer):
         self.train_metrics.add(outputs)
         loss = outputs.loss * (1 if num_items_in_batch is None else self.accelerator.num_processes)
         return (loss, outputs) if return_outputs else loss
+
+    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+        """Create the optimizer; with `head_learning_rate` the heads get groups of their own.
+
+        Raises:
+            LMTPError: The optimizer takes no parameter groups.
+        """
+        rate, heads = self.finetuning_args.head_learning_rate, self.leap_model.leap_heads
+        if rate is None or self.optimizer is not None:
+            return super().create_optimizer(*args, **kwargs)
+        decayed = self.get_decay_parameter_names(self.model)
+        groups = parameter_groups(self.model.named_parameters(), heads, rate, self.args.weight_decay, decayed)
+        chosen = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        self.optimizer_cls_and_kwargs = with_groups(*chosen, groups)
+        optimizer = super().create_optimizer(*args, **kwargs)
+        check_rates(optimizer, heads, rate)
+        log.info(f"Leap heads train with learning rate {rate:g}, the rest with {self.args.learning_rate:g}.")
+        return optimizer
 
     def _clip_grad_norm(self, model) -> Tensor:
         """Clip the gradients to `max_grad_norm`, in stage 1 those of each head by their own norm.
@@ -112,6 +134,7 @@ class LeapTrainer(CustomSeq2SeqTrainer):
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:  # the entry of a training step, not of evaluation or the final summary
             logs |= self.train_metrics.pop(self.accelerator)
+            logs |= self.head_rate.logs
         super().log(logs, *args, **kwargs)
 
     # Checkpoints ------------------------------------------------------------------------------------------------
@@ -146,7 +169,7 @@ class LeapTrainer(CustomSeq2SeqTrainer):
             checkpoint = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
             (checkpoint / TRAINER_STATE_NAME).unlink(missing_ok=True)
             checkpoint.mkdir(parents=True, exist_ok=True)
-            write_stage(checkpoint, self.finetuning_args.lmtp_stage)
+            write_stage(checkpoint, self.finetuning_args.lmtp_stage, self.finetuning_args.head_learning_rate)
         super()._save_checkpoint(model, trial)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
