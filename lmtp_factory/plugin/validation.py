@@ -19,7 +19,7 @@ from ..files import HEADS_FOLDER
 from ..modeling.losses.implementation import resolve_implementation
 from .heads_source import HeadsSource, decoding_obstacle
 from .resume import check_checkpoint, check_head_learning_rate
-from .training.optimizer import obstacles
+from .training.optimizer import check_rate_key
 from .vocabulary import check_heads
 
 
@@ -49,7 +49,7 @@ def check_training_keys(model_args, data_args, training_args, finetuning_args) -
     for loss in _replaced_losses(training_args, finetuning_args):
         raise LMTPError(f"{loss} replaces the loss that L-MTP stages train: leave it out.")
     _check_method(stage, model_args, finetuning_args)
-    _check_head_learning_rate(stage, training_args, finetuning_args)
+    check_rate_key(stage, training_args, finetuning_args)
     if stage == 1:
         _check_frozen(model_args, training_args, finetuning_args)
     resolve_implementation(finetuning_args.lmtp_loss, torch.device(get_current_device()))
@@ -202,22 +202,6 @@ def _check_method(stage: int, model_args, finetuning_args) -> None:
         )
     if finetuning_args.compute_accuracy:
         raise LMTPError("L-MTP stages report every head's accuracy by themselves: leave compute_accuracy out.")
-
-
-def _check_head_learning_rate(stage: int, training_args, finetuning_args) -> None:
-    rate = finetuning_args.head_learning_rate
-    if rate is None:
-        return
-    if stage == 1:
-        raise LMTPError(
-            f"Stage 1 trains only the heads, so head_learning_rate: {rate:g} stands beside no other: write learning_rate: "
-            f"{rate:g} instead."
-        )
-    for obstacle in obstacles(training_args, finetuning_args):
-        raise LMTPError(
-            f"head_learning_rate does not go with {obstacle}, because its optimizer has one learning rate for all: leave one "
-            "of them out."
-        )
 
 
 def _check_lm_head_with_freeze(finetuning_args, source: HeadsSource) -> None:

@@ -15,7 +15,28 @@ _UNGROUPED = ("galore", "apollo", "lomo", "adalomo")
 _UNGROUPED_ARGUMENTS = {"params", "model", "optimizer_dict"}
 
 
-def obstacles(training_args, finetuning_args) -> Iterator[str]:
+def check_rate_key(stage: int, training_args, finetuning_args) -> None:
+    """Check that the run can honour `head_learning_rate`, before anything loads.
+
+    Raises:
+        LMTPError: It cannot.
+    """
+    rate = finetuning_args.head_learning_rate
+    if rate is None:
+        return
+    if stage == 1:
+        raise LMTPError(
+            f"Stage 1 trains only the heads, so head_learning_rate: {rate:g} stands beside no other: write learning_rate: "
+            f"{rate:g} instead."
+        )
+    for obstacle in _obstacles(training_args, finetuning_args):
+        raise LMTPError(
+            f"head_learning_rate does not go with {obstacle}, because its optimizer has one learning rate for all: leave "
+            "one of them out."
+        )
+
+
+def _obstacles(training_args, finetuning_args) -> Iterator[str]:
     """Yield what keeps the optimizer from a learning rate for some parameters only, in YAML's words."""
     for key in ("use_galore", "use_apollo", "use_adam_mini", "use_muon"):
         if getattr(finetuning_args, key):

@@ -68,10 +68,9 @@ def test_the_schedule_scales_both_rates(llama, data, tmp_path):
 
 
 def test_the_cli_reads_the_key_from_yaml(llama, data, tmp_path):
-    args = runs.arguments(llama, data, tmp_path / "out", **STAGE2 | {"finetuning_type": "lora"})
-    path = tmp_path / "x.yaml"
-    path.write_text(runs.write_yaml(path, args) and path.read_text()[:-1] + ', "head_learning_rate": 5e-4}\n')
-    runs.cli("train", str(path))
+    keys = STAGE2 | {"finetuning_type": "lora"}
+    args = runs.arguments(llama, data, tmp_path / "out", **keys)
+    runs.cli("train", runs.write_yaml(tmp_path / "x.yaml", args), "head_learning_rate=5e-4")
     steps = [entry for entry in runs.history(tmp_path / "out") if "loss" in entry]
     assert {entry["head_learning_rate"] for entry in steps} == {5e-4}
 
