@@ -64,8 +64,8 @@ class LMTPArguments:
     head_inputs: str | None = field(
         default=None,
         metadata={
-            "help": "`state`: heads read the final hidden state; `state_token`: also the newest known token "
-            f"(default: {HEAD_INPUTS[0]})."
+            "help": "`state`: heads read the final hidden state; `state_token`: also the newest known token; `layers`: a "
+            f"learnt weighted sum of all layers' states (default: {HEAD_INPUTS[0]})."
         },
     )
     head_backs: int | None = field(

@@ -19,7 +19,7 @@ from .stages import STAGES
 
 
 # Facts about the base model. They are not compared where one of them is None.
-BASE_FACTS = ("hidden_size", "vocab_size", "tokenizer_fingerprint")
+BASE_FACTS = ("hidden_size", "vocab_size", "base_layers", "tokenizer_fingerprint")
 # All facts of a configuration, taken from its signature so that later additions are compared too.
 _FACTS = [
     key

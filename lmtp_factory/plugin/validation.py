@@ -19,6 +19,7 @@ from ..files import HEADS_FOLDER
 from ..modeling.losses.implementation import resolve_implementation
 from .heads_source import HeadsSource, decoding_obstacle
 from .resume import check_checkpoint, check_head_learning_rate
+from .training.layer_keys import check_layer_keys
 from .training.optimizer import check_rate_key
 from .vocabulary import check_heads
 
@@ -91,6 +92,8 @@ def check_training(model_args, data_args, training_args, finetuning_args, source
         named = training_args.resume_from_checkpoint is not None
         check_checkpoint(source.resumed, stage, source.config, source.folder, named)
         check_head_learning_rate(source.resumed, finetuning_args.head_learning_rate, named)
+    if source.config.reads_layers:
+        check_layer_keys(source.config, training_args, finetuning_args)
     if data_args.cutoff_len <= source.reach:
         raise LMTPError(
             f"cutoff_len {data_args.cutoff_len} leaves the farthest head (+{source.reach} tokens) without a target: write "

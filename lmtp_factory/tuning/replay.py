@@ -18,6 +18,7 @@ from ..decoding.tree import grow
 from ..decoding.tree_config import AcceptanceCalibration, TreeConfig
 from ..errors import LMTPError
 from ..evaluation.scoring import Row
+from ..modeling.layer_states import recorded
 
 
 # Number of rows of logits that are computed at once, which limits memory: each level of a step has one.
@@ -92,7 +93,9 @@ def observe_pairs(model: nn.Module, row: Row, pairs: Sequence[tuple[int, int]], 
     """
     prompt, answer = row
     ids = torch.tensor([prompt + answer], device=model.device)  # (1, length)
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]  # (length, hidden)
+    with recorded(model) as layers:
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (1, length, hidden)
+    states = model.leap_heads.inputs(hidden, layers)[0]  # (length, ...)
     offsets = model.leap_heads.config.offsets
     size = max(back for _, back in pairs) + 1
     # The step at state t drafts token t + depth. Its root is token t + 1. The last token has no successor.
@@ -103,7 +106,7 @@ def observe_pairs(model: nn.Module, row: Row, pairs: Sequence[tuple[int, int]], 
         # (steps, window) indices of the states, oldest first. Indices before the text are marked as missing.
         places = part[:, None] - torch.arange(size - 1, -1, -1)
         roots = ids[0, part + 1]
-        window = Window.of_states(hidden[places.clamp(min=0)], is_real=places >= 0, roots=roots)
+        window = Window.of_states(states[places.clamp(min=0)], is_real=places >= 0, roots=roots)
         candidates = candidates_of(model, window, pairs, width)  # (steps, levels, width)
         ahead = part[:, None] + depths  # (steps, levels) indices of the drafted tokens
         truth = ids[0, ahead.clamp(max=ids.shape[1] - 1)].to(candidates.tokens.device)  # (steps, levels)
