@@ -14,8 +14,8 @@ norm. The weights sum to 1.
 - Adam moves each parameter by about the learning rate in a step. The factor sqrt(d) lets the weights of L layers change as
   fast as a block, whose rows add up d such changes.
 
-The output of layer l is recorded as the input of layer l + 1. Under reentrant gradient checkpointing a layer runs without
-autograd, and the output that a hook sees there has no gradient. What the model passes on has one.
+The output of layer l is recorded as the input of layer l + 1: it is the first argument in every architecture, while outputs
+are tensors or tuples. Under gradient checkpointing too it is the tensor of the graph, so that gradients reach the backbone.
 """
 
 from collections.abc import Iterator, Sequence

@@ -101,13 +101,14 @@ def test_gradients_are_those_of_the_definition(stage, monkeypatch):
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradients_flow_through_checkpointed_layers(reentrant):
-    """A hook on a layer's output would see tensors without a graph here, and the backbone would train otherwise."""
+    """The hooks run inside the checkpointed function, without autograd if it is reentrant."""
     plain, checkpointed = llama(2), llama(2)
     for model in (plain, checkpointed):
         randomise_heads(model)
         model.train()
     checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     checkpointed.enable_input_require_grads()
+    assert all(layer.gradient_checkpointing and layer.training for layer in checkpointed.base_model.layers)
     for model in (plain, checkpointed):
         model(**batch()).loss.backward()
     for (name, ours), theirs in zip(checkpointed.named_parameters(), plain.parameters()):
