@@ -38,6 +38,7 @@ HEADS = {
     # Adjacent heads look back nowhere, so that no random number depends on the number of forwards in a step.
     "token": {"head_kind": "shared", "head_inputs": "state_token", "head_block": "mlp", "draft_vocab_size": 64,
               "leap_offsets": "2,3,4"},
+    "layers": {"head_kind": "own", "head_inputs": "layers"},
     "own token": {"head_kind": "own", "head_inputs": "state_token", "draft_vocab_size": 64, "leap_offsets": "2,3,4"},
 }  # fmt: skip
 
@@ -49,6 +50,11 @@ HEADS = {
         pytest.param("zero2", "lmtp2", "lora", "own token", marks=pytest.mark.slow),
         pytest.param("zero3", "lmtp1", "full", "own token", marks=pytest.mark.slow),
         pytest.param("zero3", "lmtp2", "full", "token", marks=pytest.mark.slow),
+        pytest.param("zero2", "lmtp1", "full", "layers", marks=pytest.mark.slow),
+        pytest.param("zero2", "lmtp2", "lora", "layers", marks=pytest.mark.slow),
+        pytest.param("zero3", "lmtp1", "full", "layers", marks=pytest.mark.slow),
+        pytest.param("zero3", "lmtp2", "full", "layers", marks=pytest.mark.slow),
+        pytest.param(None, "lmtp2", "lora", "layers", marks=pytest.mark.slow),
         pytest.param(None, "lmtp1", "full", "own", marks=pytest.mark.slow),
         pytest.param(None, "lmtp2", "lora", "own", marks=pytest.mark.slow),
         pytest.param("zero2", "lmtp1", "full", "own", marks=pytest.mark.slow),

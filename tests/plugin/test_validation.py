@@ -98,6 +98,13 @@ CONFIGURATION = [
             ("optim: apollo_adamw", {"optim": "apollo_adamw", "optim_target_modules": "all-linear"}),
         )
     ),
+    (
+        {"head_inputs": "layers", "hidden_cache_dir": "cache"},
+        "hidden_cache_dir does not go with head_inputs: layers, because 2 states of 32 x 2 bytes would be kept of each "
+        "token (128 bytes, 122.07 MB a million tokens): leave hidden_cache_dir out, or write head_inputs: state.",
+    ),
+    ({"head_inputs": "layers", "torch_compile": True}, "torch_compile does not go with head_inputs: layers"),
+    ({"head_inputs": "layers", "head_backs": 2}, "head_backs is 2, but heads that read the state alone fit any place"),
     ({"train_lm_head": "false", "stage": "lmtp2"}, "train_lm_head is 'false', but it has to be true or false"),
     ({"train_lm_head": 1, "stage": "lmtp2"}, "train_lm_head is 1, but it has to be true or false"),
     (
