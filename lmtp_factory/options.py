@@ -14,8 +14,9 @@ HEAD_KINDS = ("own", "shared")
 HEAD_LAYERS = 1
 # Values of head_block: the paper's block, or a gated MLP. The first is the default.
 HEAD_BLOCKS = ("linear", "mlp")
-# Values of head_inputs: the final hidden state (the paper), or also the newest known token. The first is the default.
-HEAD_INPUTS = ("state", "state_token")
+# Values of head_inputs: the final hidden state (the paper), also the newest known token, or all layers' states. The first is
+# the default.
+HEAD_INPUTS = ("state", "state_token", "layers")
 
 # Weight of the extra heads' losses relative to the next-token loss in stage 2, and of each head relative to the
 # previous.

@@ -20,7 +20,7 @@ from transformers.generation import EosTokenCriteria
 from ..errors import first_line
 from ..modeling.heads import lm_logits
 from .cache import TreeCache
-from .compat import attention_implementation
+from .compat import attention_implementation, compiles
 from .row_safety import WHOLE_BATCH_CRITERIA, WHOLE_BATCH_PROCESSORS, is_known
 from .state import one_row_state
 from .stats import DecodeStats
@@ -70,6 +70,8 @@ def _reasons(model, input_ids, processors, criteria, config, synced_gpus, model_
         yield "use_cache is off"
     if model.training and _checkpoints(model):
         yield "gradient checkpointing in train mode keeps no cache"
+    if model.leap_heads.config.reads_layers and compiles(model, model_kwargs, config):
+        yield "a compiled forward does not show the inner layers that these heads read"
     if config.prefill_chunk_size is not None:
         yield "prefill_chunk_size is set"
     if config.output_attentions or config.output_hidden_states:

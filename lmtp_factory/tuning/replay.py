@@ -18,6 +18,7 @@ from ..decoding.tree import grow
 from ..decoding.tree_config import AcceptanceCalibration, TreeConfig
 from ..errors import LMTPError
 from ..evaluation.scoring import Row
+from ..modeling.layer_states import recorded
 
 
 # Number of rows of logits that are computed at once, which limits memory: each level of a step has one.
@@ -92,20 +93,22 @@ def observe_pairs(model: nn.Module, row: Row, pairs: Sequence[tuple[int, int]], 
     """
     prompt, answer = row
     ids = torch.tensor(prompt + answer, device=model.device)  # (length,)
-    hidden = model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0]  # (length, hidden)
-    return observe_states(model, ids, hidden, range(len(prompt), len(ids)), pairs, width)
+    with recorded(model) as layers:
+        hidden = model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state  # (1, length, hidden)
+    states = model.leap_heads.inputs(hidden, layers)[0]  # (length, ...)
+    return observe_states(model, ids, states, range(len(prompt), len(ids)), pairs, width)
 
 
 @torch.no_grad()
 def observe_states(
-    model: nn.Module, ids: Tensor, hidden: Tensor, answer: range, pairs: Sequence[tuple[int, int]], width: int
+    model: nn.Module, ids: Tensor, states: Tensor, answer: range, pairs: Sequence[tuple[int, int]], width: int
 ) -> Observed:
-    """Compute what `observe_pairs` does from final hidden states.
+    """Compute what `observe_pairs` does from the states that the heads read.
 
     Args:
         model: A model with leap heads.
         ids: (length,) token ids of a text.
-        hidden: (length, hidden) its final hidden states.
+        states: (length, hidden) or (length, heads, hidden) its states, see `LeapHeads.inputs`.
         answer: Places of the answer in the text. A step's root and its drafts lie in the answer.
         pairs: See `observe_pairs`.
         width: Number of candidates per pair.
@@ -119,7 +122,7 @@ def observe_states(
     for part in steps.split(max(1, _ROWS_AT_ONCE // len(pairs))):
         # (steps, window) indices of the states, oldest first. Indices before the text are marked as missing.
         places = part[:, None] - torch.arange(size - 1, -1, -1, device=ids.device)
-        window = Window.of_states(hidden[places.clamp(min=0)], is_real=places >= 0, roots=ids[part + 1])
+        window = Window.of_states(states[places.clamp(min=0)], is_real=places >= 0, roots=ids[part + 1])
         candidates = candidates_of(model, window, pairs, width)  # (steps, levels, width)
         ahead = part[:, None] + depths  # (steps, levels) indices of the drafted tokens
         truth = ids[ahead.clamp(max=len(ids) - 1)].to(candidates.tokens.device)  # (steps, levels)

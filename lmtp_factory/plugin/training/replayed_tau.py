@@ -33,23 +33,23 @@ class ReplayedTau:
         self._sums: Tensor | None = None
 
     @torch.no_grad()
-    def add(self, inputs: dict[str, Tensor], hidden: Tensor) -> None:
+    def add(self, inputs: dict[str, Tensor], states: Tensor) -> None:
         """Replay the answers of a batch.
 
         Args:
             inputs: The batch: `input_ids`, `labels` (-100 outside answers) and, for packed documents, `position_ids`.
-            hidden: (batch, length, hidden) its final hidden states.
+            states: (batch, length, ...) its states as the heads read them, see `LeapHeads.inputs`.
         """
         model, sums = self._model, [0] * (1 + len(self._chain))  # steps, steps that reach each number of tokens
         with unembeddings_kept():
             for row, document, answer in answers_in(inputs):
-                ids, states = inputs["input_ids"][row, document], hidden[row, document]
-                observed = observe_states(model, ids, states, answer, self._pairs, width=1)
+                ids = inputs["input_ids"][row, document]
+                observed = observe_states(model, ids, states[row, document], answer, self._pairs, width=1)
                 for tokens in steps_of(accepted_of_paths(observed, self._chain)):
                     for reached in range(tokens):
                         sums[1 + reached] += 1
                     sums[0] += 1
-        added = torch.tensor(sums, device=hidden.device)
+        added = torch.tensor(sums, device=states.device)
         self._sums = added if self._sums is None else self._sums + added
 
     def pop(self, accelerator, prefix: str = "") -> dict[str, float]:

@@ -10,6 +10,7 @@ from lmtp_factory import LMTPConfig, attach_heads
 from lmtp_factory.decoding.stats import DecodeStats
 from lmtp_factory.decoding.tree_config import TreeConfig
 from lmtp_factory.evaluation.self_generated import generate_greedy, self_generated_rows
+from lmtp_factory.modeling.layer_states import recorded
 from lmtp_factory.plugin.training.packing import pack
 from lmtp_factory.plugin.training.replayed_tau import ReplayedTau, answers_in
 
@@ -18,7 +19,7 @@ PROMPTS = [[30, 40, 50], [60, 61, 62, 63, 64, 65], [70]]
 NEW_TOKENS = 24
 
 
-@pytest.fixture(scope="module", params=["state", "state_token"])
+@pytest.fixture(scope="module", params=["state", "state_token", "layers"])
 def model(request, tmp_path_factory):
     """Untrained heads on tied embeddings: the model repeats itself, so that drafts are often right."""
     path = tiny_models.save_qwen3(tmp_path_factory.mktemp("model"))
@@ -36,7 +37,9 @@ def replayed(model, *batches):
     """Tau and acceptance by position of the batches."""
     tau = ReplayedTau(model)
     for batch in batches:
-        tau.add(batch, model.final_hidden_states(**{key: batch[key] for key in batch if key != "labels"}))
+        with recorded(model) as layers:
+            hidden = model.final_hidden_states(**{key: batch[key] for key in batch if key != "labels"})
+        tau.add(batch, model.leap_heads.inputs(hidden, layers))
     return tau.pop(Accelerator(cpu=True), "eval_")
 
 

@@ -161,14 +161,21 @@ def test_neftune_is_plain_sft_s(llama, data, tmp_path):
 
 
 @pytest.mark.parametrize("packing", [{"packing": True}, {"neat_packing": True}])
-def test_packing_trains(packing, llama, data, tmp_path):
-    packed = {"cutoff_len": 128, "stage": "lmtp2", "finetuning_type": "lora", "max_steps": 6, **packing}
+@pytest.mark.parametrize("inputs", ["state", "layers"])
+def test_packing_trains(packing, inputs, llama, data, tmp_path):
+    packed = {"cutoff_len": 128, "stage": "lmtp2", "finetuning_type": "lora", "max_steps": 6, "head_inputs": inputs}
+    packed |= packing
     logged = steps(runs.train(llama, data, tmp_path, per_device_train_batch_size=1, **packed))
     assert logged[-1]["loss"] < logged[0]["loss"]
 
 
-def test_neat_packing_scores_every_document_as_if_alone(llama, data, stage1, tmp_path):
+@pytest.mark.parametrize("inputs", ["state", "layers"])
+def test_neat_packing_scores_every_document_as_if_alone(inputs, llama, data, stage1, tmp_path):
     """Documents in one row: the same loss and accuracy of every head as each in a row of its own."""
+    if inputs == "layers":
+        runs.train(llama, data, tmp_path / "stage1", head_inputs=inputs)
+        stage1 = tmp_path / "stage1"
+        assert all(head.leap_mix.abs().sum() > 0 for head in load_heads(stage1).heads)
     run = {"stage": "lmtp2", "finetuning_type": "lora", "stage1_pretrained_path": str(stage1), "learning_rate": 0.0,
            "cutoff_len": 192, "eval_dataset": "tiny", "eval_strategy": "steps", "eval_steps": 1, "max_steps": 1,
            "per_device_eval_batch_size": 1}  # fmt: skip
@@ -304,6 +311,10 @@ def test_an_lm_head_that_is_not_tied_is_tuned_with_freeze_as_advised(data, tmp_p
         {"stage": "lmtp2", "finetuning_type": "full", "disable_gradient_checkpointing": True},
         {"stage": "lmtp2", "finetuning_type": "full", "disable_gradient_checkpointing": False},
         {"stage": "lmtp1", "draft_vocab_size": 64, "head_inputs": "state_token"},
+        {"stage": "lmtp1", "head_inputs": "layers"},
+        {"stage": "lmtp2", "finetuning_type": "full", "head_inputs": "layers"},
+        {"stage": "lmtp2", "finetuning_type": "lora", "head_inputs": "layers", "disable_gradient_checkpointing": True},
+        {"stage": "lmtp2", "finetuning_type": "lora", "head_inputs": "layers", "use_reentrant_gc": False},
         {"stage": "lmtp1", "draft_vocab_size": 64, "head_kind": "shared", "head_block": "mlp"},
         {"stage": "lmtp2", "finetuning_type": "full", "draft_vocab_size": 64, "head_kind": "shared"},
         {"stage": "lmtp2", "finetuning_type": "lora", "draft_vocab_size": 64, "head_inputs": "state_token"},
