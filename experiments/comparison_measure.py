@@ -86,7 +86,7 @@ def replayed(observed: Sequence[Observed], costs: StepCosts, nodes: Sequence[int
 
 
 def decoded(run: Comparison, model: nn.Module, prompts: list[list[int]], text: dict, forward: bool) -> dict:
-    """Decode with the kind and size of tree that replay found fastest, against our own loop without heads in the same run."""
+    """Decode with the tree that replay found fastest, against our own loop without heads in the same run."""
     kind, size = best_tree(text)
     reach = geometry.reach(model.leap_heads.config.offsets)
     tree = TreeConfig("chain", min(size, reach)) if kind == "chain" else TreeConfig("dynamic", size)

@@ -60,14 +60,14 @@ def _introduction(found: dict) -> list[str]:
         f"Written by `{COMMAND}` for {found['model']} on {found['machine']}. Settings: "
         "[comparison.yaml](../experiments/comparison.yaml).",
         "",
-        f"- Every arm trains on the same {settings['max_train_rows']} rows: {settings['stage1']['max_steps']} steps of 4 rows "
-        f"in stage 1, {settings['stage2']['max_steps']} in stage 2 (LoRA). One stage 1 trains heads at "
+        f"- Every arm trains on the same {settings['max_train_rows']} rows: {settings['stage1']['max_steps']} steps of 4 "
+        f"rows in stage 1, {settings['stage2']['max_steps']} in stage 2 (LoRA). One stage 1 trains heads at "
         f"{', '.join(f'+{offset}' for offset in settings['superset'])}, of which each arm takes its own.",
         f"- Heads draft the {settings['draft_vocab_size']:,} most frequent tokens of the training text.",
         f"- Mean of {len(seeds)} seed{'s' * (len(seeds) > 1)}, in brackets the smallest and largest value.",
         "- tau (tokens per forward) is replayed on the model's own greedy answers. Tokens per second with a tree follow "
-        "from tau, the time of a forward of so many tokens and the time of a draft on this machine. Static trees are built from "
-        "the first half of the answers; tau is that of the second half.",
+        "from tau, the time of a forward of so many tokens and the time of a draft on this machine. Static trees are "
+        "built from the first half of the answers; tau is that of the second half.",
         "",
     ]
 
