@@ -44,6 +44,8 @@ setup(
     ],
     extras_require={
         "demo": ["gguf>=0.10"],
+        # lmtp-cli quality builds tasks with the harness's Python interface, which minor versions may change.
+        "eval": ["lm_eval[api]>=0.4.13,<0.5"],
         "dev": [
             "pytest>=8",
             "hypothesis>=6",

@@ -28,13 +28,15 @@ class LMTPConfig(PretrainedConfig):
         head_layers: Number of residual blocks in each head. Blocks do not share weights.
         head_kind: `own` gives each head its own unembedding matrix; `shared` uses the backbone's LM head.
         head_block: `linear`, the paper's residual block, or `mlp`, a gated one.
-        head_inputs: `state`, the final hidden state, or `state_token`, also the embedding of the newest known token.
+        head_inputs: `state`, the final hidden state; `state_token`, also the embedding of the newest known token; or
+            `layers`, a learnt weighted sum of all layers' states.
         head_backs: With `state_token`, the least number of positions at which each head can read its state, see `backs`.
             More than 1 lets `lmtp-cli select` leave out heads between others.
         draft_vocab_size: Number of tokens that the heads can draft, the most frequent ones of the training answers. None
             for the whole vocabulary.
         hidden_size: Hidden size of the base model, set by `attach_heads`.
         vocab_size: Vocabulary size of the base model, set by `attach_heads`.
+        base_layers: Number of decoder layers of the base model, set by `attach_heads` for heads that read them.
         base_model: Name or path of the base model.
         tokenizer_fingerprint: Hash of the base model's tokenizer, see `modeling.checkpoint.tokenizer_fingerprint`.
 
@@ -58,6 +60,7 @@ class LMTPConfig(PretrainedConfig):
         draft_vocab_size: int | None = None,
         hidden_size: int | None = None,
         vocab_size: int | None = None,
+        base_layers: int | None = None,
         base_model: str | None = None,
         tokenizer_fingerprint: str | None = None,
         **kwargs,
@@ -85,6 +88,7 @@ class LMTPConfig(PretrainedConfig):
             )
         self.hidden_size = _size("hidden_size", hidden_size)
         self.vocab_size = _size("vocab_size", vocab_size)
+        self.base_layers = _size("base_layers", base_layers)
         self.draft_vocab_size = _size("draft_vocab_size", draft_vocab_size)
         if None not in (vocab_size, draft_vocab_size) and draft_vocab_size > vocab_size:
             raise LMTPError(
@@ -111,6 +115,11 @@ class LMTPConfig(PretrainedConfig):
     def reads_token(self) -> bool:
         """Whether heads also read the embedding of the newest known token."""
         return self.head_inputs == "state_token"
+
+    @property
+    def reads_layers(self) -> bool:
+        """Whether heads read the states of all layers."""
+        return self.head_inputs == "layers"
 
     @property
     def backs(self) -> tuple[int, ...]:

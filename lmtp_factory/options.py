@@ -14,8 +14,9 @@ HEAD_KINDS = ("own", "shared")
 HEAD_LAYERS = 1
 # Values of head_block: the paper's block, or a gated MLP. The first is the default.
 HEAD_BLOCKS = ("linear", "mlp")
-# Values of head_inputs: the final hidden state (the paper), or also the newest known token. The first is the default.
-HEAD_INPUTS = ("state", "state_token")
+# Values of head_inputs: the final hidden state (the paper), also the newest known token, or all layers' states. The first is
+# the default.
+HEAD_INPUTS = ("state", "state_token", "layers")
 
 # Weight of the extra heads' losses relative to the next-token loss in stage 2, and of each head relative to the
 # previous.
@@ -24,3 +25,6 @@ HEAD_DECAY = 1.0
 
 # Of `lmtp-cli distill`: prompts that the model writes, longest prompt and longest answer in tokens.
 DISTILL_PROMPTS, DISTILL_PROMPT_TOKENS, DISTILL_ANSWER_TOKENS = 1000, 1024, 512
+
+# Of `lmtp-cli report --marginal`: the largest K, and the number of positions that are scored.
+MARGINAL_LARGEST_K, MARGINAL_POSITIONS = 64, 256

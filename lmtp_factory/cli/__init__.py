@@ -15,6 +15,7 @@ COMMANDS = {
     "doctor": ("doctor", "check the installation and report how to fix it"),
     "distill": ("distill", "let a model write its own training data for stage 1"),
     "report": ("report", "loss, accuracy and perplexity on held-out text"),
+    "quality": ("quality", "score exported models on benchmarks through lm-evaluation-harness"),
     "import": ("import_heads", "import heads from checkpoints of the L-MTP release and of Medusa"),
     "select": ("select_heads", "keep those of the trained heads that decode fastest on this device"),
     "tree": ("tree", "measure which draft tree is fastest and write lmtp/tree.json"),

@@ -1,6 +1,10 @@
 """Argument types and options that several commands share."""
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import LMTPError
 
 
 def count(text: str) -> int:
@@ -12,6 +16,24 @@ def count(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"{text} is no whole number of 1 or more")
     return int(text)
+
+
+def labelled_models(arguments: Sequence[str]) -> dict[str, str]:
+    """Parse `[LABEL=]MODEL` arguments; without a label, the last part of the path is it.
+
+    Returns:
+        Label -> model, in the order given.
+
+    Raises:
+        LMTPError: Two models have the same label.
+    """
+    models: dict[str, str] = {}
+    for argument in arguments:
+        label, _, path = argument.partition("=") if "=" in argument else (Path(argument).name, "", argument)
+        if label in models:
+            raise LMTPError(f"Two models are labelled {label}: write LABEL={path} with another label for one of them.")
+        models[label] = path
+    return models
 
 
 def add_replay_options(parser: argparse.ArgumentParser) -> None:

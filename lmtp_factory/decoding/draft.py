@@ -34,7 +34,7 @@ class Window:
     """What a draft is made from: the last hidden states of each row, oldest first, and the newest token.
 
     Attributes:
-        states: (batch, size, hidden) final hidden states.
+        states: (batch, size, hidden) final hidden states, or (batch, size, heads, hidden), see `LeapHeads.inputs`.
         filled: Number of valid states of each row. A prompt may be shorter than the window.
         real: (batch, size) bool, True for valid states; None if all are valid.
         roots: (batch,) newest token of each row, the one after the last state. Heads of `head_inputs: state_token` read it.
@@ -50,14 +50,14 @@ class Window:
         """Build the window from the states of a prompt.
 
         Args:
-            hidden: (batch, length, hidden) final hidden states, padded on the left.
+            hidden: (batch, length, hidden) or (batch, length, heads, hidden) states, padded on the left.
             lengths: Length of each row without padding.
             size: Number of states in the window.
         """
         missing = size - hidden.shape[1]
         states = hidden[:, -size:]  # (batch, min(size, length), hidden)
         if missing > 0:
-            states = torch.cat([states.new_zeros(len(states), missing, states.shape[2]), states], dim=1)
+            states = torch.cat([states.new_zeros(len(states), missing, *states.shape[2:]), states], dim=1)
         filled = [min(length, size) for length in lengths]
         real = None
         if min(filled) < size:
@@ -67,7 +67,7 @@ class Window:
 
     @classmethod
     def of_states(cls, states: Tensor, is_real: Tensor, roots: Tensor) -> "Window":
-        """Build the window from (batch, size, hidden) states, a (batch, size) mask of the valid ones, (batch,) tokens."""
+        """Build the window from (batch, size, ...) states, a (batch, size) mask of the valid ones, (batch,) tokens."""
         filled = is_real.sum(1).tolist()
         return cls(states, filled, None if bool(is_real.all()) else is_real.to(states.device), roots)
 
@@ -87,17 +87,19 @@ class Window:
         """Append the states of each row's accepted nodes and drop the oldest states.
 
         Args:
-            hidden: (batch, nodes, hidden) final hidden states of the step's tree.
+            hidden: (batch, nodes, hidden) or (batch, nodes, heads, hidden) states of the step's tree.
             branches: Indices of each row's accepted nodes, root first.
             places: (batch, size) result of `places`, on a device.
         """
         batch, size = self.states.shape[:2]
         places = places.to(hidden.device)
-        states = torch.cat([self.states, hidden], dim=1)  # (batch, size + nodes, hidden)
+        states = torch.cat([self.states, hidden], dim=1)  # (batch, size + nodes, ...)
         if batch == 1:
             self.states = states.index_select(1, places[0])
         else:
-            self.states = states.gather(1, places[:, :, None].expand(-1, -1, states.shape[2]))
+            flat = states.flatten(2)  # (batch, size + nodes, hidden), of all heads where each has its own
+            chosen = flat.gather(1, places[:, :, None].expand(-1, -1, flat.shape[2]))
+            self.states = chosen.unflatten(2, states.shape[2:])
         self.filled = [min(size, filled + len(branch)) for filled, branch in zip(self.filled, branches)]
         if self.real is not None:
             new = self.real.new_ones(batch, hidden.shape[1])
@@ -141,7 +143,9 @@ def candidates_of(model: nn.Module, window: Window, pairs: Sequence[tuple[int, i
     if model.leap_heads.config.reads_token:
         root = model.get_input_embeddings()(window.roots)[:, None]  # (batch, 1, hidden)
     # (batch, levels of the head, hidden) each; levels are in order when concatenated.
-    features = [_features(heads[head - 1], window.states, places, root) for head, places in by_head.items()]
+    features = [
+        _features(heads[head - 1], _read_by(head, window.states), places, root) for head, places in by_head.items()
+    ]
     if model.leap_heads.config.head_kind == "shared":  # one matmul, so the matrix is read only once
         logits = _unembed(model, torch.cat(features, dim=1), head=1)
     else:
@@ -156,6 +160,11 @@ def candidates_of(model: nn.Module, window: Window, pairs: Sequence[tuple[int, i
         real = torch.cat([window.real[:, places] for places in by_head.values()], dim=1)  # (batch, levels)
         probabilities = probabilities * real[:, :, None].to(probabilities.device)
     return Candidates(tokens, probabilities)
+
+
+def _read_by(head: int, states: Tensor) -> Tensor:
+    """Return the (batch, size, hidden) states of a window that a head reads."""
+    return states if states.dim() == 3 else states[:, :, head - 1]
 
 
 def _features(head: LeapHead, states: Tensor, places: slice, root: Tensor | None) -> Tensor:

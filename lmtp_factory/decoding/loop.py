@@ -13,6 +13,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .. import geometry
 from ..modeling.heads import lm_logits
+from ..modeling.layer_states import recorded
 from . import compat
 from .accept import Acceptor
 from .cache import TreeCache
@@ -109,13 +110,13 @@ def run(
             else:
                 tree, tokens = builder.build(state)  # tokens: (batch, nodes)
         plain_steps = plain_steps + 1 if tree.nodes == 1 else 0
-        with stats.timed("verify", state.device):
+        with stats.timed("verify", state.device), recorded(model) as layers:
             hidden = verify(tokens, tree, state)  # (batch, nodes, hidden)
             logits = lm_logits(model, hidden)  # (batch, nodes, vocabulary)
         with stats.timed("accept", state.device):
             branches = state.acceptor.walk(logits, tokens, tree.parents)  # accepted nodes of each row, root first
         stats.count(tree.nodes, branches)
         with stats.timed("commit", state.device):
-            state.advance(hidden, branches)
+            state.advance(model.leap_heads.inputs(hidden, layers), branches)
         builder.learn(tree, branches, time.perf_counter() - started)
         stream.flush()

@@ -7,6 +7,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .. import geometry
 from ..modeling.heads import lm_logits
+from ..modeling.layer_states import recorded
 from .accept import Acceptor
 from .cache import TreeCache
 from .draft import Window
@@ -70,13 +71,15 @@ class DecodeState:
             **kwargs,
         )
         inputs = {name: value for name, value in inputs.items() if name not in _WRAPPER_ONLY}
-        hidden = model.base_model(**inputs).last_hidden_state  # (batch, new prompt tokens, hidden)
+        size = geometry.window(model.leap_heads.config.offsets)
+        with recorded(model, last=size) as layers:
+            hidden = model.base_model(**inputs).last_hidden_state  # (batch, new prompt tokens, hidden)
 
         start = int(self.cache.get_seq_length())
         padded = mask is not None and not bool(mask.all())
         lengths = mask.sum(-1).tolist() if padded else [length] * len(input_ids)
-        size = geometry.window(model.leap_heads.config.offsets)
-        self.window = Window.of_prompt(hidden, [min(n, hidden.shape[1]) for n in lengths], size)
+        states = model.leap_heads.inputs(hidden[:, -size:], layers)  # (batch, at most size, ...)
+        self.window = Window.of_prompt(states, [min(n, hidden.shape[1]) for n in lengths], size)
         for row in self.acceptor.rows:
             row.columns = start
         self.cache.set_cursor(start, start)
@@ -101,7 +104,7 @@ class DecodeState:
         """Commit the accepted branch of each row to the cache, the window and the positions.
 
         Args:
-            hidden: (batch, nodes, hidden) final hidden states of the tree.
+            hidden: (batch, nodes, ...) states of the tree, as the heads read them.
             branches: Indices of each row's accepted nodes, root first. Empty for rows that had ended before.
         """
         lengths = self.lengths()

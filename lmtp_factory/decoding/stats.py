@@ -22,6 +22,7 @@ class DecodeStats:
         rows: Number of generated sequences.
         steps: Number of forwards after the prefill, counted once per unfinished row.
         nodes: Number of verified nodes, including roots.
+        drafts: Number of steps that verified a draft. A draft budget leaves it out of others.
         accepted: For each level, the number of steps that accepted a node of the level.
         advances: For each step, the number of tokens that it added. All but the last of them were drafted.
         seconds: Seconds of the whole generation and of each phase.
@@ -36,6 +37,7 @@ class DecodeStats:
     rows: int = 0
     steps: int = 0
     nodes: int = 0
+    drafts: int = 0
     accepted: list[int] = field(default_factory=list)
     advances: list[int] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("total", "prefill", *PHASES), 0.0))
@@ -53,8 +55,16 @@ class DecodeStats:
         return self.tokens / self.seconds["total"] if self.seconds["total"] else 0.0
 
     def acceptance(self) -> list[float]:
-        """Return, for each level, the share of steps that accepted it. Their sum plus 1 is tau."""
-        return [accepted / self.steps for accepted in self.accepted]
+        """Return, for each level, the share of drafts of which it was accepted: vLLM's acceptance rate per position."""
+        return [accepted / self.drafts for accepted in self.accepted]
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """Tokens per step that verified a draft, as vLLM counts them: 1 plus the sum of `acceptance`.
+
+        It equals tau if every step drafts.
+        """
+        return 1.0 + sum(self.acceptance())
 
     def share(self, phase: str) -> float | None:
         """Return the share of `phase` in the time of all phases after the prefill.
@@ -74,6 +84,7 @@ class DecodeStats:
         for branch in filter(None, branches):
             self.steps += 1
             self.nodes += nodes
+            self.drafts += nodes > 1
             self.advances.append(len(branch))
             self.accepted.extend([0] * (len(branch) - 1 - len(self.accepted)))
             for level in range(len(branch) - 1):
@@ -94,6 +105,11 @@ class DecodeStats:
     def line(self) -> str:
         """Return a summary for the log."""
         how = self.strategy if self.stock_reason is None else f"{self.strategy}: {self.stock_reason}"
-        return (
+        line = (
             f"{self.tokens} tokens, {self.tokens_per_second:.1f} tokens/s, tau {self.tau:.2f} (tokens a forward, {how})"
         )
+        if self.drafts:
+            rates = " ".join(f"{100 * rate:.0f}%" for rate in self.acceptance())
+            line += f", mean acceptance length {self.mean_acceptance_length:.2f}"
+            line += f" (by position {rates})" if rates else ""
+        return line

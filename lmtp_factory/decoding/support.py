@@ -20,7 +20,7 @@ from transformers.generation import EosTokenCriteria
 from ..errors import first_line
 from ..modeling.heads import lm_logits
 from .cache import TreeCache
-from .compat import attention_implementation
+from .compat import attention_implementation, compiles
 from .row_safety import WHOLE_BATCH_CRITERIA, WHOLE_BATCH_PROCESSORS, is_known
 from .state import one_row_state
 from .stats import DecodeStats
@@ -63,17 +63,34 @@ def unsupported_reason(
 
 def _reasons(model, input_ids, processors, criteria, config, synced_gpus, model_kwargs) -> Iterator[str]:
     """Yield reasons lazily: the last check runs the model, so it is made only if all others pass."""
-    text_config, batch = model.config.get_text_config(), len(input_ids)
+    batch = len(input_ids)
     if synced_gpus:
         yield "synced_gpus is on"
     if not model_kwargs.get("use_cache") or model_kwargs.get("past_key_values") is None:
         yield "use_cache is off"
     if model.training and _checkpoints(model):
         yield "gradient checkpointing in train mode keeps no cache"
+    if model.leap_heads.config.reads_layers and compiles(model, model_kwargs, config):
+        yield "a compiled forward does not show the inner layers that these heads read"
     if config.prefill_chunk_size is not None:
         yield "prefill_chunk_size is set"
     if config.output_attentions or config.output_hidden_states:
         yield "attentions or hidden states are wanted"
+    yield from _model_reasons(model)
+    positions = model_kwargs.get("position_ids")
+    if positions is None:
+        yield "the model takes no position_ids"
+    elif _passes_rope_limit(model.config.get_text_config(), config.max_length - input_ids.shape[1], positions):
+        yield "generation may pass the length at which this model's rotary embedding changes"
+    if batch > 1:
+        yield from _batch_reasons(processors, criteria, config)
+    if (failure := trial_failure(model)) is not None:
+        yield failure
+
+
+def _model_reasons(model: nn.Module) -> Iterator[str]:
+    """Yield reasons that concern the model alone and need no forward."""
+    text_config = model.config.get_text_config()
     attention = attention_implementation(text_config)
     if attention not in MASKED_ATTENTION:
         yield f"attention {attention} takes no tree mask, load with attn_implementation sdpa (flash_attn: sdpa)"
@@ -84,15 +101,20 @@ def _reasons(model, input_ids, processors, criteria, config, synced_gpus, model_
         yield "its inputs are prepared by another library, as in prompt tuning"
     if getattr(text_config, "num_kv_shared_layers", 0):
         yield "layers share keys and values"
-    positions = model_kwargs.get("position_ids")
-    if positions is None:
-        yield "the model takes no position_ids"
-    elif _passes_rope_limit(text_config, config.max_length - input_ids.shape[1], positions):
-        yield "generation may pass the length at which this model's rotary embedding changes"
-    if batch > 1:
-        yield from _batch_reasons(processors, criteria, config)
-    if (failure := trial_failure(model)) is not None:
-        yield failure
+
+
+def no_tree_forward_reason(model: nn.Module, length: int) -> str | None:
+    """Return why a tree-masked forward over texts of up to `length` tokens is not possible, as a clause, or None if it is.
+
+    Args:
+        model: A causal LM, with or without leap heads.
+        length: Number of tokens of the longest text, the tree's levels included.
+    """
+    if (reason := next(_model_reasons(model), None)) is not None:
+        return reason
+    if _passes_rope_limit(model.config.get_text_config(), 0, torch.tensor(length - 1)):
+        return "the text passes the length at which this model's rotary embedding changes"
+    return trial_failure(model)
 
 
 def _batch_reasons(

@@ -33,30 +33,50 @@ def tree_masks(
         A (batch, 1, nodes, columns) mask, bool for sdpa and additive for eager attention, or None if it would mask
         nothing. A model with several layer types gets a dict with one mask per type.
     """
+    return masks_by_layer_type(config, lambda layer, window: _allowed(state, tree, layer, window), dtype)
+
+
+def masks_by_layer_type(
+    config: PretrainedConfig, allowed: Callable[[int, int | None], Tensor | None], dtype: torch.dtype
+) -> Tensor | dict[str, Tensor | None] | None:
+    """Convert the masks of each layer type to the form that the model's forward accepts, see `tree_masks`.
+
+    Args:
+        config: Configuration of the text model.
+        allowed: Called with the index of a layer and its sliding window (None for full attention). Returns a
+            (batch, nodes, columns) bool mask, True where a node attends, or None if it would mask nothing.
+        dtype: Dtype of the additive masks of eager attention.
+    """
     kinds = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
-    eager = attention_implementation(config) == "eager"
+    additive = dtype if attention_implementation(config) == "eager" else None
     if kinds is None:
-        return _mask(state, tree, 0, window, dtype if eager else None)
+        return _as_mask(allowed(0, window), additive)
     return {
-        kind: _mask(
-            state, tree, kinds.index(kind), window if kind == "sliding_attention" else None, dtype if eager else None
-        )
+        kind: _as_mask(allowed(kinds.index(kind), window if kind == "sliding_attention" else None), additive)
         for kind in set(kinds)
     }
 
 
-def _mask(
-    state: "DecodeState", tree: Tree, layer: int, window: int | None, additive: torch.dtype | None
-) -> Tensor | None:
-    """Build the mask of one layer.
+def _as_mask(allowed: Tensor | None, additive: torch.dtype | None) -> Tensor | None:
+    """Return the (batch, 1, nodes, columns) mask: bool, or additive if its dtype is given."""
+    if allowed is None:
+        return None
+    allowed = allowed[:, None]  # (batch, 1, nodes, columns)
+    if additive is None:
+        return allowed
+    mask = torch.zeros(allowed.shape, dtype=additive, device=allowed.device)
+    return mask.masked_fill_(~allowed, torch.finfo(additive).min)
+
+
+def _allowed(state: "DecodeState", tree: Tree, layer: int, window: int | None) -> Tensor | None:
+    """Return which columns the nodes of a tree attend to in one layer, (batch, nodes, columns) bool; None for all.
 
     Args:
         state: The state of the generation.
         tree: The tree.
         layer: Index of a layer of the type in question.
         window: Sliding window of the layer; None for full attention.
-        additive: Dtype of an additive mask; None for a bool mask.
     """
     nodes, lengths, own = tree.nodes, state.lengths(), state.columns  # own: (batch, 1)
     count, first = state.cache.layers[layer].get_mask_sizes(nodes)  # number and first index of the visible columns
@@ -74,11 +94,7 @@ def _mask(
         allowed &= columns > (own + tree.levels - window)[:, :, None]  # (batch, nodes, count)
     start = max(lengths) - first  # index of the tree's first column in the mask
     allowed[:, :, start : start + nodes] = tree.ancestors(window)  # (batch, nodes, nodes)
-    allowed = allowed[:, None]  # (batch, 1, nodes, count)
-    if additive is None:
-        return allowed
-    mask = torch.zeros(allowed.shape, dtype=additive, device=own.device)
-    return mask.masked_fill_(~allowed, torch.finfo(additive).min)
+    return allowed
 
 
 class Verifier:

@@ -49,7 +49,8 @@ class ArmResult:
     Attributes:
         name: Name of the arm.
         tau: Tokens per forward, not counting the prefill.
-        acceptance: For each level, the share of steps that accepted it; empty for stock methods.
+        mean_acceptance_length: Tokens per step that verified a draft. None for stock methods and without drafts.
+        acceptance: For each level, the share of drafts of which it was accepted; empty for stock methods.
         tokens_per_second: Speed, including the prefill.
         over_stock: Speed-up over stock `generate`.
         over_own_loop: Speed-up over look-back decoding without drafts.
@@ -61,6 +62,7 @@ class ArmResult:
 
     name: str
     tau: float
+    mean_acceptance_length: float | None
     acceptance: tuple[float, ...]
     tokens_per_second: float
     over_stock: float
@@ -146,6 +148,7 @@ def results(arms: Mapping[str, Arm], prompts: Sequence[Sequence[int]]) -> list[A
             ArmResult(
                 name=name,
                 tau=(_new_tokens(arm, prompts) - len(prompts)) / max(steps, 1),
+                mean_acceptance_length=arm.stats.mean_acceptance_length if arm.stats.drafts else None,
                 acceptance=tuple(arm.stats.acceptance()),
                 tokens_per_second=rates[name],
                 over_stock=rates[name] / rates[STOCK],
@@ -187,18 +190,20 @@ def margins(model: nn.Module, arms: Mapping[str, Arm]) -> dict[str, list[float]]
 
 
 def table(rows: Sequence[ArmResult]) -> str:
-    """Format one line per arm."""
+    """Format one line per arm. `length` is the mean acceptance length."""
     levels = max(len(row.acceptance) for row in rows)
     width = max(len(row.name) for row in rows)
     header = (
-        f"{'':<{width}} {'tokens/s':>9} {'x stock':>8} {'x own loop':>11} {'tau':>6} {'verify':>7}  accepted at level"
+        f"{'':<{width}} {'tokens/s':>9} {'x stock':>8} {'x own loop':>11} {'tau':>6} {'length':>7} {'verify':>7}  "
+        "accepted at level"
     )
     lines = [f"{header} {' '.join(f'{level:>4}' for level in range(1, levels + 1))}"]
     for row in rows:
+        length = "" if row.mean_acceptance_length is None else f"{row.mean_acceptance_length:.2f}"
         share = "" if row.verify_share is None else f"{100 * row.verify_share:.0f}%"
         accepted = " ".join(f"{100 * rate:>3.0f}%" for rate in row.acceptance)
         lines.append(
             f"{row.name:<{width}} {row.tokens_per_second:>9.1f} {row.over_stock:>8.2f} {row.over_own_loop:>11.2f} "
-            f"{row.tau:>6.2f} {share:>7}  {'':<17} {accepted}".rstrip()
+            f"{row.tau:>6.2f} {length:>7} {share:>7}  {'':<17} {accepted}".rstrip()
         )
     return "\n".join(lines)

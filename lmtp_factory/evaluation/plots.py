@@ -17,41 +17,48 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class HeadCurve:
-    """One metric of one head over the steps of a training run.
+class TrainingCurve:
+    """One metric over the steps of a training run.
 
     Attributes:
-        head: Number of the head; 0 is the LM head.
-        is_accuracy: Whether the values are top-1 accuracies; otherwise losses.
-        is_evaluation: Whether they come from evaluation; otherwise from training.
+        quantity: What the values are. Curves of the same quantity share a panel, which has it as its title.
+        head: Number of the head, 0 for the LM head; None if the metric is of all heads together.
+        is_evaluation: Whether the values come from evaluation; otherwise from training.
         points: (step, value) pairs.
     """
 
-    head: int
-    is_accuracy: bool
+    quantity: str
+    head: int | None
     is_evaluation: bool
     points: Sequence[tuple[int, float]]
 
 
-def draw_head_curves(curves: Sequence[HeadCurve], path: str) -> None:
-    """Write a PNG file with losses on the left and top-1 accuracies on the right."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
+def draw_training(curves: Sequence[TrainingCurve], path: str) -> None:
+    """Write a PNG file with one panel for each quantity, side by side."""
+    titles = quantities_of(curves)
+    figure = Figure(figsize=(5 * len(titles), 4), layout="constrained")
     FigureCanvasAgg(figure)
-    draw_curves(curves, figure.subplots(1, 2))
+    draw_curves(curves, dict(zip(titles, figure.subplots(1, len(titles), squeeze=False)[0])))
     figure.savefig(path, dpi=100)
 
 
-def draw_curves(curves: Sequence[HeadCurve], panels: Sequence["Axes"]) -> None:
-    """Draw losses on the first panel and accuracies on the second, one colour a head; evaluation dashed with dots."""
+def quantities_of(curves: Sequence[TrainingCurve]) -> list[str]:
+    """Return the quantities of the curves, each once, in the order of the curves."""
+    return list(dict.fromkeys(curve.quantity for curve in curves))
+
+
+def draw_curves(curves: Sequence[TrainingCurve], panels: Mapping[str, "Axes"]) -> None:
+    """Draw each curve on the panel of its quantity, one colour a head; evaluation dashed with dots."""
     for curve in curves:
-        panels[int(curve.is_accuracy)].plot(
+        name = "all heads" if curve.head is None else f"head {curve.head}"
+        panels[curve.quantity].plot(
             *zip(*curve.points),
-            color=f"C{curve.head}",
+            color="black" if curve.head is None else f"C{curve.head}",
             linestyle="--" if curve.is_evaluation else "-",
             marker="o" if curve.is_evaluation else None,
-            label=f"head {curve.head}{' (evaluation)' if curve.is_evaluation else ''}",
+            label=f"{name}{' (evaluation)' if curve.is_evaluation else ''}",
         )
-    for panel, title in zip(panels, ("loss", "top-1 accuracy")):
+    for title, panel in panels.items():
         panel.set(xlabel="step", ylabel=title)
         panel.grid(alpha=0.3)
         if panel.lines:

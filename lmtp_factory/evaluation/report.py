@@ -12,11 +12,15 @@ from ..config import LMTPConfig
 from ..decoding import attach_heads, load_model
 from ..files import atomic_write
 from ..modeling.checkpoint import find_heads
+from .marginal import MARGINAL_OFFSETS
+from .marginal_scores import MarginalReport
 from .plots import draw_head_bars
 from .scoring import HeadScores
 
 
 REPORT_FILE, PLOT_FILE = "report.json", "report.png"
+# Next-token accuracy from which the text counts as the model's own greedy answers.
+_GREEDY_TEXT = 0.95
 
 
 def load_for_scoring(path: str, offsets: tuple[int, ...] | None = None, dtype: torch.dtype | None = None) -> nn.Module:
@@ -65,10 +69,75 @@ def print_table(scores: Mapping[str, HeadScores]) -> None:
     print("Models without heads are scored with untrained heads: identity blocks on their LM head.")
 
 
-def write_report(scores: Mapping[str, HeadScores], output_dir: Path) -> None:
-    """Write `report.json` and `report.png` to `output_dir`."""
+def marginal_table(reports: Mapping[str, MarginalReport]) -> str:
+    """Format what each model knows at +2 and +3: the LM head at +1, every K, and the heads."""
+    width = max(len(label) for label in reports)
+    columns = f"{'acc':>6} {'mass':>7} {'forwards':>8} {'rows':>4}"
+    lines = [
+        f"{'':<{width}} {'':<8} {'+1':>6}" + "".join(f"   {f'+{offset}':^28}" for offset in MARGINAL_OFFSETS),
+        f"{'':<{width}} {'':<8} {'acc':>6}" + f"   {columns}" * len(MARGINAL_OFFSETS),
+    ]
+    for label, report in reports.items():
+        lines.append(f"{label:<{width}} {'LM head':<8} {_percent(report.next_token)}")
+        for score in report.marginal:
+            cells = "".join(
+                f"   {_percent(accuracy)} {_percent(mass, 7)} {forwards:>8} {rows:>4}"
+                for accuracy, mass, forwards, rows in zip(score.accuracies, score.masses, score.forwards, score.rows)
+            )
+            lines.append(f"{label:<{width}} {f'K = {score.k}':<8} {'':>6}{cells}")
+        if report.heads:
+            cells = "".join(
+                f"   {_percent(report.heads[offset])} {'':>7} {0:>8} {0:>4}"
+                if offset in report.heads
+                else f"   {'':>28}"
+                for offset in MARGINAL_OFFSETS
+            )
+            lines.append(f"{label:<{width}} {'heads':<8} {'':>6}{cells}".rstrip())
+    return "\n".join(lines)
+
+
+def _percent(share: float, width: int = 6) -> str:
+    return f"{100 * share:>{width - 1}.1f}%"
+
+
+def print_marginal(reports: Mapping[str, MarginalReport], available: int) -> None:
+    """Print the table of marginalisation, what its columns are, and what has to be known to read it.
+
+    Args:
+        reports: Report of each model, all at the same positions.
+        available: Number of positions that could be scored.
+    """
+    positions = next(iter(reports.values())).positions
+    spread = "all" if positions == available else f"{positions:,}, evenly spread, of {available:,}"
+    print(f"\nMarginalisation (numerical, K paths) and heads, top-1 at the same positions ({spread}):")
+    print(marginal_table(reports))
+    print("mass: probability of the K paths. forwards and rows: forwards and token rows that a position adds.")
+    for label, report in reports.items():
+        print(f"{label}: {report.forwards:,} forwards of {report.rows:,} token rows in {report.seconds:.1f} s.")
+        if report.reads_token and report.heads:
+            print(f"{label}: its heads also read the token at +1, which marginalisation has to guess.")
+        if report.next_token >= _GREEDY_TEXT:
+            print(
+                f"{label}: the text is nearly its own greedy answer, which K = 1 follows by construction: read K = 1 on "
+                "text that it sampled or did not write."
+            )
+
+
+def write_report(
+    scores: Mapping[str, HeadScores], output_dir: Path, marginal: Mapping[str, MarginalReport] | None = None
+) -> None:
+    """Write `report.json` and `report.png` to `output_dir`.
+
+    Args:
+        scores: Scores of each model.
+        output_dir: Directory, created if missing.
+        marginal: Marginalisation of each model, written as its key `marginal`.
+    """
     output_dir.mkdir(parents=True, exist_ok=True)
+    content = {label: score.to_dict() for label, score in scores.items()}
+    for label, report in (marginal or {}).items():
+        content[label]["marginal"] = report.to_dict()
     with atomic_write(output_dir / REPORT_FILE) as file:
-        json.dump({label: score.to_dict() for label, score in scores.items()}, file, indent=2)
+        json.dump(content, file, indent=2)
     draw_head_bars(scores, output_dir / PLOT_FILE)
     print(f"Written: {output_dir / REPORT_FILE} and {output_dir / PLOT_FILE}")

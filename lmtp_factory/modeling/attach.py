@@ -14,6 +14,7 @@ from ..options import HEAD_DECAY, HEAD_WEIGHT
 from . import draft_vocabulary
 from .checkpoint import check_base, state_size
 from .heads import LeapHeads
+from .layer_states import watch_layers
 from .logits_proof import prove_logits
 from .losses.implementation import as_plain_linear
 from .model import LeapModel, base_of, leap_class
@@ -52,7 +53,8 @@ def attach_heads(
 
     Raises:
         LMTPError: The heads belong to another base model, the base model's logits are not its LM head applied to its
-            final hidden states (see `prove_logits`), the LM head cannot be copied, or the draft vocabulary is impossible.
+            final hidden states (see `prove_logits`), the LM head cannot be copied, the draft vocabulary is impossible, or
+            heads cannot read its layers (see `watch_layers`).
     """
     base = base_of(model)
     if isinstance(base, LeapModel):
@@ -65,6 +67,8 @@ def attach_heads(
     if heads is None:
         heads = fresh_heads(base, config or LMTPConfig(), draft_tokens)
     _check_embeddings(base, heads.config)
+    if heads.config.reads_layers:
+        watch_layers(base)
 
     num_heads = heads.config.num_heads
     objective = None if stage is None else Objective.of_stage(stage, num_heads, head_weight, head_decay)
@@ -103,6 +107,7 @@ def fresh_heads(base: PreTrainedModel, config: LMTPConfig, draft_tokens: Sequenc
         raise LMTPError(f"{type(base).__name__} has no LM head to predict tokens with: load a *ForCausalLM class.")
     config = copy.deepcopy(config)
     config.hidden_size, config.vocab_size = state_size(text_config), text_config.vocab_size
+    config.base_layers = text_config.num_hidden_layers if config.reads_layers else None
     config.base_model = config.base_model or base.config.name_or_path
     tokens = None if config.draft_vocab_size is None and not draft_tokens else list(draft_tokens or ())
     if tokens is not None and len(tokens) != config.draft_vocab_size:

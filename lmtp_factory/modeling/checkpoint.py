@@ -143,6 +143,8 @@ def read_config(folder: str | os.PathLike) -> LMTPConfig:
     missing = [name for name in _FACTS if values.get(name) is None]
     if any(name in values for name in _LATER_FACTS):
         missing += [name for name in _LATER_FACTS if name not in values]
+    if values.get("head_inputs") == "layers" and values.get("base_layers") is None:
+        missing.append("base_layers")
     if missing:
         raise LMTPError(f"{path} does not say {', '.join(missing)}: copy or train the leap heads again.")
     try:
@@ -232,12 +234,13 @@ def check_base(config: LMTPConfig, base: PretrainedConfig, fingerprint: str | No
         fingerprint: Fingerprint of the base model's tokenizer. Compared only if both sides have one.
 
     Raises:
-        LMTPError: Hidden size, vocabulary size or tokenizer differ.
+        LMTPError: Hidden size, vocabulary size, number of layers or tokenizer differ.
     """
     text_config = base.get_text_config()
     facts = [
         ("hidden size", config.hidden_size, state_size(text_config)),
         ("vocabulary size", config.vocab_size, text_config.vocab_size),
+        ("number of layers", config.base_layers, text_config.num_hidden_layers),
         ("tokenizer", config.tokenizer_fingerprint, fingerprint),
     ]
     for what, theirs, ours in facts:

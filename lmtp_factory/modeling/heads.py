@@ -11,6 +11,7 @@ from ..config import LMTPConfig
 from . import draft_vocabulary, onednn
 from .blocks import BLOCKS, KnownToken, Linear, unchanged
 from .dtypes import cast_like
+from .layer_states import mix
 from .losses import HeadSpec, leap_loss
 from .losses.softmax import softcapped
 
@@ -46,12 +47,14 @@ class LeapHead(nn.Module):
         vocab_size = config.draft_vocab_size or config.vocab_size
         self.unembed = nn.Linear(size, vocab_size, bias=False) if config.head_kind == "own" else None
         self.backs = backs
+        # Weights of the layers, see `layer_states`. The name is unique to this package, as the blocks' are.
+        self.leap_mix = nn.Parameter(torch.zeros(config.base_layers)) if config.reads_layers else None
 
     def features(self, hidden: Tensor, known: KnownToken | None = None, linear: Linear = unchanged) -> Tensor:
-        """Map (..., hidden) final hidden states to the unembedding's (..., hidden) inputs.
+        """Map (..., hidden) hidden states, as the head reads them, to the unembedding's (..., hidden) inputs.
 
         Args:
-            hidden: (..., hidden) final hidden states.
+            hidden: (..., hidden) states, see `LeapHeads.inputs`.
             known: The newest known token of each, for heads that read it.
             linear: How linear layers are computed.
         """
@@ -93,6 +96,8 @@ class LeapHeads(PreTrainedModel):
             generator = torch.Generator().manual_seed(seed + offset)
             for block in head.blocks:
                 block.reset(generator)
+            if head.leap_mix is not None:
+                nn.init.zeros_(head.leap_mix)
 
     @property
     def draft_tokens(self) -> Tensor | None:
@@ -111,13 +116,36 @@ class LeapHeads(PreTrainedModel):
         shared = lm_head if tokens is None else draft_vocabulary.rows_of(lm_head, tokens)
         return [shared] * len(self.heads)
 
+    def inputs(self, hidden: Tensor, layers: Sequence[Tensor] | None = None) -> Tensor:
+        """Return what the heads read of each position.
+
+        Args:
+            hidden: (..., hidden) final hidden states.
+            layers: (..., hidden) states of the inner layers, see `layer_states.recorded`.
+
+        Returns:
+            `hidden` itself; for heads that read the layers (..., heads, hidden).
+        """
+        if not self.config.reads_layers:
+            return hidden
+        return mix([head.leap_mix for head in self.heads], hidden, layers).movedim(0, -2)
+
     def logits(
-        self, hidden: Tensor, lm_head: nn.Module, softcap: float | None = None, known: KnownToken | None = None
+        self,
+        hidden: Tensor,
+        lm_head: nn.Module,
+        softcap: float | None = None,
+        known: KnownToken | None = None,
+        layers: Sequence[Tensor] | None = None,
     ) -> Tensor:
-        """Map (..., hidden) final hidden states to (heads, ..., draft vocabulary) logits of the leap heads."""
-        layers = self.unembeddings(lm_head)
+        """Map (..., hidden) final hidden states to (heads, ..., draft vocabulary) logits; for `layers` see `inputs`."""
+        inputs, unembeddings = self.inputs(hidden, layers), self.unembeddings(lm_head)
+        inputs = inputs.unbind(-2) if self.config.reads_layers else [inputs] * len(self.heads)
         return torch.stack(
-            [unembed(head.features(hidden, known), layer, softcap) for head, layer in zip(self.heads, layers)]
+            [
+                unembed(head.features(states, known), layer, softcap)
+                for head, states, layer in zip(self.heads, inputs, unembeddings)
+            ]
         )
 
     def subset(self, offsets: Sequence[int]) -> "LeapHeads":
@@ -145,6 +173,7 @@ class LeapHeads(PreTrainedModel):
         *,
         embeddings: Tensor | None = None,
         turns: Tensor | None = None,
+        layers: Sequence[Tensor] | None = None,
         softcap: float | None = None,
         implementation: str = "torch",
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,6 +189,7 @@ class LeapHeads(PreTrainedModel):
             lm_head: The backbone's LM head. Heads of kind `shared` use it as their unembedding.
             embeddings: (rows, hidden) embeddings of the rows' tokens, for heads that read the newest known token.
             turns: (rows,) int64; modulo a head's `backs` the number of positions that the head looks back at the row.
+            layers: (rows, hidden) states of each inner layer, for heads that read them.
             softcap: The base model's `final_logit_softcapping`.
             implementation: `torch`, `triton` or `eager`, see `losses/`.
 
@@ -167,13 +197,18 @@ class LeapHeads(PreTrainedModel):
             Scalar loss; (heads,) unscaled loss sums; (heads,) top-1 hits.
         """
         linear = unchanged if implementation == "eager" else onednn.trainable_linear
-        specs = []
-        for head, layer in zip(self.heads, self.unembeddings(lm_head)):
+        specs, rows, has_lm_head = [], len(hidden), len(targets) > len(self.heads)
+        first_rows = [0] * len(self.heads)
+        if self.config.reads_layers:
+            mixed = mix([head.leap_mix for head in self.heads], hidden, layers)  # (heads, rows, hidden)
+            hidden = torch.cat([hidden[None], mixed] if has_lm_head else [mixed]).flatten(0, 1)
+            first_rows = [(has_lm_head + index) * rows for index in range(len(self.heads))]
+        for head, layer, first_row in zip(self.heads, self.unembeddings(lm_head), first_rows):
             computes_all = self.config.draft_vocab_size is None or isinstance(layer, draft_vocabulary.LMHeadRows)
             size = self.config.vocab_size if computes_all else self.config.draft_vocab_size
             features = _Features(head, embeddings, turns, linear)
-            specs.append(HeadSpec(features, layer, size, tuple(head.blocks.parameters())))
-        if len(targets) > len(specs):
+            specs.append(HeadSpec(features, layer, size, tuple(head.blocks.parameters()), first_row))
+        if has_lm_head:
             specs.insert(0, HeadSpec(_identity, lm_head, self.config.vocab_size))
         return leap_loss(hidden, targets, scales, specs, softcap=softcap, implementation=implementation)
 
@@ -185,7 +220,7 @@ class _Features:
         self.head, self.embeddings, self.turns, self.linear = head, embeddings, turns, linear
 
     def __call__(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        """Map (rows, hidden) final hidden states to features; `rows` are their (rows,) numbers in the batch."""
+        """Map (rows, hidden) hidden states to features; `rows` are their (rows,) numbers in the batch."""
         if not self.head.backs:
             return self.head.features(hidden, linear=self.linear)
         back = self.turns[rows] % self.head.backs  # (rows,)

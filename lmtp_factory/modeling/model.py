@@ -20,6 +20,7 @@ from ..errors import LMTPError
 from ..files import HEADS_FOLDER, TREE_FILE
 from .checkpoint import save_heads
 from .heads import LeapHeads, softcap_of
+from .layer_states import recorded
 from .losses.implementation import AUTO, resolve_implementation
 from .losses.targets import IGNORE_INDEX, count_targets, leap_targets
 from .objective import Objective
@@ -115,13 +116,21 @@ class LeapModel:
             hidden_states: (batch, length, hidden) precomputed final hidden states. The backbone is then not run.
             objective: Heads and weights. Default `self.objective`.
             inputs: The backbone's arguments. `position_ids` that restart at 0 mark packed documents.
+
+        Raises:
+            LMTPError: The heads read token ids or inner layers that are not there.
         """
         objective, offsets = objective or self.objective, self.leap_heads.config.offsets
         auxiliary, coefficient = None, router_coefficient(self) if self.training and objective.trains_backbone else 0.0
-        if hidden_states is None and coefficient:
-            hidden_states, auxiliary = states_and_router_loss(self, super().forward, inputs)
-        elif hidden_states is None:
-            hidden_states = self.final_hidden_states(**inputs)
+        layers = None
+        if hidden_states is None:
+            with recorded(self) as layers:
+                if coefficient:
+                    hidden_states, auxiliary = states_and_router_loss(self, super().forward, inputs)
+                else:
+                    hidden_states = self.final_hidden_states(**inputs)
+        elif self.leap_heads.config.reads_layers:
+            raise LMTPError("Heads of head_inputs: layers read more than final hidden states: leave hidden_states out.")
         hidden = ensure_backward_hook(hidden_states.flatten(0, 1))  # (rows, hidden), rows = batch * length
 
         positions = inputs.get("position_ids")
@@ -135,6 +144,7 @@ class LeapModel:
             torch.tensor(objective.weights, device=counts.device) / items.clamp(min=1),
             self.get_output_embeddings(),
             **self._known_tokens(inputs.get("input_ids"), positions),
+            layers=layers and [state.flatten(0, 1) for state in layers],
             softcap=softcap_of(self),
             implementation=resolve_implementation(self.loss_implementation, hidden.device),
         )

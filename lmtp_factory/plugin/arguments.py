@@ -64,8 +64,8 @@ class LMTPArguments:
     head_inputs: str | None = field(
         default=None,
         metadata={
-            "help": "`state`: heads read the final hidden state; `state_token`: also the newest known token "
-            f"(default: {HEAD_INPUTS[0]})."
+            "help": "`state`: heads read the final hidden state; `state_token`: also the newest known token; `layers`: a "
+            f"learnt weighted sum of all layers' states (default: {HEAD_INPUTS[0]})."
         },
     )
     head_backs: int | None = field(
@@ -89,6 +89,12 @@ class LMTPArguments:
     head_decay: float = field(
         default=HEAD_DECAY,
         metadata={"help": "The factor by which each extra head's loss weighs less than the one before."},
+    )
+    head_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Stage 2: the learning rate of the leap heads; the rest keeps `learning_rate` (default: the same)."
+        },
     )
     stage1_pretrained_path: str | None = field(
         default=None,

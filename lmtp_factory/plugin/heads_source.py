@@ -190,9 +190,11 @@ def _inference_heads(base: BaseModel, model_args, finetuning_args) -> Path | Non
 
 def _fresh_config(base: BaseModel, finetuning_args) -> LMTPConfig:
     text_config = base.config().get_text_config()
+    reads_layers = finetuning_args.head_inputs == "layers"
     return finetuning_args.heads_config(
         hidden_size=state_size(text_config),
         vocab_size=text_config.vocab_size,
+        base_layers=text_config.num_hidden_layers if reads_layers else None,
         base_model=base.path,
         tokenizer_fingerprint=base.fingerprint(),
     )

@@ -19,7 +19,7 @@ from .stages import STAGES
 
 
 # Facts about the base model. They are not compared where one of them is None.
-BASE_FACTS = ("hidden_size", "vocab_size", "tokenizer_fingerprint")
+BASE_FACTS = ("hidden_size", "vocab_size", "base_layers", "tokenizer_fingerprint")
 # All facts of a configuration, taken from its signature so that later additions are compared too.
 _FACTS = [
     key
@@ -114,7 +114,7 @@ def _damage(checkpoint: Path) -> str | None:
     if not (checkpoint / HEADS_FOLDER).is_dir():
         return f"it has no {HEADS_FOLDER}/ folder"
     try:
-        _written_stage(checkpoint)
+        _record(checkpoint)
     except ValueError:
         return f"its {STAGE_FILE} is damaged"
     try:
@@ -203,18 +203,43 @@ def _value(fact: str, value) -> str:
     return ",".join(map(str, value[1:])) if fact == "offsets" else str(value)
 
 
-def write_stage(checkpoint: Path, stage: int) -> None:
-    """Record the stage that saves a checkpoint.
+def check_head_learning_rate(checkpoint: Path, rate: float | None, named: bool) -> None:
+    """Refuse a checkpoint whose heads train with another `head_learning_rate`: the optimizer's state would bring its own.
+
+    Args:
+        checkpoint: A complete checkpoint.
+        rate: The key's value in this run.
+        named: See `check_checkpoint`.
+
+    Raises:
+        LMTPError: The rates differ.
+    """
+    theirs = _record(checkpoint).get("head_learning_rate")
+    if theirs != rate:
+        same = "leave head_learning_rate out" if theirs is None else f"write head_learning_rate: {theirs}"
+        instead = (
+            "leave resume_from_checkpoint out and write another output_dir" if named else "write another output_dir"
+        )
+        raise LMTPError(
+            f"Training would resume from {checkpoint}, whose optimizer has "
+            f"{'no' if theirs is None else 'another'} learning rate for the heads: {same} to go on, or {instead} to train "
+            "from the beginning."
+        )
+
+
+def write_stage(checkpoint: Path, stage: int, head_learning_rate: float | None = None) -> None:
+    """Record the stage that saves a checkpoint, and the heads' own learning rate if they have one.
 
     Raises:
         OSError: The file cannot be written.
     """
+    record = {"stage": stage} | ({} if head_learning_rate is None else {"head_learning_rate": head_learning_rate})
     with atomic_write(checkpoint / STAGE_FILE) as file:
-        json.dump({"stage": stage}, file)
+        json.dump(record, file)
 
 
-def _written_stage(checkpoint: Path) -> int | None:
-    """The recorded stage; None if the checkpoint has no record.
+def _record(checkpoint: Path) -> dict:
+    """What was recorded with a checkpoint; empty if there is no record.
 
     Raises:
         ValueError: The record cannot be read.
@@ -222,10 +247,10 @@ def _written_stage(checkpoint: Path) -> int | None:
     try:
         found = json.loads((checkpoint / STAGE_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return None
+        return {}
     if not isinstance(found, dict) or found.get("stage") not in tuple(STAGES):
         raise ValueError(f"{STAGE_FILE} holds {found!r}")
-    return found["stage"]
+    return found
 
 
 def _stage_of(checkpoint: Path) -> int:
@@ -237,4 +262,4 @@ def _stage_of(checkpoint: Path) -> int:
     from llamafactory.extras.constants import CHECKPOINT_NAMES
 
     of_stage_2 = {*CHECKPOINT_NAMES, CONFIG_NAME} - {HEADS_CHECKPOINT}
-    return _written_stage(checkpoint) or (2 if any((checkpoint / name).is_file() for name in of_stage_2) else 1)
+    return _record(checkpoint).get("stage") or (2 if any((checkpoint / name).is_file() for name in of_stage_2) else 1)

@@ -18,7 +18,9 @@ from ..errors import LMTPError
 from ..files import HEADS_FOLDER
 from ..modeling.losses.implementation import resolve_implementation
 from .heads_source import HeadsSource, decoding_obstacle
-from .resume import check_checkpoint
+from .resume import check_checkpoint, check_head_learning_rate
+from .training.layer_keys import check_layer_keys
+from .training.optimizer import check_rate_key
 from .vocabulary import check_heads
 
 
@@ -48,6 +50,7 @@ def check_training_keys(model_args, data_args, training_args, finetuning_args) -
     for loss in _replaced_losses(training_args, finetuning_args):
         raise LMTPError(f"{loss} replaces the loss that L-MTP stages train: leave it out.")
     _check_method(stage, model_args, finetuning_args)
+    check_rate_key(stage, training_args, finetuning_args)
     if stage == 1:
         _check_frozen(model_args, training_args, finetuning_args)
     resolve_implementation(finetuning_args.lmtp_loss, torch.device(get_current_device()))
@@ -88,6 +91,9 @@ def check_training(model_args, data_args, training_args, finetuning_args, source
     if source.resumed is not None:
         named = training_args.resume_from_checkpoint is not None
         check_checkpoint(source.resumed, stage, source.config, source.folder, named)
+        check_head_learning_rate(source.resumed, finetuning_args.head_learning_rate, named)
+    if source.config.reads_layers:
+        check_layer_keys(source.config, training_args, finetuning_args)
     if data_args.cutoff_len <= source.reach:
         raise LMTPError(
             f"cutoff_len {data_args.cutoff_len} leaves the farthest head (+{source.reach} tokens) without a target: write "

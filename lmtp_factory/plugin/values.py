@@ -52,6 +52,7 @@ KINDS = {
         lambda value: _is_finite(value) and value >= 0, "a number of 0 or more", str(HEAD_WEIGHT), False
     ),
     "head_decay": Kind(lambda value: _is_finite(value) and value > 0, "a number above 0", str(HEAD_DECAY), False),
+    "head_learning_rate": Kind(lambda value: _is_finite(value) and value > 0, "a number above 0", "1.0e-3"),
     "stage1_pretrained_path": Kind(_is_path, "the path of one directory", "saves/stage1"),
     "hidden_cache_dir": Kind(_is_path, "the path of one directory", "saves/hidden_states"),
     "train_lm_head": Kind(lambda value: isinstance(value, bool), "true or false, without quotes", "true", False),

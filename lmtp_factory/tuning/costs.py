@@ -20,6 +20,7 @@ from ..decoding.tree import chain_paths, fixed, grow
 from ..decoding.tree_config import DEFAULT_WIDTH, CostCurve
 from ..decoding.verify import Verifier
 from ..modeling.heads import lm_logits
+from ..modeling.layer_states import recorded
 
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -71,15 +72,19 @@ def measure_drafts(
     ids = torch.randint(config.vocab_size, (1, context), generator=generator).to(device)
     cache = TreeCache.replacing(DynamicCache(config=config), config, columns=0)
     with prepacked_if_possible(model), unembeddings_kept():
-        hidden = model.base_model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
-        window = Window.of_prompt(hidden, [context], window_size)
+        with recorded(model) as layers:
+            hidden = model.base_model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
+        window = Window.of_prompt(model.leap_heads.inputs(hidden, layers), [context], window_size)
         window.roots = ids[:, 0]
         state = one_row_state(cache, context, last_position=1 << 30, device=device)
         forward = Verifier(model)
 
         def verify(tree, tokens) -> None:
             cache.set_cursor(context, context)
-            lm_logits(model, forward(tokens, tree, state))
+            with recorded(model) as layers:
+                hidden = forward(tokens, tree, state)
+            lm_logits(model, hidden)
+            model.leap_heads.inputs(hidden, layers)
 
         def propose(pairs) -> None:
             candidates = candidates_of(model, window, pairs, DEFAULT_WIDTH)

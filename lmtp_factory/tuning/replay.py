@@ -5,7 +5,7 @@ the candidates of every step, and the ranks of the text's tokens among them give
 again.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from ..decoding.tree import grow
 from ..decoding.tree_config import AcceptanceCalibration, TreeConfig
 from ..errors import LMTPError
 from ..evaluation.scoring import Row
+from ..modeling.layer_states import recorded
 
 
 # Number of rows of logits that are computed at once, which limits memory: each level of a step has one.
@@ -91,25 +92,43 @@ def observe_pairs(model: nn.Module, row: Row, pairs: Sequence[tuple[int, int]], 
         Observations whose levels are the pairs.
     """
     prompt, answer = row
-    ids = torch.tensor([prompt + answer], device=model.device)  # (1, length)
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]  # (length, hidden)
+    ids = torch.tensor(prompt + answer, device=model.device)  # (length,)
+    with recorded(model) as layers:
+        hidden = model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state  # (1, length, hidden)
+    states = model.leap_heads.inputs(hidden, layers)[0]  # (length, ...)
+    return observe_states(model, ids, states, range(len(prompt), len(ids)), pairs, width)
+
+
+@torch.no_grad()
+def observe_states(
+    model: nn.Module, ids: Tensor, states: Tensor, answer: range, pairs: Sequence[tuple[int, int]], width: int
+) -> Observed:
+    """Compute what `observe_pairs` does from the states that the heads read.
+
+    Args:
+        model: A model with leap heads.
+        ids: (length,) token ids of a text.
+        states: (length, hidden) or (length, heads, hidden) its states, see `LeapHeads.inputs`.
+        answer: Places of the answer in the text. A step's root and its drafts lie in the answer.
+        pairs: See `observe_pairs`.
+        width: Number of candidates per pair.
+    """
     offsets = model.leap_heads.config.offsets
     size = max(back for _, back in pairs) + 1
     # The step at state t drafts token t + depth. Its root is token t + 1. The last token has no successor.
-    depths = torch.tensor([offsets[head] - back for head, back in pairs])  # (levels,)
-    steps = torch.arange(len(prompt) - 1, len(prompt) + len(answer) - 2)
+    depths = torch.tensor([offsets[head] - back for head, back in pairs], device=ids.device)  # (levels,)
+    steps = torch.arange(max(answer.start - 1, 0), answer.stop - 2, device=ids.device)
     probabilities, ranks = [], []
     for part in steps.split(max(1, _ROWS_AT_ONCE // len(pairs))):
         # (steps, window) indices of the states, oldest first. Indices before the text are marked as missing.
-        places = part[:, None] - torch.arange(size - 1, -1, -1)
-        roots = ids[0, part + 1]
-        window = Window.of_states(hidden[places.clamp(min=0)], is_real=places >= 0, roots=roots)
+        places = part[:, None] - torch.arange(size - 1, -1, -1, device=ids.device)
+        window = Window.of_states(states[places.clamp(min=0)], is_real=places >= 0, roots=ids[part + 1])
         candidates = candidates_of(model, window, pairs, width)  # (steps, levels, width)
         ahead = part[:, None] + depths  # (steps, levels) indices of the drafted tokens
-        truth = ids[0, ahead.clamp(max=ids.shape[1] - 1)].to(candidates.tokens.device)  # (steps, levels)
+        truth = ids[ahead.clamp(max=len(ids) - 1)].to(candidates.tokens.device)  # (steps, levels)
         is_truth = candidates.tokens == truth[:, :, None]  # (steps, levels, width)
-        # Candidates of missing states have probability 0, and tokens beyond the text do not exist.
-        is_truth &= (candidates.probabilities > 0) & (ahead < ids.shape[1])[:, :, None].to(is_truth.device)
+        # Candidates of missing states have probability 0, and tokens beyond the answer do not exist.
+        is_truth &= (candidates.probabilities > 0) & (ahead < answer.stop)[:, :, None].to(is_truth.device)
         ranks.append(torch.where(is_truth.any(-1), is_truth.float().argmax(-1), candidates.tokens.shape[-1]).cpu())
         probabilities.append(candidates.probabilities.cpu())
     if not len(steps):
@@ -159,8 +178,7 @@ def accepted_of_paths(answer: Observed, paths: Sequence[Sequence[int]]) -> list[
 
 def tau_of_paths(observed: Sequence[Observed], paths: Sequence[Sequence[int]]) -> float:
     """Return tau with a static tree, given by its paths (`decoding.tree.fixed`)."""
-    levels = {id(answer): accepted_of_paths(answer, paths) for answer in observed}
-    return _tau(observed, lambda answer, step: levels[id(answer)][step])
+    return _tau(accepted_of_paths(answer, paths) for answer in observed)
 
 
 def accepted_levels(answer: Observed, nodes: int) -> tuple[Tensor, Tensor]:
@@ -189,12 +207,8 @@ def accepted_levels(answer: Observed, nodes: int) -> tuple[Tensor, Tensor]:
 
 def tau_of_dynamic(observed: Sequence[Observed], sizes: Sequence[int]) -> dict[int, float]:
     """Return tau with dynamic trees of each size."""
-    levels = {id(answer): accepted_levels(answer, max(sizes))[0] for answer in observed}
-
-    def with_size(size: int) -> Callable[[Observed, int], int]:
-        return lambda answer, step: int(levels[id(answer)][step, min(size, levels[id(answer)].shape[1]) - 1])
-
-    return {size: _tau(observed, with_size(size)) for size in sizes}
+    levels = [accepted_levels(answer, max(sizes))[0] for answer in observed]
+    return {size: _tau(of[:, min(size, of.shape[1]) - 1].tolist() for of in levels) for size in sizes}
 
 
 def rate_of_cut_trees(
@@ -227,12 +241,20 @@ def rate_of_cut_trees(
     return tokens / steps, tokens / cost
 
 
-def _tau(observed: Sequence[Observed], accepted: Callable[[Observed, int], int]) -> float:
-    """Replay all answers; `accepted(answer, step)` is the number of levels accepted in a step that starts there."""
-    tokens = steps = 0
-    for answer in observed:
-        step = 0
-        while step < len(answer):
-            reached = min(accepted(answer, step) + 1, len(answer) - step)
-            step, steps, tokens = step + reached, steps + 1, tokens + reached
-    return tokens / max(steps, 1)
+def steps_of(accepted: Sequence[int]) -> list[int]:
+    """Return the number of tokens of each step that decodes an answer.
+
+    Args:
+        accepted: For each place of the answer, the number of levels that a step which starts there accepts.
+    """
+    steps, place = [], 0
+    while place < len(accepted):
+        steps.append(min(accepted[place] + 1, len(accepted) - place))
+        place += steps[-1]
+    return steps
+
+
+def _tau(accepted: Iterable[Sequence[int]]) -> float:
+    """Return tau over answers, each given as `steps_of` takes it."""
+    steps = [tokens for answer in accepted for tokens in steps_of(answer)]
+    return sum(steps) / max(len(steps), 1)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from lmtp_factory.decoding import draft as draft_module
 from lmtp_factory.decoding import tree_builder
 from lmtp_factory.decoding.draft import Window, propose_candidates
+from lmtp_factory.modeling.layer_states import recorded as recorded_layers
 
 
 HEADS = {
@@ -21,6 +22,8 @@ HEADS = {
     "newest token": {"head_kind": "own", "head_inputs": "state_token", "head_layers": 2},
     "gated": {"head_kind": "shared", "head_block": "mlp", "head_layers": 2},
     "gated, newest token": {"head_kind": "shared", "head_block": "mlp", "head_inputs": "state_token", "head_backs": 3},
+    "all layers": {"head_kind": "own", "head_inputs": "layers"},
+    "shared, all layers": {"head_kind": "shared", "head_inputs": "layers", "draft_vocab_size": 40},
     "own draft vocabulary": {"head_kind": "own", "draft_vocab_size": 40},
     "shared draft vocabulary": {"head_kind": "shared", "draft_vocab_size": 40, "head_inputs": "state_token"},
 }
@@ -80,6 +83,8 @@ def through_blocks(leap, z, embedding, back):
 def brute_force(model, states, place, levels, root):
     """(levels, vocabulary) probabilities, where ``place`` is the root's and ``states`` are of all places before it.
 
+    ``states`` are (length, hidden), or (length, heads, hidden) for heads that read other states each.
+
     A level whose head needs a state that does not exist has probabilities 0.
     """
     config, rows = model.leap_heads.config, []
@@ -90,7 +95,8 @@ def brute_force(model, states, place, levels, root):
             rows.append(torch.zeros(config.vocab_size))
             continue
         leap, embedding = model.leap_heads.heads[head - 1], model.get_input_embeddings().weight[root]
-        z = through_blocks(leap, states[source], embedding, back=place - 1 - source)
+        z = states[source] if states.dim() == 2 else states[source, head - 1]
+        z = through_blocks(leap, z, embedding, back=place - 1 - source)
         matrix = model.get_output_embeddings().weight if config.head_kind == "shared" else leap.unembed.weight
         drafted = list(range(config.vocab_size))
         if config.draft_vocab_size is not None:  # as the fixture `leap` chooses it
@@ -128,7 +134,9 @@ def check_drafts(model, inputs, plan, monkeypatch, seed=0, new=16):
     mask = torch.cat([mask, torch.ones(rows, new, dtype=torch.long)], dim=1)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
-        hidden = model.base_model(expected, attention_mask=mask, position_ids=positions).last_hidden_state
+        with recorded_layers(model) as layers:
+            hidden = model.base_model(expected, attention_mask=mask, position_ids=positions).last_hidden_state
+        hidden = model.leap_heads.inputs(hidden, layers)
         for lengths, candidates in seen:
             for row, total in lengths.items():
                 padding = int((mask[row] == 0).sum())
@@ -171,9 +179,10 @@ def test_prompts_shorter_than_the_window(leap, geometry, length, monkeypatch):
 
 @pytest.mark.parametrize("architecture", ["llama-tied", "mistral", "gemma3-softcap"])
 @pytest.mark.parametrize("plan", ["static", "dynamic"])
+@pytest.mark.parametrize("inputs", ["state", "layers"])
 @torch.no_grad()
-def test_rows_of_a_batch_have_windows_of_their_own(leap, architecture, plan, monkeypatch):
-    model = leap(architecture, heads=GEOMETRIES["stride 3"])
+def test_rows_of_a_batch_have_windows_of_their_own(leap, architecture, plan, inputs, monkeypatch):
+    model = leap(architecture, heads=GEOMETRIES["stride 3"] | {"head_inputs": inputs})
     seen, _ = check_drafts(model, padded([2, 7, 1]), TREES[plan], monkeypatch)
     assert any(len(set(lengths.values())) > 1 for lengths, _ in seen)
 

@@ -246,6 +246,7 @@ def test_stats_add_up(leap):
             model.generate(**inputs, max_new_tokens=20, lmtp_stats=stats, lmtp_tree=DYNAMIC, **GREEDY)
     assert (stats.strategy, stats.rows, stats.tokens) == ("backward", 4, 80)
     assert stats.steps + sum(stats.accepted) == 80 - 4  # every token but the prefills' is a step's own or accepted
-    assert stats.tau == pytest.approx(1 + sum(stats.acceptance())) and stats.tau > 1.3
+    assert stats.drafts < stats.steps  # before the last token there is nothing to draft
+    assert stats.mean_acceptance_length == pytest.approx(1 + sum(stats.accepted) / stats.drafts) and stats.tau > 1.3
     assert stats.accepted == sorted(stats.accepted, reverse=True)
     assert stats.nodes >= stats.steps and 0 < stats.seconds["verify"] < stats.seconds["total"]

@@ -1,11 +1,7 @@
 """`llamafactory-cli api` itself, asked over HTTP: heads change nothing but the speed."""
 
 import json
-import os
 import re
-import socket
-import subprocess
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from helpers import chat_models
-from helpers import llamafactory_runs as runs
+from helpers.api_server import running_api
 from helpers.chat_models import chat_model, eventually
 
 
@@ -25,8 +21,8 @@ LONG = chat_models.LENGTH - 200
 class Server:
     """A running API."""
 
-    def __init__(self, port: int, log: Path):
-        self.url, self.log = f"http://127.0.0.1:{port}/v1", log
+    def __init__(self, url: str, log: Path):
+        self.url, self.log = url, log
 
     def body(self, question: str, **options) -> dict:
         return {"model": "x", "messages": [{"role": "user", "content": question}], "max_tokens": TOKENS} | options
@@ -55,29 +51,8 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(endless, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("api")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    args = {"model_name_or_path": str(endless), "template": "qwen", "do_sample": False}
-    env = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "MAX_CONCURRENT": "2"}
-    env |= {"API_HOST": "127.0.0.1", "API_PORT": str(port), "API_VERBOSE": "0"}
-    command = [str(runs.BIN / "llamafactory-cli"), "api", runs.write_yaml(folder / "api.yaml", args)]
-    with open(folder / "log", "w") as log:
-        process = subprocess.Popen(command, env=os.environ | env, stdout=log, stderr=subprocess.STDOUT)
-    api = Server(port, folder / "log")
-    try:
-        while process.poll() is None:
-            try:
-                httpx.get(f"{api.url}/models", timeout=5)
-                break
-            except httpx.TransportError:
-                time.sleep(0.1)
-        assert process.poll() is None, api.log.read_text()[-4000:]
-        yield api
-    finally:
-        process.terminate()
-        process.wait(30)
+    with running_api(endless, tmp_path_factory.mktemp("api")) as (url, log):
+        yield Server(url, log)
 
 
 @dataclass

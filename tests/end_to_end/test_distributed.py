@@ -1,7 +1,9 @@
 """Two processes on the CPU under DeepSpeed: the same losses as one process with the same global batch."""
 
+import json
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,6 +38,7 @@ HEADS = {
     # Adjacent heads look back nowhere, so that no random number depends on the number of forwards in a step.
     "token": {"head_kind": "shared", "head_inputs": "state_token", "head_block": "mlp", "draft_vocab_size": 64,
               "leap_offsets": "2,3,4"},
+    "layers": {"head_kind": "own", "head_inputs": "layers"},
     "own token": {"head_kind": "own", "head_inputs": "state_token", "draft_vocab_size": 64, "leap_offsets": "2,3,4"},
 }  # fmt: skip
 
@@ -47,6 +50,11 @@ HEADS = {
         pytest.param("zero2", "lmtp2", "lora", "own token", marks=pytest.mark.slow),
         pytest.param("zero3", "lmtp1", "full", "own token", marks=pytest.mark.slow),
         pytest.param("zero3", "lmtp2", "full", "token", marks=pytest.mark.slow),
+        pytest.param("zero2", "lmtp1", "full", "layers", marks=pytest.mark.slow),
+        pytest.param("zero2", "lmtp2", "lora", "layers", marks=pytest.mark.slow),
+        pytest.param("zero3", "lmtp1", "full", "layers", marks=pytest.mark.slow),
+        pytest.param("zero3", "lmtp2", "full", "layers", marks=pytest.mark.slow),
+        pytest.param(None, "lmtp2", "lora", "layers", marks=pytest.mark.slow),
         pytest.param(None, "lmtp1", "full", "own", marks=pytest.mark.slow),
         pytest.param(None, "lmtp2", "lora", "own", marks=pytest.mark.slow),
         pytest.param("zero2", "lmtp1", "full", "own", marks=pytest.mark.slow),
@@ -59,6 +67,7 @@ HEADS = {
 )
 def test_losses_of_two_processes_equal_those_of_one(zero, stage, method, kind, llama, data, tmp_path):
     run = {"stage": stage, "finetuning_type": method, **HEADS[kind], **GLOBAL_BATCH}
+    run |= {"val_size": 6, "eval_strategy": "steps", "eval_steps": 4, "per_device_eval_batch_size": 1}
     run |= {"train_lm_head": True} if (zero, method) == ("zero3", "lora") else {}
     alone = runs.train(llama, data, tmp_path / "one", per_device_train_batch_size=4, **run)
     args = runs.arguments(
@@ -70,8 +79,10 @@ def test_losses_of_two_processes_equal_those_of_one(zero, stage, method, kind, l
     assert runs.step_losses(together) == pytest.approx(runs.step_losses(alone), rel=2e-4)
     for one, two in zip(alone, together):
         for key in one:
-            if "_head_" in key:
+            if "_head_" in key or (zero != "zero3" and ("tau" in key or "acceptance" in key)):
                 assert two[key] == pytest.approx(one[key], rel=5e-4, abs=1e-4), key
+    assert any("eval_loss" in entry for entry in together)
+    assert any("eval_tau" in entry for entry in together) == (zero != "zero3")
 
     whole, sharded = (load_heads(tmp_path / name).state_dict() for name in ("one", "two"))
     assert {name: t.shape for name, t in sharded.items()} == {name: t.shape for name, t in whole.items()}
@@ -83,6 +94,40 @@ def test_losses_of_two_processes_equal_those_of_one(zero, stage, method, kind, l
         # ZeRO-2 clones tensors before they are saved, so upstream writes a tied LM head a second time.
         saved = set(load_file(tmp_path / "two" / "model.safetensors")) - {"lm_head.weight"}
         assert saved == set(load_file(llama / "model.safetensors"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("zero", "method"), [("zero2", "lora"), ("zero2", "full"), ("zero3", "full")])
+def test_heads_train_with_a_rate_of_their_own_under_deepspeed(zero, method, llama, data, tmp_path):
+    run = {"stage": "lmtp2", "finetuning_type": method, "learning_rate": 1e-4, "lr_scheduler_type": "linear"}
+    run |= {"head_weight": 1.0, "head_learning_rate": 1e-2} | GLOBAL_BATCH
+    alone = runs.train(llama, data, tmp_path / "one", per_device_train_batch_size=4, **run)
+    same = runs.train(
+        llama, data, tmp_path / "same", per_device_train_batch_size=4, **run | {"head_learning_rate": None}
+    )
+    args = runs.arguments(
+        llama, data, tmp_path / "two", per_device_train_batch_size=2, deepspeed=deepspeed(zero), **run
+    )
+    torchrun(runs.write_yaml(tmp_path / "x.yaml", args))
+    together = runs.history(tmp_path / "two")
+    assert runs.step_losses(together) == pytest.approx(runs.step_losses(alone), rel=5e-4)
+    assert runs.step_losses(together) != pytest.approx(runs.step_losses(same), rel=5e-2)
+    for entry in (entry for entry in together if "loss" in entry):
+        assert entry["head_learning_rate"] == pytest.approx(100 * entry["learning_rate"])
+
+
+@pytest.mark.parametrize("section", ["optimizer", "scheduler"])
+def test_an_optimizer_of_deepspeed_takes_no_rate_of_the_heads(section, llama, data, tmp_path):
+    config = json.loads(Path(deepspeed("zero2")).read_text())
+    config[section] = {"type": "AdamW" if section == "optimizer" else "WarmupLR", "params": {}}
+    args = runs.arguments(llama, data, tmp_path, stage="lmtp2", head_learning_rate=1e-2, deepspeed=config)
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "localhost",
+             "MASTER_PORT": str(find_available_port()), "DS_ACCELERATOR": "cpu"}  # fmt: skip
+    result = runs.cli("train", runs.write_yaml(tmp_path / "x.yaml", args), check=False, **alone)
+    assert result.returncode
+    assert (
+        f'head_learning_rate does not go with the section "{section}" of the deepspeed configuration' in result.stderr
+    )
 
 
 @pytest.fixture(scope="module")

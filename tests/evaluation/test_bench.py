@@ -55,9 +55,13 @@ def test_rows_of_the_table(arms):
         assert row.differing == 0
         assert row.is_ours == (name == OWN_LOOP or name.startswith(("backward", "forward")))
         assert row.is_ours or row.verify_share is None
-        if name.startswith(("backward", "forward")):
-            assert row.tau == pytest.approx(1 + sum(row.acceptance))
+        if name.endswith(("chain", "static", "dynamic")):
+            assert row.mean_acceptance_length == pytest.approx(1 + sum(row.acceptance))
+            assert row.mean_acceptance_length >= row.tau > 1  # not every forward verifies a draft
+        if row.tau > 1 and row.is_ours:
             assert 0 < row.verify_share < 1
+        if not arms[name].stats.drafts:
+            assert row.mean_acceptance_length is None and row.acceptance == ()
     lines = table(list(rows.values())).splitlines()
     assert len(lines) == 1 + len(rows) and lines[0].endswith("accepted at level    1    2    3    4    5    6")
 

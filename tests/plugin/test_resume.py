@@ -64,6 +64,7 @@ OTHER_HEADS = [
     ({"head_layers": 2}, "head_layers 1 there and 2 here): write head_layers: 1 to go on, or "),
     ({"head_kind": "shared"}, "head_kind own there and shared here): write head_kind: own to go on"),
     ({"draft_vocab_size": 40}, "draft_vocab_size None there and 40 here): write no draft_vocab_size to go on"),
+    ({"head_inputs": "layers"}, "head_inputs state there and layers here): write head_inputs: state to go on"),
     ({"head_inputs": "state_token"}, "head_inputs state there and state_token here): write head_inputs: state to go on"),
 ]  # fmt: skip
 

@@ -72,6 +72,39 @@ CONFIGURATION = [
     ({"head_decay": float("-inf")}, "head_decay is -inf"),
     ({"head_decay": 0.0}, "head_decay is 0.0"),
     ({"head_decay": True}, "head_decay is True"),
+    (
+        {"head_learning_rate": 0, "stage": "lmtp2"},
+        "head_learning_rate is 0, but it has to be a number above 0: write for",
+    ),
+    ({"head_learning_rate": "1e-3", "stage": "lmtp2"}, "head_learning_rate is '1e-3'"),
+    ({"head_learning_rate": True, "stage": "lmtp2"}, "head_learning_rate is True"),
+    (
+        {"head_learning_rate": 1e-3},
+        "Stage 1 trains only the heads, so head_learning_rate: 0.001 stands beside no other: write learning_rate: 0.001 "
+        "instead.",
+    ),
+    *(
+        (
+            {"head_learning_rate": 1e-3, "stage": "lmtp2", "finetuning_type": "full"} | keys,
+            f"head_learning_rate does not go with {name}, because its optimizer has one learning rate for all",
+        )
+        for name, keys in (
+            ("use_galore", {"use_galore": True}),
+            ("use_apollo", {"use_apollo": True}),
+            ("use_adam_mini", {"use_adam_mini": True}),
+            ("use_muon", {"use_muon": True}),
+            ("loraplus_lr_ratio", {"loraplus_lr_ratio": 16.0, "finetuning_type": "lora"}),
+            ("optim: lomo", {"optim": "lomo"}),
+            ("optim: apollo_adamw", {"optim": "apollo_adamw", "optim_target_modules": "all-linear"}),
+        )
+    ),
+    (
+        {"head_inputs": "layers", "hidden_cache_dir": "cache"},
+        "hidden_cache_dir does not go with head_inputs: layers, because 2 states of 32 x 2 bytes would be kept of each "
+        "token (128 bytes, 122.07 MB a million tokens): leave hidden_cache_dir out, or write head_inputs: state.",
+    ),
+    ({"head_inputs": "layers", "torch_compile": True}, "torch_compile does not go with head_inputs: layers"),
+    ({"head_inputs": "layers", "head_backs": 2}, "head_backs is 2, but heads that read the state alone fit any place"),
     ({"train_lm_head": "false", "stage": "lmtp2"}, "train_lm_head is 'false', but it has to be true or false"),
     ({"train_lm_head": 1, "stage": "lmtp2"}, "train_lm_head is 1, but it has to be true or false"),
     (

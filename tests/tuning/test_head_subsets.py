@@ -21,6 +21,7 @@ TRAINED = (1, 2, 3, 5, 6, 9)
 KINDS = {
     "own": {"head_kind": "own"},
     "shared": {"head_kind": "shared"},
+    "all layers": {"head_inputs": "layers"},
     "newest token": {"head_inputs": "state_token", "head_block": "mlp", "head_backs": 8, "draft_vocab_size": 80},
 }
 

@@ -42,7 +42,7 @@ def leap_loss(
     """Compute the loss of all heads.
 
     Args:
-        hidden: (rows, hidden) final hidden states.
+        hidden: (rows, hidden) hidden states, for each distinct `first_row` of the heads.
         targets: (heads, rows) indices of the heads' logits, -100 where masked.
         scales: (heads,) factors of the heads' loss sums.
         heads: Heads in the order of `targets`.

@@ -53,7 +53,7 @@ def chunked_loss(
     reduction waits for every parameter.
 
     Args:
-        hidden: (rows, hidden) final hidden states.
+        hidden: (rows, hidden) hidden states, for each distinct `first_row` of the heads.
         targets: (heads, rows) indices of the heads' logits, -100 where masked.
         scales: (heads,) factors of the heads' loss sums.
         heads: Heads in the order of `targets`.
@@ -89,7 +89,7 @@ class _ChunkedLoss(torch.autograd.Function):
             # Gradients are accumulated in fp32: bf16 additions would lose the low bits at every chunk.
             trained = [p for p in head.parameters() if p.requires_grad and parameters]
             gradients |= {p: torch.zeros_like(p, dtype=accumulation_dtype(p)) for p in trained if p not in gradients}
-            for chunk in head.chunks(rows):  # (rows of the chunk,) indices into `hidden`
+            for chunk in head.chunks(rows):  # (rows of the chunk,)
                 losses, right = head.run(hidden, chunk, targets[i, chunk], scales[i], hidden_gradient, gradients)
                 sums[i] += losses.sum()
                 hits[i] += right.sum()
@@ -153,15 +153,16 @@ class _HeadRun:
         """Return the losses and hits of a chunk; add its gradients times `scale` to `hidden_gradient` and `gradients`.
 
         Args:
-            hidden: (all rows, hidden) final hidden states.
-            rows: (rows,) indices of the chunk's rows.
+            hidden: (all rows, hidden) hidden states.
+            rows: (rows,) numbers of the chunk's rows in the batch.
             targets: (rows,) token ids.
             scale: Scalar factor of the head's loss sum.
             hidden_gradient: (all rows, hidden) accumulator, or None if the hidden states need no gradient.
             gradients: Accumulators of the trained parameters.
         """
         blocks = [p for p in self.head.parameters if p in gradients]
-        inputs = hidden[rows].requires_grad_(hidden_gradient is not None)  # (rows, hidden)
+        own = self.head.first_row + rows  # (rows,) indices into `hidden`
+        inputs = hidden[own].requires_grad_(hidden_gradient is not None)  # (rows, hidden)
         with torch.set_grad_enabled(bool(blocks) or inputs.requires_grad):
             features = self.head.features(inputs, rows)  # (rows, hidden), with a graph back to `inputs` and the blocks
         project = self._project_by_autograd if self.linear is None else self._project
@@ -171,7 +172,7 @@ class _HeadRun:
             # `scale` is about 1 / tokens, too small for fp16, so it is applied to the fp32 accumulators only.
             parts = list(torch.autograd.grad(features, differentiable, feature_gradient.to(features.dtype)))
             if inputs.requires_grad:
-                hidden_gradient.index_add_(0, rows, parts.pop(0).to(hidden_gradient.dtype) * scale)
+                hidden_gradient.index_add_(0, own, parts.pop(0).to(hidden_gradient.dtype) * scale)
             for parameter, part in zip(blocks, parts, strict=True):
                 gradients[parameter] += part.to(gradients[parameter].dtype) * scale
         return losses, hits

@@ -17,7 +17,7 @@ def eager_loss(
     """Compute the loss of all heads.
 
     Args:
-        hidden: (rows, hidden) final hidden states.
+        hidden: (rows, hidden) hidden states, for each distinct `first_row` of the heads.
         targets: (heads, rows) indices of the heads' logits, -100 where masked.
         scales: (heads,) factors of the heads' loss sums.
         heads: Heads in the order of `targets`.
@@ -27,9 +27,10 @@ def eager_loss(
         Scalar fp32 loss with gradient; (heads,) unscaled fp32 loss sums; (heads,) int64 top-1 hits.
     """
     sums, hits = [], []
-    rows = torch.arange(len(hidden), device=hidden.device)
+    rows = torch.arange(targets.shape[1], device=hidden.device)
     for head, head_targets in zip(heads, targets, strict=True):
-        features = head.features(hidden, rows)  # (rows, hidden)
+        own = hidden[head.first_row : head.first_row + len(rows)]  # (rows, hidden)
+        features = head.features(own, rows)  # (rows, hidden)
         logits = head.unembedding(cast_like(features, head.unembedding))  # (rows, vocabulary)
         # Masked targets become token 0, a valid index. `where` then removes their losses and their gradients.
         losses, is_hit = cross_entropy(logits, head_targets.clamp(min=0), softcap)  # (rows,), (rows,)

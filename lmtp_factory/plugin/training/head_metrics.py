@@ -1,4 +1,4 @@
-"""Per-head loss and accuracy: their names in logs, and their averages over steps and ranks."""
+"""Metrics of the heads: their names in logs, and averages of losses and accuracies over steps and ranks."""
 
 import re
 from typing import NamedTuple
@@ -7,36 +7,39 @@ import torch
 from torch import Tensor
 
 
-LOSS, ACCURACY = "loss", "acc"
+LOSS, ACCURACY, TAU = "loss", "acc", "tau"
 # Parts of a LeapOutput that are summed.
 _ROWS = ("loss_sums", "hits", "counts", "outside")
 
 
 class HeadMetric(NamedTuple):
-    """A metric of one head. `str` gives its name in logs, for example `eval_loss_head_1`.
+    """A metric of one head, or of all heads together. `str` gives its name in logs, for example `eval_loss_head_1`.
 
     Attributes:
-        quantity: `LOSS` or `ACCURACY`.
-        head: Number of the head; 0 is the LM head.
+        quantity: `LOSS` or `ACCURACY` of a head, or `TAU`.
+        head: Number of the head, 0 for the LM head; None for `TAU`.
         prefix: Empty for training, `eval_` or `eval_<dataset>_` for evaluation.
     """
 
     quantity: str
-    head: int
+    head: int | None
     prefix: str = ""
 
     def __str__(self) -> str:
-        return f"{self.prefix}{self.quantity}_head_{self.head}"
+        return f"{self.prefix}{self.quantity}" + ("" if self.head is None else f"_head_{self.head}")
 
     @classmethod
     def parse(cls, name: str) -> "HeadMetric | None":
         """The metric of a name in a log; None if the name is that of another entry."""
-        found = re.fullmatch(rf"(.+_)?({LOSS}|{ACCURACY})_head_(\d+)", name)
-        return None if found is None else cls(found[2], int(found[3]), found[1] or "")
+        found = re.fullmatch(rf"(.+_)?(?:({LOSS}|{ACCURACY})_head_(\d+)|{TAU})", name)
+        if found is None:
+            return None
+        prefix, quantity, head = found.groups(default="")
+        return cls(quantity, int(head), prefix) if quantity else cls(TAU, None, prefix)
 
 
-def per_head(logs: dict[str, float]) -> dict[HeadMetric, float]:
-    """The per-head entries of a Trainer log."""
+def heads_metrics(logs: dict[str, float]) -> dict[HeadMetric, float]:
+    """The heads' metrics among the entries of a Trainer log."""
     parsed = ((HeadMetric.parse(name), value) for name, value in logs.items())
     return {metric: value for metric, value in parsed if metric is not None}
 

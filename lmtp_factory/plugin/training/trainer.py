@@ -9,6 +9,7 @@ from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
 from peft import PeftModel
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
@@ -17,6 +18,7 @@ from ...errors import LMTPError
 from ...files import HEADS_FOLDER
 from ...modeling import heads_of, load_heads, save_heads
 from ...modeling.checkpoint import validate_checkpoint
+from ...modeling.layer_states import recorded
 from ...modeling.losses.targets import IGNORE_INDEX
 from ...modeling.model import HEADS_PREFIX, base_of
 from ...modeling.zero3 import gathered
@@ -24,6 +26,8 @@ from .. import log
 from ..resume import differences, in_words, write_stage
 from .cached_states import CachedDocuments, FillCache
 from .head_metrics import HeadMetrics
+from .optimizer import HeadRate, check_rates, parameter_groups, with_groups
+from .replayed_tau import ReplayedTau
 
 
 # Folder that upstream writes beside a PiSSA adapter: the same adapter as an ordinary LoRA adapter of the base model.
@@ -46,9 +50,16 @@ class LeapTrainer(CustomSeq2SeqTrainer):
         self.leap_model = base_of(self.model)
         if isinstance(self.train_dataset, CachedDocuments):
             self.add_callback(FillCache(self, self.train_dataset))
+        self.head_rate = HeadRate()
+        if self.finetuning_args.head_learning_rate is not None:
+            self.add_callback(self.head_rate)
         self.objective = self.leap_model.objective
         first, heads = self.objective.first_head, len(self.objective.weights)
         self.train_metrics, self.eval_metrics = HeadMetrics(first, heads), HeadMetrics(first, heads)
+        # Drafting reads the heads' weights outside their forward, where ZeRO-3 has not gathered them.
+        self.eval_tau = None if is_deepspeed_zero3_enabled() else ReplayedTau(self.leap_model)
+        if self.eval_tau is None and self.eval_dataset is not None:
+            log.info("eval_tau is left out under ZeRO-3: run lmtp-cli tree on a checkpoint for tau.")
 
     # Loss -------------------------------------------------------------------------------------------------------
 
@@ -71,6 +82,24 @@ class LeapTrainer(CustomSeq2SeqTrainer):
         loss = outputs.loss * (1 if num_items_in_batch is None else self.accelerator.num_processes)
         return (loss, outputs) if return_outputs else loss
 
+    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+        """Create the optimizer; with `head_learning_rate` the heads get groups of their own.
+
+        Raises:
+            LMTPError: The optimizer takes no parameter groups.
+        """
+        rate, heads = self.finetuning_args.head_learning_rate, self.leap_model.leap_heads
+        if rate is None or self.optimizer is not None:
+            return super().create_optimizer(*args, **kwargs)
+        decayed = self.get_decay_parameter_names(self.model)
+        groups = parameter_groups(self.model.named_parameters(), heads, rate, self.args.weight_decay, decayed)
+        chosen = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        self.optimizer_cls_and_kwargs = with_groups(*chosen, groups)
+        optimizer = super().create_optimizer(*args, **kwargs)
+        check_rates(optimizer, heads, rate)
+        log.info(f"Leap heads train with learning rate {rate:g}, the rest with {self.args.learning_rate:g}.")
+        return optimizer
+
     def _clip_grad_norm(self, model) -> Tensor:
         """Clip the gradients to `max_grad_norm`, in stage 1 those of each head by their own norm.
 
@@ -92,9 +121,20 @@ class LeapTrainer(CustomSeq2SeqTrainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **gen_kwargs):
         if self.args.predict_with_generate:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
+        inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            self.eval_metrics.add(model(**self._prepare_inputs(inputs)))
+            if self.eval_tau is not None:
+                inputs |= self._replay(inputs)
+            self.eval_metrics.add(model(**inputs))
         return None, None, None  # evaluation_loop takes its means from eval_metrics
+
+    def _replay(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Add the batch to `eval_tau`. Returns the final hidden states, unless the loss needs more than these."""
+        heads, backbone_inputs = self.leap_model.leap_heads, {key: inputs[key] for key in inputs if key != "labels"}
+        with recorded(self.leap_model) as layers:
+            hidden = self.leap_model.final_hidden_states(**backbone_inputs)
+        self.eval_tau.add(inputs, heads.inputs(hidden, layers))
+        return {} if heads.config.reads_layers else {"hidden_states": hidden}
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -105,6 +145,8 @@ class LeapTrainer(CustomSeq2SeqTrainer):
                 weight * loss for weight, loss in zip(self.objective.weights, losses, strict=True)
             )
             output.metrics.update(self.eval_metrics.pop(self.accelerator, f"{metric_key_prefix}_"))
+        if self.eval_tau is not None:
+            output.metrics.update(self.eval_tau.pop(self.accelerator, f"{metric_key_prefix}_"))
         return output
 
     # Logging ----------------------------------------------------------------------------------------------------
@@ -112,6 +154,7 @@ class LeapTrainer(CustomSeq2SeqTrainer):
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:  # the entry of a training step, not of evaluation or the final summary
             logs |= self.train_metrics.pop(self.accelerator)
+            logs |= self.head_rate.logs
         super().log(logs, *args, **kwargs)
 
     # Checkpoints ------------------------------------------------------------------------------------------------
@@ -146,7 +189,7 @@ class LeapTrainer(CustomSeq2SeqTrainer):
             checkpoint = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
             (checkpoint / TRAINER_STATE_NAME).unlink(missing_ok=True)
             checkpoint.mkdir(parents=True, exist_ok=True)
-            write_stage(checkpoint, self.finetuning_args.lmtp_stage)
+            write_stage(checkpoint, self.finetuning_args.lmtp_stage, self.finetuning_args.head_learning_rate)
         super()._save_checkpoint(model, trial)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):

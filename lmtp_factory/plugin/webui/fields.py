@@ -15,7 +15,10 @@ _SHARED = (
     "num_heads", "leap_stride", "leap_offsets", "head_kind", "head_layers", "head_block", "head_inputs", "head_backs",
     "draft_vocab_size", "head_decay", "warmup_ratio",
 )  # fmt: skip
-FIELDS = {1: (*_SHARED, "hidden_cache_dir"), 2: (*_SHARED, "stage1_pretrained_path", "head_weight", "train_lm_head")}
+FIELDS = {
+    1: (*_SHARED, "hidden_cache_dir"),
+    2: (*_SHARED, "stage1_pretrained_path", "head_weight", "head_learning_rate", "train_lm_head"),
+}
 ALL_FIELDS = tuple(dict.fromkeys(FIELDS[1] + FIELDS[2]))
 # The choice that leaves a key out.
 AUTO = "auto"

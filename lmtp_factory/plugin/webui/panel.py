@@ -55,6 +55,7 @@ class Panel:
             with gr.Row(visible=False) as row2:
                 stage1_pretrained_path = gr.Dropdown(choices=[""], value="", allow_custom_value=True, scale=3)
                 head_weight = gr.Number(value=None, placeholder=str(HEAD_WEIGHT))
+                head_learning_rate = gr.Number(value=None, placeholder=AUTO)
                 train_lm_head = gr.Checkbox()
         self.rows = {1: row1, 2: row2}
         self.fields: dict[str, Component] = dict(
@@ -62,7 +63,8 @@ class Panel:
             head_layers=head_layers, head_block=head_block, head_inputs=head_inputs, head_backs=head_backs,
             draft_vocab_size=draft_vocab_size, head_decay=head_decay, warmup_ratio=warmup_ratio,
             hidden_cache_dir=hidden_cache_dir,
-            stage1_pretrained_path=stage1_pretrained_path, head_weight=head_weight, train_lm_head=train_lm_head,
+            stage1_pretrained_path=stage1_pretrained_path, head_weight=head_weight,
+            head_learning_rate=head_learning_rate, train_lm_head=train_lm_head,
         )  # fmt: skip
         self.inputs = set(self.fields.values())
         self.elements = {"lmtp_panel": self.accordion, "lmtp_about": about, "lmtp_reach": reach, **self.fields}

@@ -30,6 +30,7 @@ def are_equal(heads, others):
         {"head_kind": "own"},
         {"head_kind": "shared", "head_layers": 2},
         {"head_kind": "own", "head_inputs": "state_token", "head_backs": 3, "draft_vocab_size": 90},
+        {"head_kind": "shared", "head_inputs": "layers"},
         {"head_kind": "shared", "head_block": "mlp", "head_inputs": "state_token", "head_backs": 3},
     ],
     ids=str,

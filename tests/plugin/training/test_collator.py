@@ -25,11 +25,15 @@ MODELS = [
 
 
 NEW_HEADS = {"head_inputs": "state_token", "head_block": "mlp", "draft_vocab_size": 64}
+LAYERS = {"head_inputs": "layers"}
 
 
 @pytest.mark.parametrize(
     ("make", "heads"),
-    [*((make, {}) for make in MODELS), (tiny_models.save_llama, NEW_HEADS), (tiny_models.save_gemma3, NEW_HEADS)],
+    [
+        *((make, {}) for make in MODELS),
+        *((make, heads) for make in (tiny_models.save_llama, tiny_models.save_gemma3) for heads in (NEW_HEADS, LAYERS)),
+    ],
     ids=lambda part: part.__name__ if callable(part) else "-".join(part) or "paper",
 )
 def test_losses_equal_those_of_padded_rows(make, heads, data, tmp_path, lines):

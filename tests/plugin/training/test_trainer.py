@@ -33,10 +33,13 @@ def test_stage_one_trains_and_writes_heads_only(llama, data, tmp_path):
     evaluations = [entry for entry in entries if "eval_loss" in entry]
     assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"]
     assert evaluations[0]["eval_loss"] == pytest.approx(sum(evaluations[0][f"eval_loss_head_{i}"] for i in (1, 2, 3)))
+    for entry in evaluations:  # a chain of reach 7 has six drafts
+        assert entry["eval_tau"] == pytest.approx(1 + sum(entry[f"eval_acceptance_{i}"] for i in range(1, 7)))
+    assert evaluations[-1]["eval_tau"] > evaluations[0]["eval_tau"] > 1
 
     lines = [json.loads(line) for line in (tmp_path / "trainer_log.jsonl").read_text().splitlines()]
     assert all(set(HEADS) <= set(line) for line in lines if "loss" in line)
-    assert any("eval_loss_head_3" in line for line in lines)
+    assert any({"eval_loss_head_3", "eval_tau"} <= set(line) for line in lines)
     assert (tmp_path / "training_heads.png").stat().st_size > 10_000
     assert not list(tmp_path.glob("*.safetensors")) and not (tmp_path / "config.json").exists()
     config = read_config(tmp_path / "lmtp")
@@ -158,14 +161,21 @@ def test_neftune_is_plain_sft_s(llama, data, tmp_path):
 
 
 @pytest.mark.parametrize("packing", [{"packing": True}, {"neat_packing": True}])
-def test_packing_trains(packing, llama, data, tmp_path):
-    packed = {"cutoff_len": 128, "stage": "lmtp2", "finetuning_type": "lora", "max_steps": 6, **packing}
+@pytest.mark.parametrize("inputs", ["state", "layers"])
+def test_packing_trains(packing, inputs, llama, data, tmp_path):
+    packed = {"cutoff_len": 128, "stage": "lmtp2", "finetuning_type": "lora", "max_steps": 6, "head_inputs": inputs}
+    packed |= packing
     logged = steps(runs.train(llama, data, tmp_path, per_device_train_batch_size=1, **packed))
     assert logged[-1]["loss"] < logged[0]["loss"]
 
 
-def test_neat_packing_scores_every_document_as_if_alone(llama, data, stage1, tmp_path):
+@pytest.mark.parametrize("inputs", ["state", "layers"])
+def test_neat_packing_scores_every_document_as_if_alone(inputs, llama, data, stage1, tmp_path):
     """Documents in one row: the same loss and accuracy of every head as each in a row of its own."""
+    if inputs == "layers":
+        runs.train(llama, data, tmp_path / "stage1", head_inputs=inputs)
+        stage1 = tmp_path / "stage1"
+        assert all(head.leap_mix.abs().sum() > 0 for head in load_heads(stage1).heads)
     run = {"stage": "lmtp2", "finetuning_type": "lora", "stage1_pretrained_path": str(stage1), "learning_rate": 0.0,
            "cutoff_len": 192, "eval_dataset": "tiny", "eval_strategy": "steps", "eval_steps": 1, "max_steps": 1,
            "per_device_eval_batch_size": 1}  # fmt: skip
@@ -301,6 +311,10 @@ def test_an_lm_head_that_is_not_tied_is_tuned_with_freeze_as_advised(data, tmp_p
         {"stage": "lmtp2", "finetuning_type": "full", "disable_gradient_checkpointing": True},
         {"stage": "lmtp2", "finetuning_type": "full", "disable_gradient_checkpointing": False},
         {"stage": "lmtp1", "draft_vocab_size": 64, "head_inputs": "state_token"},
+        {"stage": "lmtp1", "head_inputs": "layers"},
+        {"stage": "lmtp2", "finetuning_type": "full", "head_inputs": "layers"},
+        {"stage": "lmtp2", "finetuning_type": "lora", "head_inputs": "layers", "disable_gradient_checkpointing": True},
+        {"stage": "lmtp2", "finetuning_type": "lora", "head_inputs": "layers", "use_reentrant_gc": False},
         {"stage": "lmtp1", "draft_vocab_size": 64, "head_kind": "shared", "head_block": "mlp"},
         {"stage": "lmtp2", "finetuning_type": "full", "draft_vocab_size": 64, "head_kind": "shared"},
         {"stage": "lmtp2", "finetuning_type": "lora", "draft_vocab_size": 64, "head_inputs": "state_token"},

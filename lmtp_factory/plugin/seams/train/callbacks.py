@@ -4,7 +4,7 @@ import functools
 from types import ModuleType
 
 from ... import hooks
-from ...training.head_metrics import per_head
+from ...training.head_metrics import heads_metrics
 
 
 def extend(callbacks: ModuleType) -> None:
@@ -18,7 +18,7 @@ def extend(callbacks: ModuleType) -> None:
         def on_log(self, args, state, control, **kwargs):
             # Upstream hands self._write_log to a thread, so the function itself has to hold this call's metrics.
             write_log = super()._write_log
-            metrics = {str(metric): value for metric, value in per_head(state.log_history[-1]).items()}
+            metrics = {str(metric): value for metric, value in heads_metrics(state.log_history[-1]).items()}
             self._write_log = functools.partial(_write_with, write_log, metrics)
             super().on_log(args, state, control, **kwargs)
 

@@ -23,7 +23,7 @@ LABELS = {
     },
     "head_inputs": {
         "label": "Heads read",
-        "info": "state: the final hidden state; state_token: also the newest known token.",
+        "info": "state: the final hidden state; state_token: also the newest known token; layers: the states of all layers.",
     },
     "head_backs": {
         "label": "Positions looked back",
@@ -43,6 +43,10 @@ LABELS = {
         "info": "Finished warm-up of the chosen model. Empty: fresh heads, which disturb the model.",
     },
     "head_weight": {"label": "Head weight", "info": "Weight of the heads' losses beside the next-token loss."},
+    "head_learning_rate": {
+        "label": "Head learning rate",
+        "info": "Learning rate of the heads; the model keeps the other one. Empty: the same.",
+    },
     "train_lm_head": {"label": "Train LM head", "info": "Tune the LM head too (with LoRA)."},
     "lmtp_export": {
         "label": "Leap heads",

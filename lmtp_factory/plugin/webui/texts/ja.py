@@ -24,7 +24,10 @@ LABELS = {
         "label": "ドラフト語彙",
         "info": "学習テキストに最も多いトークンをこの数だけ下書きします。空欄ならすべて。",
     },
-    "head_inputs": {"label": "ヘッドの入力", "info": "state：最終隠れ状態、state_token：さらに最新の既知トークン。"},
+    "head_inputs": {
+        "label": "ヘッドの入力",
+        "info": "state：最終隠れ状態、state_token：さらに最新の既知トークン、layers：すべての層の状態。",
+    },
     "head_backs": {
         "label": "振り返る位置の数",
         "info": "state_token でヘッドが多い場合のみ：lmtp-cli select が選べる最大の跳躍幅。",
@@ -43,6 +46,10 @@ LABELS = {
         "info": "選択したモデルの完了済みウォームアップ。空欄の場合は新しいヘッドを学習し、モデルが乱れます。",
     },
     "head_weight": {"label": "ヘッドの重み", "info": "次トークンの損失に対するヘッドの損失の重み。"},
+    "head_learning_rate": {
+        "label": "ヘッドの学習率",
+        "info": "ヘッドの学習率。モデルは元の学習率のままです。空欄なら同じ値。",
+    },
     "train_lm_head": {"label": "LM ヘッドを学習", "info": "LM ヘッドもチューニングします（LoRA 使用時）。"},
     "lmtp_export": {
         "label": "L-MTP ヘッド",

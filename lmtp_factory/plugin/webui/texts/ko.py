@@ -26,7 +26,7 @@ LABELS = {
     },
     "head_inputs": {
         "label": "헤드 입력",
-        "info": "state: 최종 은닉 상태, state_token: 가장 최근에 알려진 토큰도 함께.",
+        "info": "state: 최종 은닉 상태, state_token: 가장 최근에 알려진 토큰도 함께, layers: 모든 층의 상태.",
     },
     "head_backs": {
         "label": "되돌아보는 위치 수",
@@ -43,6 +43,10 @@ LABELS = {
         "info": "선택한 모델의 완료된 준비 학습. 비워 두면 새 헤드로 학습하며, 이는 모델에 영향을 줄 수 있습니다.",
     },
     "head_weight": {"label": "헤드 가중치", "info": "다음 토큰 손실에 대한 헤드 손실의 가중치."},
+    "head_learning_rate": {
+        "label": "헤드 학습률",
+        "info": "헤드의 학습률이며 모델은 원래 학습률을 씁니다. 비워 두면 같습니다.",
+    },
     "train_lm_head": {"label": "LM 헤드 학습", "info": "LM 헤드도 함께 튜닝합니다 (LoRA 사용 시)."},
     "lmtp_export": {
         "label": "L-MTP 헤드",

@@ -20,7 +20,10 @@ LABELS = {
         "label": "草稿词表大小",
         "info": "只起草这么多个词元，即训练文本中最常见的词元。留空则为全部。",
     },
-    "head_inputs": {"label": "预测头的输入", "info": "state：最终隐藏状态；state_token：另加最新的已知词元。"},
+    "head_inputs": {
+        "label": "预测头的输入",
+        "info": "state：最终隐藏状态；state_token：另加最新的已知词元；layers：所有层的状态。",
+    },
     "head_backs": {
         "label": "回看位置数",
         "info": "仅用于 state_token 且预测头较多时：lmtp-cli select 可选的最大跳跃步长。",
@@ -36,6 +39,7 @@ LABELS = {
         "info": "所选模型已完成的预热训练。留空则训练全新的预测头，这会干扰模型。",
     },
     "head_weight": {"label": "预测头权重", "info": "预测头损失相对于下一词元损失的权重。"},
+    "head_learning_rate": {"label": "预测头学习率", "info": "预测头的学习率，模型仍用原来的学习率。留空则相同。"},
     "train_lm_head": {"label": "训练 LM 头", "info": "同时微调 LM 头（使用 LoRA 时）。"},
     "lmtp_export": {
         "label": "L-MTP 预测头",

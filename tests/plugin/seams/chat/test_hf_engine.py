@@ -72,10 +72,11 @@ def test_answers_are_stock_s(decode, ending, expected, streamed, lines, drafts_i
         assert ask(model, question) == answer
         tokens = answer["response_length"]
         told = re.fullmatch(
-            rf"Answered with {tokens} tokens, [\d.]+ tokens/s, tau ([\d.]+) \(tokens a forward, {strategy}\)\.",
+            rf"Answered with {tokens} tokens, [\d.]+ tokens/s, tau ([\d.]+) \(tokens a forward, {strategy}\), "
+            r"mean acceptance length ([\d.]+) \(by position [\d% ]+\)\.",
             lines[-1],
         )
-        assert told and float(told[1]) > 1.2
+        assert told and float(told[2]) >= float(told[1]) > 1.2
         assert stream(model, question) == streamed[question]
         assert lines[-1].startswith(f"Answered with {tokens} tokens, ")
     assert expected[FIRST]["finish_reason"] == "stop"

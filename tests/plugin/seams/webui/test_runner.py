@@ -44,14 +44,19 @@ def test_what_is_filled_in_reaches_the_command(board, folder):
         train__head_inputs="state_token",
         train__draft_vocab_size=64, train__head_decay=0.8,
         train__warmup_ratio=0.2, train__hidden_cache_dir="cache", train__stage1_pretrained_path="saves/x",
-        train__head_weight=0, train__train_lm_head=True,
+        train__head_weight=0, train__head_learning_rate=0.0001, train__train_lm_head=True,
     )  # fmt: skip
     shared = dict(
         num_heads=2, leap_stride=1, head_kind="shared", head_layers=2, head_block="mlp", head_inputs="state_token",
         draft_vocab_size=64, head_decay=0.8, warmup_ratio=0.2
     )  # fmt: skip
     assert ours(arguments(board, STAGE1, **filled)) == shared | {"hidden_cache_dir": "cache"}
-    stage2 = {"stage1_pretrained_path": "saves/x", "head_weight": 0, "train_lm_head": True}
+    stage2 = {
+        "stage1_pretrained_path": "saves/x",
+        "head_weight": 0,
+        "head_learning_rate": 0.0001,
+        "train_lm_head": True,
+    }
     assert ours(arguments(board, STAGE2, **filled)) == shared | stage2
     text = command(board, STAGE2, **filled)
     for key, value in (shared | stage2).items():

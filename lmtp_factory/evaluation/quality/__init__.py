@@ -1,0 +1,1 @@
+"""Quality of exported models: answers scored through lm-evaluation-harness."""
