@@ -1,12 +1,13 @@
 """Replayed acceptance against real decoding."""
 
 import pytest
+from torch import nn
 
 from lmtp_factory.decoding.stats import DecodeStats
 from lmtp_factory.decoding.tree import best_first_paths, chain_paths
 from lmtp_factory.decoding.tree_config import CostCurve, TreeConfig
 from lmtp_factory.evaluation.self_generated import generate_greedy
-from lmtp_factory.tuning.replay import accuracies, rate_of_cut_trees, tau_of_dynamic, tau_of_paths
+from lmtp_factory.tuning.replay import accuracies, observe_answers, rate_of_cut_trees, tau_of_dynamic, tau_of_paths
 
 
 @pytest.fixture
@@ -57,3 +58,20 @@ def test_accuracies_add_up_to_at_most_one(observed):
     for level in accuracies(observed):
         assert 0 < sum(level) <= 1
         assert all(0 <= rate <= 1 for rate in level)
+
+
+def test_replay_runs_the_backbone_on_prepacked_weights_and_the_heads_on_their_own(model, prompts):
+    """int8 heads would round all rows of a call alike, and a draft has fewer rows than a replay."""
+    seen = set()
+
+    def look(module, args, kwargs, output):
+        for part, of in {"backbone": model.base_model, "heads": model.leap_heads}.items():
+            seen.update((part, "forward" in vars(layer)) for layer in of.modules() if type(layer) is nn.Linear)
+
+    hook = model.base_model.register_forward_hook(look, with_kwargs=True)
+    try:
+        observe_answers(model, [(prompts[0], [5, 6, 7, 8])], width=2)
+    finally:
+        hook.remove()
+    assert seen == {("backbone", True), ("heads", False)}
+    assert not any("forward" in vars(layer) for layer in model.modules() if type(layer) is nn.Linear)
