@@ -3,7 +3,7 @@
 One stage 1 per kind of inputs and seed trains heads at all offsets. Each arm takes its own offsets of them and is tuned in a
 stage 2. Everything that is finished is kept: the same command continues. The page is written by comparison_page.py.
 
-    python experiments/comparison.py --model demo_run/model --output-dir results_run
+    python experiments/comparison.py --output-dir results_run --page docs/results.md
 """
 
 import argparse
@@ -16,6 +16,7 @@ from comparison_measure import measure, perplexity
 from comparison_page import write_page
 from comparison_training import NTP, Comparison
 
+from lmtp_factory.demo.smollm2 import prepare
 from lmtp_factory.evaluation.machine import describe
 from lmtp_factory.evaluation.report import load_for_scoring
 from lmtp_factory.evaluation.self_generated import read_prompts, self_generated_rows
@@ -26,18 +27,24 @@ from lmtp_factory.tuning.head_subsets import rank_subsets
 SETTINGS = Path(__file__).with_name("comparison.yaml")
 
 
-def offsets_of(run: Comparison, arm: dict) -> list[int]:
+def stage1_of(run: Comparison, name: str, arm: dict, seed: int) -> Path:
+    """Return the output of the stage 1 that trains an arm's heads: its own if it has settings of its own."""
+    if "stage1" in arm:
+        return run.stage1(name, arm["inputs"], arm["offsets"], seed, arm["stage1"])
+    return run.stage1(arm["inputs"], arm["inputs"], run.settings["superset"], seed, {})
+
+
+def offsets_of(run: Comparison, name: str, arm: dict) -> list[int]:
     """Return an arm's offsets: those of its settings, or the fastest subset of the first seed's heads."""
     if "offsets" in arm:
         return arm["offsets"]
-    seed, inputs = run.settings["seeds"][0], arm["inputs"]
-    path = run.folder / f"selected-{inputs}-{arm['num_heads']}.json"
+    path = run.folder / f"selected-{arm['inputs']}-{arm['num_heads']}.json"
     if not path.is_file():
-        run.say(f"choosing {arm['num_heads']} of the heads that read {inputs}")
-        model = base_of(load_for_scoring(str(run.folder / f"stage1-{inputs}-{seed}")))
-        # Not the prompts that the arms are tested on.
-        prompts = read_prompts(run.model, run.settings["train_rows"], 2 * run.settings["test_prompts"])[1]
-        rows = self_generated_rows(model, prompts[run.settings["test_prompts"] :], run.settings["max_new_tokens"])
+        run.say(f"choosing {arm['num_heads']} of the heads that read {arm['inputs']}")
+        model = base_of(load_for_scoring(str(stage1_of(run, name, arm, run.settings["seeds"][0]))))
+        # Prompts of the training rows: the arms are tested on others.
+        prompts = read_prompts(run.model, run.settings["train_rows"], run.settings["test_prompts"])[1]
+        rows = self_generated_rows(model, prompts, run.settings["max_new_tokens"])
         ranked = rank_subsets(model, rows, arm["num_heads"])
         path.write_text(json.dumps([subset.offsets[1:] for subset in ranked]), encoding="utf-8")
     return json.loads(path.read_text(encoding="utf-8"))[0]
@@ -46,21 +53,18 @@ def offsets_of(run: Comparison, arm: dict) -> list[int]:
 def measure_arms(run: Comparison) -> dict:
     """Train and measure every arm with every seed."""
     settings, arms = run.settings, {}
-    for seed in settings["seeds"]:
-        for inputs in dict.fromkeys(arm["inputs"] for arm in settings["arms"].values()):
-            run.stage1(inputs, seed)
     for name, arm in settings["arms"].items():
-        offsets, seeds = offsets_of(run, arm), {}
+        offsets, seeds = offsets_of(run, name, arm), {}
         for seed in settings["seeds"]:
-            heads = run.heads_of(arm["inputs"], offsets, seed)
+            heads = run.heads_of(stage1_of(run, name, arm, seed), offsets)
             tuned = run.stage2(name, heads, seed, arm.get("stage2"))
             first, forward = seed == settings["seeds"][0], name == settings["forward"]
             seeds[seed] = {
-                "frozen": measure(run, heads, heads.with_suffix(".json"), forward, decode=True),
+                "frozen": measure(run, heads, heads.with_suffix(".json"), forward, decode=first),
                 "joint": measure(run, tuned, tuned.with_suffix(".json"), forward, decode=first),
                 "training": json.loads((tuned / "costs.json").read_text(encoding="utf-8")),
             }
-        arms[name] = {"inputs": arm["inputs"], "offsets": offsets, "seeds": seeds}
+        arms[name] = {**arm, "offsets": offsets, "seeds": seeds}
     return arms
 
 
@@ -84,18 +88,19 @@ def measure_plain(run: Comparison) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="base model")
+    parser.add_argument("--model", help="base model (default: SmolLM2-135M-Instruct, made in the output directory)")
     parser.add_argument("--settings", type=Path, default=SETTINGS, help="YAML of settings (default: comparison.yaml)")
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--page", type=Path, help="also write this Markdown page, with its plot beside it")
     args = parser.parse_args()
 
-    run = Comparison(args.model, args.output_dir.resolve(), yaml.safe_load(args.settings.read_text(encoding="utf-8")))
+    model = args.model or str(prepare(args.output_dir.resolve() / "model"))
+    run = Comparison(model, args.output_dir.resolve(), yaml.safe_load(args.settings.read_text(encoding="utf-8")))
     run.prepare()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = {
         "machine": describe(device),
-        "model": Path(args.model).name,
+        "model": Path(args.model).name if args.model else "SmolLM2-135M-Instruct",
         "settings": run.settings,
         "plain": measure_plain(run),
         "arms": measure_arms(run),

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import torch
 
 from lmtp_factory.distill.rows import dataset_entry
+from lmtp_factory.files import CONFIG_FILE, HEADS_FOLDER
 from lmtp_factory.modeling.checkpoint import load_heads, save_heads
 
 
@@ -54,29 +57,40 @@ class Comparison:
         rows.write_text("\n".join(lines[: self.settings["max_train_rows"]]) + "\n", encoding="utf-8")
         (self.folder / "dataset_info.json").write_text(json.dumps({"rows": dataset_entry("rows.jsonl")}), "utf-8")
 
-    def stage1(self, inputs: str, seed: int) -> Path:
-        """Train heads at all offsets of the superset. Returns the output directory."""
-        output, leaps = self.folder / f"stage1-{inputs}-{seed}", {}
-        if inputs == "state_token":
-            leaps["head_backs"] = self.settings["longest_leap"]
-        keys = {
+    def stage1(self, name: str, inputs: str, offsets: Sequence[int], seed: int, keys: dict[str, Any]) -> Path:
+        """Train heads on the frozen backbone.
+
+        Args:
+            name: Name of the run.
+            inputs: Value of `head_inputs`.
+            offsets: Offsets of the heads.
+            seed: Seed of the run.
+            keys: Keys of LLaMA-Factory that replace those of the settings' `stage1`.
+
+        Returns:
+            The output directory.
+        """
+        output = self.folder / f"stage1-{slug(name)}-{seed}"
+        written = {
             "stage": "lmtp1",
             "finetuning_type": "full",
             "head_inputs": inputs,
-            "leap_offsets": ",".join(map(str, self.settings["superset"])),
+            "leap_offsets": ",".join(map(str, offsets)),
             "draft_vocab_size": self.settings["draft_vocab_size"],
-            "hidden_cache_dir": self.folder / "hidden",
             "seed": seed,
         }
-        self._train(output, {**keys, **leaps, **self.settings["stage1"]})
+        if inputs != "layers":  # which a cache does not hold
+            written["hidden_cache_dir"] = self.folder / "hidden"
+        if inputs == "state_token":
+            written["head_backs"] = self.settings["longest_leap"]
+        self._train(output, {**written, **self.settings["stage1"], **keys})
         return output
 
-    def heads_of(self, inputs: str, offsets: list[int], seed: int) -> Path:
+    def heads_of(self, superset: Path, offsets: Sequence[int]) -> Path:
         """Write the heads at some offsets of a trained superset. Returns the directory that holds their `lmtp/`."""
-        output = self.folder / f"heads-{inputs}-{'_'.join(map(str, offsets))}-{seed}"
-        if not (output / "lmtp" / "config.json").is_file():
-            heads = load_heads(str(self.folder / f"stage1-{inputs}-{seed}")).subset((1, *offsets))
-            save_heads(heads, output / "lmtp")
+        output = superset.with_name(f"{superset.name}-of-{'_'.join(map(str, offsets))}")
+        if not (output / HEADS_FOLDER / CONFIG_FILE).is_file():
+            save_heads(load_heads(str(superset)).subset((1, *offsets)), output / HEADS_FOLDER)
         return output
 
     def stage2(self, arm: str, heads: Path | None, seed: int, keys: dict[str, Any] | None = None) -> Path:
@@ -91,7 +105,7 @@ class Comparison:
         Returns:
             The output directory.
         """
-        output = self.folder / f"stage2-{arm.replace(' ', '_').replace('=', '')}-{seed}"
+        output = self.folder / f"stage2-{slug(arm)}-{seed}"
         stage = {"stage": "sft"} if heads is None else {"stage": "lmtp2", "stage1_pretrained_path": heads}
         self._train(output, {**stage, "seed": seed, **self.settings["stage2"], **(keys or {})})
         return output
@@ -121,3 +135,8 @@ class Comparison:
             "peak MiB": usage.ru_maxrss / 1024,  # of the host; Linux counts KiB
         }
         (output / "costs.json").write_text(json.dumps(costs, indent=1), encoding="utf-8")
+
+
+def slug(name: str) -> str:
+    """Return a name for a folder."""
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
