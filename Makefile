@@ -3,7 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-browser lint setup clean
+.PHONY: demo results results-quick test test-slow test-browser lint setup clean
+
+# Another base model for `make results`, for instance MODEL=Qwen/Qwen2.5-3B-Instruct on a GPU.
+MODEL ?=
 
 setup: $(VENV)/installed
 
@@ -15,6 +18,13 @@ $(VENV)/installed: setup.py
 
 demo: setup
 	$(BIN)/lmtp-cli demo
+
+results: setup
+	$(BIN)/python experiments/comparison.py $(if $(MODEL),--model $(MODEL)) --output-dir results_run --page docs/results.md
+
+results-quick: setup
+	$(BIN)/python experiments/comparison.py --settings experiments/comparison_quick.yaml --output-dir results_run/quick \
+		--page results_run/quick/results.md
 
 test: setup
 	$(BIN)/python -m pytest -m "not slow"
@@ -31,4 +41,4 @@ lint: setup
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf build dist *.egg-info demo_run .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info demo_run results_run .pytest_cache .ruff_cache .hypothesis

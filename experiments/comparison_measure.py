@@ -1,0 +1,140 @@
+"""What comparison.py measures of an arm: accuracy by depth, tau and speed of every tree by replay, decoding, perplexity."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from comparison_training import Comparison
+from torch import nn
+
+from lmtp_factory import geometry
+from lmtp_factory.decoding.tree import best_first_paths, chain_paths
+from lmtp_factory.decoding.tree_config import DEFAULT_WIDTH, CostCurve, TreeConfig
+from lmtp_factory.evaluation.bench import OWN_LOOP, STOCK, Arm, always_drafting, results, run_arms
+from lmtp_factory.evaluation.report import load_for_scoring
+from lmtp_factory.evaluation.scoring import read_rows, score_heads
+from lmtp_factory.evaluation.self_generated import read_prompts, self_generated_rows
+from lmtp_factory.modeling.model import base_of
+from lmtp_factory.tuning.costs import StepCosts, measure_costs
+from lmtp_factory.tuning.replay import Observed, accuracies, observe_answers, tau_of_dynamic, tau_of_paths
+
+
+KINDS = ("chain", "static", "dynamic")
+
+
+def measure(run: Comparison, folder: Path, path: Path, decode_forward: bool = False, decode: bool = True) -> dict:
+    """Measure a model with heads, once: the results are kept in `path`.
+
+    Args:
+        run: The comparison.
+        folder: Heads of stage 1, or the output of a stage 2.
+        path: JSON file of the results.
+        decode_forward: Also decode looking forward.
+        decode: Also decode with the best tree, for measured tokens per second.
+    """
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    run.say(f"measuring {folder.name}")
+    model = base_of(load_for_scoring(str(folder)))
+    heads = model.leap_heads
+    costs, texts = _costs(run, model), {}
+    prompts = {label: _prompts(run, file) for label, file in run.settings["test"].items()}
+    for label, ids in prompts.items():
+        answers = list(self_generated_rows(model, ids, run.settings["max_new_tokens"]))
+        texts[label] = replayed(observe_answers(model, answers, DEFAULT_WIDTH), costs, run.settings["nodes"])
+    found = {
+        "offsets": heads.config.offsets,
+        "parameters": sum(parameter.numel() for parameter in heads.parameters()),
+        "draft": costs.draft / costs.verify.at(1),
+        "perplexity": perplexity(run, model),
+        "text": texts,
+    }
+    if decode:
+        found["decoded"] = {
+            label: decoded(run, model, ids, texts[label], decode_forward) for label, ids in prompts.items()
+        }
+    path.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    return found
+
+
+def replayed(observed: Sequence[Observed], costs: StepCosts, nodes: Sequence[int]) -> dict:
+    """Replay trees on a model's own answers.
+
+    Static trees are built from the first half of the answers; tau is that of the second half.
+
+    Returns:
+        Top-1 accuracy by depth, +2 first; for each kind of tree and number of nodes, tau and the expected tokens per second
+        with the device's costs.
+    """
+    half = max(len(observed) // 2, 1)
+    first, second = observed[:half], observed[half:] or observed
+    rates, levels = accuracies(first), observed[0].ranks.shape[1]
+    trees: dict[str, dict] = {kind: {} for kind in KINDS}
+
+    def add(kind: str, size: int, tau: float) -> None:
+        seconds = costs.verify.at(size) + (costs.draft if size > 1 else 0.0)
+        trees[kind][size] = {"tau": tau, "tokens per second": tau / seconds}
+
+    for size in nodes:
+        chain = min(size, levels + 1)
+        add("chain", size, tau_of_paths(second, chain_paths(chain)))
+        add("static", size, tau_of_paths(second, best_first_paths(rates, size)))
+    for size, tau in tau_of_dynamic(second, nodes).items():
+        add("dynamic", size, tau)
+    return {"top-1": [ranks[0] for ranks in accuracies(observed)], "trees": trees}
+
+
+def decoded(run: Comparison, model: nn.Module, prompts: list[list[int]], text: dict, forward: bool) -> dict:
+    """Decode with the tree that replay found fastest, against our own loop without heads in the same run."""
+    kind, size = best_tree(text)
+    reach = geometry.reach(model.leap_heads.config.offsets)
+    tree = TreeConfig("chain", min(size, reach)) if kind == "chain" else TreeConfig("dynamic", size)
+    arms = {STOCK: Arm({"lmtp_decode": "off"}), OWN_LOOP: Arm({"lmtp_tree": TreeConfig("chain", 1)})}
+    ways = {"backward": "backward", **({"forward": "forward"} if forward else {})}
+    for name, strategy in ways.items():
+        arms[name] = Arm(always_drafting({"lmtp_decode": strategy, "lmtp_tree": tree}))
+    shown = prompts[: run.settings["bench_prompts"]]
+    run_arms(model, arms, shown, run.settings["max_new_tokens"], repeats=1)
+    rows = {row.name: row for row in results(arms, shown)}
+    if any(row.differing for row in rows.values()):
+        raise SystemExit("Decoding with heads gave other answers than stock decoding: this is a bug, please report it.")
+    return {
+        name: {
+            "tree": f"{tree.kind} {tree.nodes}",
+            "tau": rows[name].tau,
+            "tokens per second": rows[name].tokens_per_second,
+            "x own loop": rows[name].over_own_loop,
+        }
+        for name in (OWN_LOOP, *ways)
+    }
+
+
+def best_tree(text: dict) -> tuple[str, int]:
+    """Return kind and nodes of the tree with the most expected tokens per second, of those with a draft."""
+    options = {
+        (kind, int(size)): one["tokens per second"]
+        for kind in ("chain", "dynamic")
+        for size, one in text["trees"][kind].items()
+        if int(size) > 1
+    }
+    return max(options, key=options.get)
+
+
+def perplexity(run: Comparison, model: nn.Module) -> float:
+    """Return the next-token perplexity on the held-out rows."""
+    rows = read_rows(run.settings["heldout_rows"], run.settings["max_heldout_rows"])
+    return math.exp(score_heads(model, rows).losses[0])
+
+
+def _prompts(run: Comparison, file: str) -> list[list[int]]:
+    return read_prompts(run.model, file, run.settings["test_prompts"])[1]
+
+
+def _costs(run: Comparison, model: nn.Module) -> StepCosts:
+    """Time a draft. Forwards do not depend on the heads, so all arms share the first one's times."""
+    path, costs = run.folder / "verify_seconds.json", measure_costs(model)
+    if not path.is_file():
+        path.write_text(json.dumps(costs.verify.seconds), encoding="utf-8")
+    seconds = json.loads(path.read_text(encoding="utf-8"))
+    return StepCosts(CostCurve({int(size): cost for size, cost in seconds.items()}), costs.draft)

@@ -1,0 +1,193 @@
+"""The page of comparison.py: tables, a plot and the answer at equal reach, all from its JSON."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+
+COMMAND = "make results"
+STAGES = {"frozen": "Stage 1: heads on the frozen backbone", "joint": "Stage 2: backbone and heads tuned together"}
+KINDS = ("chain", "static", "dynamic")
+
+
+def write_page(found: dict, path: Path) -> None:
+    """Write the page and its plot.
+
+    Args:
+        found: Contents of comparison.json.
+        path: Markdown file; the plot gets the same name with `_tau.png`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plot = path.with_name(f"{path.stem}_tau.png")
+    draw(found, plot)
+    parts = [*_introduction(found), *_quality(found)]
+    for stage, title in STAGES.items():
+        parts += [f"## {title}", ""]
+        for label in found["settings"]["test"]:
+            parts += _table(found, stage, label)
+    parts += [f"![tau of dynamic trees by number of nodes]({plot.name})", "", *_speed(found), *_equal_reach(found)]
+    path.write_text("\n".join(parts).rstrip() + "\n", encoding="utf-8")
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Format the mean of the seeds, with the smallest and largest value if there are several."""
+    mean = f"{statistics.fmean(values):,.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
+
+
+def verdict(name: str, ours: Sequence[float], other: str, theirs: Sequence[float], unit: str) -> str:
+    """Say which of two arms is better, or that their seeds overlap."""
+    ratio = statistics.fmean(ours) / statistics.fmean(theirs)
+    if len(ours) < 2 or len(theirs) < 2:
+        return f"{name} has {ratio:.2f} times the {unit} of {other}, with one seed, which says nothing about noise"
+    if max(min(ours), min(theirs)) <= min(max(ours), max(theirs)):
+        return f"{name} and {other} do not differ in {unit} beyond the spread of the seeds (ratio {ratio:.2f})"
+    return f"{name} has {ratio:.2f} times the {unit} of {other}, beyond the spread of the seeds"
+
+
+def _seeds(arm: dict, value: Callable[[dict], float]) -> list[float]:
+    return [value(seed) for seed in arm["seeds"].values()]
+
+
+def _introduction(found: dict) -> list[str]:
+    settings, seeds = found["settings"], found["settings"]["seeds"]
+    return [
+        "# Results",
+        "",
+        f"Written by `{COMMAND}` for {found['model']} on {found['machine']}. Settings: "
+        "[comparison.yaml](../experiments/comparison.yaml).",
+        "",
+        f"- Every arm trains on the same {settings['max_train_rows']} rows: {settings['stage1']['max_steps']} steps of 4 "
+        f"rows in stage 1, {settings['stage2']['max_steps']} in stage 2 (LoRA). One stage 1 trains heads at "
+        f"{', '.join(f'+{offset}' for offset in settings['superset'])}, of which each arm takes its own.",
+        f"- Heads draft the {settings['draft_vocab_size']:,} most frequent tokens of the training text.",
+        f"- Mean of {len(seeds)} seed{'s' * (len(seeds) > 1)}, in brackets the smallest and largest value.",
+        "- tau (tokens per forward) is replayed on the model's own greedy answers. Tokens per second with a tree follow "
+        "from tau, the time of a forward of so many tokens and the time of a draft on this machine. Static trees are "
+        "built from the first half of the answers; tau is that of the second half.",
+        "",
+    ]
+
+
+def _quality(found: dict) -> list[str]:
+    lines = [
+        "## Training and next-token quality",
+        "",
+        "Perplexity is that of the next-token model after stage 2, which an NTP export holds.",
+        "",
+        "| arm | head parameters | steps/s of stage 2 | peak memory, MiB | perplexity |",
+        "|---|---|---|---|---|",
+        f"| before training | | | | {found['plain']['base perplexity']:.3f} |",
+    ]
+    for name, arm in {"NTP (plain SFT)": found["plain"], **found["arms"]}.items():
+        first = next(iter(arm["seeds"].values()))
+        parameters = f"{first['joint']['parameters'] / 1e6:.1f} M" if "joint" in first else "0"
+        perplexity = _seeds(arm, lambda seed: seed.get("joint", seed)["perplexity"])
+        speed = spread(_seeds(arm, lambda seed: seed["training"]["steps per second"]))
+        memory = spread(_seeds(arm, lambda seed: seed["training"]["peak MiB"]), 0)
+        lines.append(f"| {name} | {parameters} | {speed} | {memory} | {spread(perplexity, 3)} |")
+    return [*lines, ""]
+
+
+def _table(found: dict, stage: str, label: str) -> list[str]:
+    nodes = [size for size in found["settings"]["nodes"] if size > 1]
+    trees = " | ".join(f"{kind} {size}" for kind in KINDS for size in nodes)
+    lines = [
+        f"### On {label}",
+        "",
+        "tau and, after the slash, tokens per second by tree and number of nodes.",
+        "",
+        f"| arm | offsets | top-1 at +2, +3, ... | {trees} |",
+        f"|---|---|---|{'---|' * (len(nodes) * len(KINDS))}",
+    ]
+    for name, arm in found["arms"].items():
+        texts = [seed[stage]["text"][label] for seed in arm["seeds"].values()]
+        top1 = " ".join(
+            f".{round(1000 * statistics.fmean(level)):03d}" for level in zip(*(text["top-1"] for text in texts))
+        )
+        cells = []
+        for kind in KINDS:
+            for size in nodes:
+                replays = [text["trees"][kind][str(size)] for text in texts]
+                tau, rate = (statistics.fmean(one[key] for one in replays) for key in ("tau", "tokens per second"))
+                cells.append(f"{tau:.2f} / {rate:.1f}")
+        offsets = ",".join(map(str, arm["offsets"]))
+        lines.append(f"| {name} | {offsets} | {top1} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _speed(found: dict) -> list[str]:
+    lines = [
+        "## Decoding",
+        "",
+        "Measured with the kind and size of tree that replay found fastest, drafting in every step, against our own loop "
+        "without heads on the same prompts. Answers are the same as stock decoding's.",
+        "",
+        "| arm | text | heads | tree | tau | tokens/s | x own loop |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, arm in found["arms"].items():
+        for label in found["settings"]["test"]:
+            for stage in STAGES:
+                runs = [seed[stage]["decoded"][label] for seed in arm["seeds"].values() if "decoded" in seed[stage]]
+                for way in ("backward", "forward"):
+                    rows = [run[way] for run in runs if way in run]
+                    if rows:
+                        cells = [
+                            spread([row[key] for row in rows]) for key in ("tau", "tokens per second", "x own loop")
+                        ]
+                        trees = ", ".join(dict.fromkeys(row["tree"] for row in rows))
+                        arm_name = name if way == "backward" else f"{name}, looking forward"
+                        lines.append(f"| {arm_name} | {label} | {stage} | {trees} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _equal_reach(found: dict) -> list[str]:
+    ours, theirs = found["settings"]["equal_reach"]
+    lines = ["## At equal reach", ""]
+    for label in found["settings"]["test"]:
+        for stage in STAGES:
+            said = []
+            for key in ("tau", "tokens per second"):
+                values = [
+                    [_best(text, key) for text in _texts(found["arms"][arm], stage, label)] for arm in (ours, theirs)
+                ]
+                said.append(verdict(ours, values[0], theirs, values[1], f"best {key}"))
+            lines.append(f"- {label}, {stage}: {'; '.join(said)}.")
+    parameters = [next(iter(found["arms"][name]["seeds"].values()))["joint"]["parameters"] for name in (ours, theirs)]
+    lines.append(f"- {ours} has {parameters[0] / parameters[1]:.2f} times the head parameters of {theirs}.")
+    return [*lines, ""]
+
+
+def _texts(arm: dict, stage: str, label: str) -> list[dict]:
+    """Return what was replayed on a kind of text, for each seed."""
+    return [seed[stage]["text"][label] for seed in arm["seeds"].values()]
+
+
+def _best(text: dict, key: str) -> float:
+    return max(one[key] for trees in text["trees"].values() for one in trees.values())
+
+
+def draw(found: dict, path: Path) -> None:
+    """Draw tau of dynamic trees by number of nodes, a panel a kind of text; solid frozen, dashed joint."""
+    labels = list(found["settings"]["test"])
+    figure = Figure(figsize=(5.5 * len(labels), 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    for panel, label in zip(figure.subplots(1, len(labels), squeeze=False)[0], labels):
+        for number, (name, arm) in enumerate(found["arms"].items()):
+            for stage, style in (("frozen", "-"), ("joint", "--")):
+                texts = [text["trees"]["dynamic"] for text in _texts(arm, stage, label)]
+                nodes = sorted(map(int, texts[0]))
+                taus = [statistics.fmean(text[str(size)]["tau"] for text in texts) for size in nodes]
+                panel.plot(
+                    nodes, taus, style, color=f"C{number}", marker=".", label=name if stage == "frozen" else None
+                )
+        panel.set(xscale="log", xlabel="nodes of a dynamic tree", ylabel="tau (tokens per forward)", title=label)
+        panel.set_xticks(nodes, [str(size) for size in nodes])
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize="x-small")
+    figure.savefig(path, dpi=100)
