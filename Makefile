@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 .PHONY: demo results results-quick test test-slow test-browser lint setup clean
 
-# Another base model for `make results`, for instance MODEL=Qwen/Qwen2.5-3B-Instruct on a GPU.
+# Another base model for `make results`, on a GPU for instance. Its rows (lmtp-cli distill) have to be named in the settings.
 MODEL ?=
 
 setup: $(VENV)/installed

@@ -1,5 +1,6 @@
 """Training of comparison.py's arms: one stage 1 for all geometries, then a stage 2 for each arm, on equal data and steps."""
 
+import hashlib
 import json
 import os
 import re
@@ -13,7 +14,9 @@ from typing import Any
 
 import torch
 
-from lmtp_factory.distill.rows import dataset_entry
+from lmtp_factory.distill.chat import load_tokenizer
+from lmtp_factory.distill.rows import RESPONSE_COLUMN, dataset_entry, parse_ids
+from lmtp_factory.evaluation.machine import describe
 from lmtp_factory.files import CONFIG_FILE, HEADS_FOLDER
 from lmtp_factory.modeling.checkpoint import load_heads, save_heads
 
@@ -45,13 +48,25 @@ class Comparison:
         """Write the rows that all arms train on.
 
         Raises:
-            SystemExit: The folder holds a comparison with other settings.
+            SystemExit: The folder holds a comparison with other settings, files or machine, or another tokenizer wrote the
+                rows.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        facts, path = {"model": self.model, **self.settings}, self.folder / "settings.json"
+        texts = [self.settings["train_rows"], self.settings["heldout_rows"], *self.settings["test"].values(), TRAIN]
+        facts = {
+            "model": self.model,
+            "files": {str(file): hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in texts},
+            "machine": describe(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+            **self.settings,
+        }
+        path = self.folder / "settings.json"
         if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != facts:
-            raise SystemExit(f"{path} has other settings: name another --output-dir or delete that one.")
+            raise SystemExit(
+                f"{path} has other settings, files or another machine: name another --output-dir or delete that one."
+            )
         path.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+        for file in (self.settings["train_rows"], self.settings["heldout_rows"]):
+            check_rows(self.model, Path(file))
         lines = Path(self.settings["train_rows"]).read_text(encoding="utf-8").splitlines()
         rows = self.folder / "rows.jsonl"
         rows.write_text("\n".join(lines[: self.settings["max_train_rows"]]) + "\n", encoding="utf-8")
@@ -135,6 +150,22 @@ class Comparison:
             "peak MiB": usage.ru_maxrss / 1024,  # of the host; Linux counts KiB
         }
         (output / "costs.json").write_text(json.dumps(costs, indent=1), encoding="utf-8")
+
+
+def check_rows(model: str, file: Path) -> None:
+    """Check that rows hold token ids of the model's tokenizer: those of the first rows have to spell the rows' text.
+
+    Raises:
+        SystemExit: They do not.
+    """
+    tokenizer = load_tokenizer(model)
+    for line in file.read_text(encoding="utf-8").splitlines()[:5]:
+        row = json.loads(line)
+        if tokenizer.decode(parse_ids(row[RESPONSE_COLUMN]), skip_special_tokens=True).strip() != row["output"].strip():
+            raise SystemExit(
+                f"{file} holds token ids of another tokenizer than {model}'s: write rows with lmtp-cli distill {model} and "
+                "name them in train_rows and heldout_rows of the settings."
+            )
 
 
 def slug(name: str) -> str:

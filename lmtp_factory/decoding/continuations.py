@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from ..modeling.layer_states import recorded
 from .cache import TreeCache
 from .verify import masks_by_layer_type
 
@@ -24,11 +25,12 @@ class CachedText:
     """A text whose keys and values are cached, and the nodes that continue its prefixes.
 
     Args:
-        model: A causal LM that `no_tree_forward_reason` allows.
+        model: A model with leap heads that `no_tree_forward_reason` allows.
         ids: (length,) token ids of the text.
 
     Attributes:
         hidden: (length, hidden) final hidden states of the text.
+        states: (length, hidden) or (length, heads, hidden) what the heads read, see `LeapHeads.inputs`.
         forwards: Number of forwards, the text's own included.
         rows: Number of token rows of these forwards.
     """
@@ -39,12 +41,14 @@ class CachedText:
         self.cache = TreeCache.replacing(DynamicCache(config=config), config, columns=0)
         self.shortest = 0
         self.forwards, self.rows = 1, len(ids)
-        self.hidden = model.base_model(
-            input_ids=ids[None],
-            position_ids=torch.arange(len(ids), device=ids.device)[None],
-            past_key_values=self.cache,
-            use_cache=True,
-        ).last_hidden_state[0]
+        with recorded(model) as layers:
+            hidden = model.base_model(
+                input_ids=ids[None],
+                position_ids=torch.arange(len(ids), device=ids.device)[None],
+                past_key_values=self.cache,
+                use_cache=True,
+            ).last_hidden_state
+        self.hidden, self.states = hidden[0], model.leap_heads.inputs(hidden, layers)[0]
 
     def discard_nodes(self, shortest: int) -> None:
         """Discard all nodes. Later nodes continue prefixes of at least `shortest` tokens.

@@ -216,7 +216,7 @@ def _sum_up(
                 sums.paths = tuple(marginal.paths for marginal in at_offsets)
                 sums.next_hits += _count_equal(lm_logits(base, text.hidden[part]).argmax(-1), ids[part + 1])
                 for offset in sums.head_hits:
-                    drafted = heads.predict(offset, text.hidden[part], ids[part + 1])
+                    drafted = heads.predict(offset, text.states[part], ids[part + 1])
                     sums.head_hits[offset] += _count_equal(drafted, ids[part + offset])
                 bar.update(len(part))
             sums.forwards, sums.rows = sums.forwards + text.forwards, sums.rows + text.rows
@@ -240,17 +240,18 @@ class _Heads:
         self.offsets = tuple(offset for offset in MARGINAL_OFFSETS if offset in self.heads.config.offsets)
         self.unembeddings = self.heads.unembeddings(base.get_output_embeddings())
 
-    def predict(self, offset: int, hidden: Tensor, next_tokens: Tensor) -> Tensor:
+    def predict(self, offset: int, states: Tensor, next_tokens: Tensor) -> Tensor:
         """Return the (positions,) most probable token ids.
 
         Args:
             offset: Offset of the head.
-            hidden: (positions, hidden) final hidden states.
+            states: (positions, hidden) or (positions, heads, hidden) states, see `LeapHeads.inputs`.
             next_tokens: (positions,) tokens after these states, which heads of `head_inputs: state_token` read.
         """
         number, known = self.heads.config.offsets.index(offset) - 1, None
         if self.heads.config.reads_token:
             known = KnownToken(self.base.get_input_embeddings()(next_tokens), torch.zeros_like(next_tokens))
+        hidden = states[:, number] if self.heads.config.reads_layers else states  # (positions, hidden)
         features = self.heads.heads[number].features(hidden, known)
         best = unembed(features, self.unembeddings[number]).argmax(-1)  # a soft cap would not change the order
         tokens = self.heads.draft_tokens

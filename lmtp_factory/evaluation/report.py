@@ -55,7 +55,11 @@ def table(scores: Mapping[str, HeadScores]) -> str:
 def describe_heads(config: LMTPConfig) -> str:
     """Return what a set of heads reads, computes and drafts, for the reader of a report."""
     unembeddings = {"own": "unembeddings of their own", "shared": "the LM head's unembedding"}[config.head_kind]
-    inputs = "the final hidden state" + (" and the newest token" if config.reads_token else "")
+    inputs = {
+        "state": "the final hidden state",
+        "state_token": "the final hidden state and the newest token",
+        "layers": "a weighted sum of all layers' states",
+    }[config.head_inputs]
     blocks = f"{config.head_layers} {config.head_block} block{'s' * (config.head_layers > 1)}"
     size = config.draft_vocab_size
     vocabulary = "every token" if size is None else f"{size:,} of {config.vocab_size:,} tokens"

@@ -60,7 +60,7 @@ def _record(layer: nn.Module, args: tuple, kwargs: dict) -> None:
     """Forward pre-hook of a decoder layer. Outside `recorded`, and in a compiled forward, it does nothing."""
     if torch.compiler.is_compiling() or (recording := _recording.get()) is None:
         return
-    hidden = args[0] if args else kwargs["hidden_states"]
+    hidden = args[0] if args else kwargs.get("hidden_states")
     # A copy, because a slice would keep all positions in memory.
     recording.states.append(hidden if recording.last is None else hidden[:, -recording.last :].clone())
 
@@ -121,7 +121,9 @@ def watch_layers(base: PreTrainedModel) -> None:
         with trial(base), _recorded(count - 1) as states:
             ids = trial_tokens(base, 1, _TOKENS)
             final = base.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        fits = all(state.shape == final.shape and state.is_floating_point() for state in states)
+        fits = all(
+            isinstance(state, Tensor) and state.shape == final.shape and state.is_floating_point() for state in states
+        )
     except LMTPError:
         fits = False
     if not fits:

@@ -109,6 +109,7 @@ HEADS = {
     "shared, draft vocabulary": {"offsets": (2, 3), "head_kind": "shared", "draft_vocab_size": 150},
     "own, draft vocabulary": {"offsets": (2, 3), "head_kind": "own", "draft_vocab_size": 150},
     "conditioned": {"offsets": (2, 3), "head_inputs": "state_token", "head_block": "mlp"},
+    "layers": {"offsets": (2, 3), "head_inputs": "layers"},
     "stride 2": {"num_heads": 2, "stride": 2},
     "none near": {"offsets": (4, 5)},
 }

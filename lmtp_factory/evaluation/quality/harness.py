@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # The filters of lm_eval's own gsm8k task -> our names of the scores.
 _GSM8K_SCORES = {"strict-match": "gsm8k", "flexible-extract": "gsm8k last number"}
-_NUMBER = r"-?[\d$][\d$,.]*"
+_NUMBER = r"-?\$?\d[\d,.]*"
 _GSM8K_SCORING = {
     "filter_list": [
         # The default pattern of the filter is the number after ####.
