@@ -127,7 +127,9 @@ def test_reasons_that_would_take_another_machine_or_model(leap):
     )  # fmt: skip
 
     def reason(text_config=None, **kwargs):
-        stand_in = SimpleNamespace(config=copy.deepcopy(model.config), training=False, _takes_trees={"sdpa": True})
+        stand_in = SimpleNamespace(
+            config=copy.deepcopy(model.config), training=False, _takes_trees={"sdpa": True}, leap_heads=model.leap_heads
+        )
         for name, value in (text_config or {}).items():
             setattr(stand_in.config, name, value)
         inputs = {"use_cache": True, "past_key_values": DynamicCache(), "position_ids": torch.arange(9)[None]} | kwargs
