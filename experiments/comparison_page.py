@@ -62,7 +62,7 @@ def _introduction(found: dict) -> list[str]:
         "[comparison.yaml](../experiments/comparison.yaml).",
         "",
         *_own_settings(found),
-        f"- Every other arm trains on the same {settings['max_train_rows']} rows: {settings['stage1']['max_steps']} steps of 4 "
+        f"- Every other arm has the same {settings['max_train_rows']} rows: {settings['stage1']['max_steps']} steps of 4 "
         f"rows in stage 1, {settings['stage2']['max_steps']} in stage 2 (LoRA). One stage 1 trains heads at "
         f"{', '.join(f'+{offset}' for offset in settings['superset'])}, of which each arm takes its own.",
         f"- Heads draft the {settings['draft_vocab_size']:,} most frequent tokens of the training text.",
@@ -88,12 +88,8 @@ def _own_settings(found: dict) -> list[str]:
 
 def _differing(found: dict) -> str:
     """Say whether decoding with heads gave stock decoding's answers."""
-    runs = [
-        seed[stage].get("decoded", {})
-        for arm in found["arms"].values()
-        for seed in arm["seeds"].values()
-        for stage in STAGES
-    ]
+    seeds = [seed for arm in found["arms"].values() for seed in arm["seeds"].values()]
+    runs = [seed[stage].get("decoded", {}) for seed in seeds for stage in STAGES]
     count = sum(way["other answers"] for run in runs for text in run.values() for way in text.values())
     if not count:
         return "All answers are stock decoding's."

@@ -80,6 +80,8 @@ def score(name, texts):
         ("#### 12.", True, True),
         ("The answer is 12", False, True),
         ("It is $12.", False, True),
+        ("It is: $\\boxed{12}$", False, True),
+        ("So $12 \\text{ frogs}$.", False, True),
         ("12 it is, not 13", False, False),
         ("#### 13, not 12", False, True),
         ("no number", False, False),
