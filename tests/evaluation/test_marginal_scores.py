@@ -19,6 +19,7 @@ from lmtp_factory.evaluation.marginal_scores import (
 )
 from lmtp_factory.evaluation.report import marginal_table, print_marginal
 from lmtp_factory.evaluation.scoring import read_rows
+from lmtp_factory.modeling.layer_states import recorded
 from lmtp_factory.modeling.losses.targets import IGNORE_INDEX
 from lmtp_factory.modeling.objective import Objective
 
@@ -50,12 +51,14 @@ def write_hits(model, rows):
     for prompt, output in rows:
         for place in range(len(output)):
             ids = torch.tensor([prompt + output])[:, : len(prompt) + place]
-            hidden = model.base_model(input_ids=ids).last_hidden_state[0]
+            with recorded(model) as layers:
+                hidden = model.base_model(input_ids=ids).last_hidden_state
+            states = model.leap_heads.inputs(hidden, layers)[0]  # (length, ...)
             offset = {3: 2, 4: 3}.get(place % 5)
             if offset is None:
                 output[place] = int(model(ids).logits[0, -1].argmax())
             elif offset in heads.offsets:
-                output[place] = int(heads.predict(offset, hidden[-offset, None], ids[0, 1 - offset, None]))
+                output[place] = int(heads.predict(offset, states[-offset, None], ids[0, 1 - offset, None]))
 
 
 def test_positions_have_all_their_targets_in_the_output(rows):
