@@ -7,21 +7,19 @@ from pathlib import Path
 
 import torch
 from comparison_training import Comparison
+from heads_runs import costs_of
 from torch import nn
 
 from lmtp_factory import geometry
 from lmtp_factory.decoding.tree import best_first_paths, chain_paths
-from lmtp_factory.decoding.tree_config import DEFAULT_WIDTH, CostCurve, TreeConfig
+from lmtp_factory.decoding.tree_config import DEFAULT_WIDTH, KINDS, TreeConfig
 from lmtp_factory.evaluation.bench import OWN_LOOP, STOCK, Arm, always_drafting, results, run_arms
 from lmtp_factory.evaluation.report import load_for_scoring
 from lmtp_factory.evaluation.scoring import read_rows, score_heads
 from lmtp_factory.evaluation.self_generated import read_prompts, self_generated_rows
 from lmtp_factory.modeling.model import base_of
-from lmtp_factory.tuning.costs import StepCosts, measure_costs
+from lmtp_factory.tuning.costs import StepCosts
 from lmtp_factory.tuning.replay import Observed, accuracies, observe_answers, tau_of_dynamic, tau_of_paths
-
-
-KINDS = ("chain", "static", "dynamic")
 
 
 def measure(run: Comparison, folder: Path, path: Path, decode_forward: bool = False, decode: bool = True) -> dict:
@@ -39,7 +37,7 @@ def measure(run: Comparison, folder: Path, path: Path, decode_forward: bool = Fa
     run.say(f"measuring {folder.name}")
     model = base_of(load_for_scoring(str(folder)))
     heads = model.leap_heads
-    costs, texts = _costs(run, model), {}
+    costs, texts = costs_of(run.folder, model), {}
     prompts = {label: _prompts(run, file) for label, file in run.settings["test"].items()}
     for label, ids in prompts.items():
         answers = list(self_generated_rows(model, ids, run.settings["max_new_tokens"]))
@@ -131,13 +129,3 @@ def perplexity(run: Comparison, model: nn.Module) -> float:
 
 def _prompts(run: Comparison, file: str) -> list[list[int]]:
     return read_prompts(run.model, file, run.settings["test_prompts"])[1]
-
-
-def _costs(run: Comparison, model: nn.Module) -> StepCosts:
-    """Time a draft. Arms share the first one's times of forwards, unless their heads read all layers."""
-    kind = "layers" if model.leap_heads.config.reads_layers else "plain"
-    path, costs = run.folder / f"verify_seconds_{kind}.json", measure_costs(model)
-    if not path.is_file():
-        path.write_text(json.dumps(costs.verify.seconds), encoding="utf-8")
-    seconds = json.loads(path.read_text(encoding="utf-8"))
-    return StepCosts(CostCurve({int(size): cost for size, cost in seconds.items()}), costs.draft)

@@ -8,10 +8,11 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from lmtp_factory.decoding.tree_config import KINDS
+
 
 COMMAND = "make results"
 STAGES = {"frozen": "Stage 1: heads on the frozen backbone", "joint": "Stage 2: backbone and heads tuned together"}
-KINDS = ("chain", "static", "dynamic")
 
 
 def write_page(found: dict, path: Path) -> None:

@@ -93,7 +93,7 @@ def measure(args: argparse.Namespace, name: str) -> dict:
         `MOST_NODES` nodes, and the best tree of at most so many nodes with its expected speed over plain steps.
     """
     model = base_of(load_for_scoring(str(args.output_dir / name)))
-    costs, kinds = costs_of(args, model), {}
+    costs, kinds = costs_of(args.output_dir, model), {}
     for label, file in args.test:
         observed = observe_answers(model, answers_to(args, model, label, file), DEFAULT_WIDTH)
         options = [option for option in rank_trees(observed, costs) if option.nodes <= MOST_NODES]
@@ -129,9 +129,10 @@ def in_words(kinds: dict[str, dict]) -> str:
     )
 
 
-def costs_of(args: argparse.Namespace, model) -> StepCosts:
-    """Time a draft. Forwards do not depend on the heads, so all runs of a directory share the first one's times."""
-    path, costs = args.output_dir / "verify_seconds.json", measure_costs(model)
+def costs_of(folder: Path, model) -> StepCosts:
+    """Time a draft. All runs of a folder share the first one's times of forwards, unless their heads read all layers."""
+    kind = "layers" if model.leap_heads.config.reads_layers else "plain"
+    path, costs = folder / f"verify_seconds_{kind}.json", measure_costs(model)
     if not path.is_file():
         path.write_text(json.dumps(costs.verify.seconds), encoding="utf-8")
     seconds = json.loads(path.read_text(encoding="utf-8"))

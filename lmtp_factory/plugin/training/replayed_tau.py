@@ -1,7 +1,7 @@
 """Tau of the evaluation text, replayed: what decoding with a chain of drafts would reach on it.
 
-The text stands for the model's greedy answers. It is that in stage 1 on rows of `lmtp-cli distill`. On other text tau shows
-how well the heads follow that text.
+Tau is exact if the model wrote the text greedily, as it writes the rows of `lmtp-cli distill`. On other text it shows how
+well the heads follow that text.
 """
 
 from collections.abc import Iterator
