@@ -7,6 +7,7 @@ import torch
 from helpers import tiny_models
 from helpers.decoding import enlarge_weights
 
+from lmtp_factory import attach_heads
 from lmtp_factory.decoding.continuations import CachedText
 from lmtp_factory.evaluation.marginal import marginals
 
@@ -30,7 +31,7 @@ def model(request):
     model = MODELS[request.param](vocab_size=VOCABULARY, pad_token_id=None)
     enlarge_weights(model)
     model.get_output_embeddings().weight.data.mul_(8)  # or all tokens would be about as probable
-    return model
+    return attach_heads(model)
 
 
 @pytest.fixture(scope="module")
