@@ -10,6 +10,16 @@ from helpers import chat_models, distillation, tiny_data, tiny_models
 from helpers import llamafactory_runs as runs
 
 
+@pytest.fixture(autouse=True)
+def packed_weights_are_faster():
+    """On any CPU: which layers are packed is otherwise measured, and packing is what the tests are to reach."""
+    from lmtp_factory.decoding import cpu_prepacked
+
+    with pytest.MonkeyPatch.context() as patch:  # of its own, or a test's `monkeypatch.undo` would end it
+        patch.setattr(cpu_prepacked, "_fewest_tokens", lambda shape, threads: 1)
+        yield
+
+
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory) -> Path:
     """The real SmolLM2-135M-Instruct, from the package that carries it; LMTP_SMOLLM2 names a directory to reuse."""

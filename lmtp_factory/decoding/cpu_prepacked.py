@@ -1,8 +1,9 @@
 """Linear layers with prepacked weights, for a backbone that only runs forwards on a CPU: decoding, stage 1, scoring.
 
 A forward of a few tokens is bound by reading weights. oneDNN's packed layout, which torch.compile's freezing also uses,
-is read faster than torch's ordinary fp32 layout, and several tokens share one read. This makes verifying a tree cheap
-(benchmarks/README.md). Packed weights are a second copy of the model. If memory is short, the ordinary layers are used.
+lets several tokens share one read. This makes verifying a tree cheap (benchmarks/README.md). For one token it is faster
+than torch's ordinary fp32 layout on some CPUs and slower on others: each process measures for each shape of a weight from
+how many tokens on it pays. Packed weights are a second copy of the model. If memory is short, the ordinary layers are used.
 
 Drafts need not be exact. The unembedding takes most of a draft's time, so it is also stored in int8, a quarter of the
 bytes.
@@ -14,6 +15,7 @@ Inside the context weights must not change.
 """
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -29,6 +31,11 @@ from .free_memory import free_memory
 
 # Number of tokens for which oneDNN chooses the layout. Other numbers work too.
 _TUNED_FOR = 8
+# Numbers of tokens for which packed and ordinary weights are timed.
+_TIMED_TOKENS = (1, 2, 4, 8, 16)
+# Numbers in the weights that are timed: more than a CPU's nearer caches hold, as a model's are.
+_TIMED_NUMBERS = 2**24
+_MOST_TIMED = 64  # weights, if they are small
 # Largest share of the free memory that packed copies may use.
 _SHARE = 0.5
 
@@ -39,13 +46,13 @@ class _Copy:
 
     Attributes:
         bits: Checksum of the weight when it was packed, see `_bits`.
-        packed: The weight in oneDNN's layout.
+        packed: The weight in oneDNN's layout; None if this is slower, see `fewest_tokens`.
         int8: The weight quantised and packed, created by the first draft.
         int8_rows: Indices of some rows, and these rows quantised and packed.
     """
 
     bits: tuple[Tensor, Tensor]
-    packed: Tensor
+    packed: Tensor | None
     int8: object | None = None
     int8_rows: tuple[Tensor, object] | None = None
 
@@ -63,18 +70,67 @@ def available() -> bool:
     return onednn.agrees(lambda inputs, weight: onednn.linear(inputs, _pack(weight)))
 
 
+def fewest_tokens(shape: tuple[int, int]) -> int | None:
+    """Return from how many tokens on a packed weight is faster on this CPU with this number of threads.
+
+    Measured once a process for each shape, in some 0.2 s.
+
+    Args:
+        shape: (out, in) of the weight.
+
+    Returns:
+        None if it is slower even for the largest number that is timed.
+    """
+    return _fewest_tokens(tuple(shape), torch.get_num_threads())
+
+
+@cache
+def _fewest_tokens(shape: tuple[int, int], threads: int) -> int | None:
+    count = min(max(1, _TIMED_NUMBERS // (shape[0] * shape[1])), _MOST_TIMED)
+    weights, fewest = torch.ones(count, *shape), None
+    packed = [_pack(weight) for weight in weights]
+    with torch.inference_mode():
+        for tokens in reversed(_TIMED_TOKENS):
+            ordinary, with_packed = _seconds(torch.ones(tokens, shape[1]), weights, packed)
+            if with_packed > ordinary:
+                break
+            fewest = tokens
+    return fewest
+
+
+def _seconds(inputs: Tensor, weights: Tensor, packed: list[Tensor], repeats: int = 5) -> tuple[float, float]:
+    """Return the shortest times in seconds that ordinary and packed weights take for (tokens, in) inputs.
+
+    They take turns, so that other load on the machine slows both.
+    """
+    ordinary, with_packed = [], []
+    for _ in range(repeats):
+        for times, product, operands in (
+            (ordinary, nn.functional.linear, weights),
+            (with_packed, onednn.linear, packed),
+        ):
+            started = time.perf_counter()
+            for weight in operands:
+                product(inputs, weight)
+            times.append(time.perf_counter() - started)
+    return min(ordinary), min(with_packed)
+
+
 def can_prepack(model: nn.Module, compiled: bool = False) -> bool:
-    """Return whether `model` has fp32 linear layers on a CPU, and memory allows a packed copy of them.
+    """Return whether `model` has fp32 linear layers on a CPU that packed weights make faster, and memory allows a copy.
 
     Args:
         model: The model.
         compiled: Whether its forward is compiled. torch.compile chooses its own layouts. Autocast casts the weights.
     """
     linears = _linears(model)
-    if not linears or compiled or torch.is_autocast_enabled("cpu") or not available():
+    if compiled or torch.is_autocast_enabled("cpu") or not available():
+        return False
+    faster = [layer for layer in linears if fewest_tokens(layer.weight.shape)]
+    if not faster:
         return False
     with _lock:
-        missing = sum(4 * layer.weight.numel() for layer in linears if _kept(layer) is None)
+        missing = sum(4 * layer.weight.numel() for layer in faster if _kept(layer) is None)
     free = free_memory()
     return free is not None and missing <= _SHARE * free
 
@@ -86,7 +142,7 @@ def prepacked_if_possible(model: nn.Module, compiled: bool = False) -> AbstractC
 
 @contextmanager
 def prepacked(model: nn.Module) -> Iterator[None]:
-    """Let `model`'s linear layers compute with packed weights inside the context, in all threads.
+    """Let `model`'s linear layers compute with packed weights inside the context, in all threads, where they are faster.
 
     Copies are kept for the next context. Entering a context checks them against the weights.
     """
@@ -139,14 +195,24 @@ def int8_linear(layer: nn.Module, rows: Tensor | None = None) -> Callable[[Tenso
 
 
 class _PrepackedForward:
-    """Forward of a linear layer with packed weights. Gradients, autocast and other dtypes use the ordinary forward."""
+    """Forward of a linear layer with packed weights. Gradients, autocast and other dtypes use the ordinary forward.
 
-    def __init__(self, layer: nn.Linear, packed: Tensor):
+    So do inputs of few tokens, if that is faster.
+
+    Args:
+        layer: The layer.
+        packed: Its packed weight, or None.
+    """
+
+    def __init__(self, layer: nn.Linear, packed: Tensor | None):
         self.layer, self.packed = layer, packed
+        fewest = None if packed is None else fewest_tokens(layer.weight.shape)
+        self.fewest_numbers = None if fewest is None else fewest * layer.in_features
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Map (..., in) inputs to (..., out) outputs."""
-        plain = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or inputs.dtype != torch.float32
+        plain = self.fewest_numbers is None or inputs.numel() < self.fewest_numbers
+        plain = plain or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or inputs.dtype != torch.float32
         if plain or inputs.device.type != "cpu":
             return nn.Linear.forward(self.layer, inputs)
         return onednn.linear(inputs, self.packed, self.layer.bias)
@@ -182,7 +248,7 @@ def _current(layer: nn.Linear) -> _Copy:
     weight, copy = layer.weight.detach(), _kept(layer)
     bits = _bits(weight)
     if copy is None or not all(map(torch.equal, copy.bits, bits)):
-        copy = _Copy(bits, _pack(weight))
+        copy = _Copy(bits, _pack(weight) if fewest_tokens(weight.shape) else None)
         _copies.setdefault(weight.untyped_storage(), {})[_place(weight)] = copy
     return copy
 

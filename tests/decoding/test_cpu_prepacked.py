@@ -14,7 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from lmtp_factory import attach_heads
 from lmtp_factory.decoding import cpu_prepacked
-from lmtp_factory.decoding.cpu_prepacked import can_prepack, int8_linear, prepacked
+from lmtp_factory.decoding.cpu_prepacked import can_prepack, fewest_tokens, int8_linear, prepacked
+
+
+measured = cpu_prepacked._fewest_tokens  # before a fixture replaces it
 
 
 @pytest.fixture
@@ -266,3 +269,63 @@ def test_a_model_without_room_is_not_packed(model, monkeypatch):
     assert can_prepack(model)
     monkeypatch.setattr(cpu_prepacked, "free_memory", lambda: None)
     assert not can_prepack(model)
+
+
+@pytest.mark.parametrize(
+    "faster, expected", [([1, 2, 4, 8, 16], 1), ([4, 8, 16], 4), ([1, 8, 16], 8), ([1, 2], None), ([], None)]
+)
+def test_the_fewest_tokens_are_those_from_which_on_packed_weights_are_always_faster(monkeypatch, faster, expected):
+    def seconds(inputs, weights, packed):
+        torch.testing.assert_close(cpu_prepacked.onednn.linear(inputs, packed[0]), inputs @ weights[0].T)
+        return (2.0, 1.0) if len(inputs) in faster else (1.0, 2.0)
+
+    monkeypatch.setattr(cpu_prepacked, "_seconds", seconds)
+    measured.cache_clear()
+    assert measured((6, 8), 1) == expected
+    measured.cache_clear()
+
+
+def test_the_time_is_measured_once_for_each_shape_and_number_of_threads(monkeypatch):
+    timed = []
+    monkeypatch.setattr(cpu_prepacked, "_fewest_tokens", measured)
+    monkeypatch.setattr(cpu_prepacked, "_seconds", lambda *operands: timed.append(operands) or (2.0, 1.0))
+    measured.cache_clear()
+    threads = torch.get_num_threads()
+    try:
+        for shape in ((6, 8), (6, 8), (8, 6)):
+            assert fewest_tokens(shape) == 1
+        assert len(timed) == 2 * len(cpu_prepacked._TIMED_TOKENS)
+        torch.set_num_threads(threads + 1)
+        fewest_tokens((6, 8))
+        assert len(timed) == 3 * len(cpu_prepacked._TIMED_TOKENS)
+    finally:
+        torch.set_num_threads(threads)
+        measured.cache_clear()
+
+
+def test_weights_that_packing_slows_stay_ordinary(model, monkeypatch):
+    faster = model.model.layers[0].mlp.up_proj.weight.shape
+    monkeypatch.setattr(cpu_prepacked, "_fewest_tokens", lambda shape, threads: 1 if shape == faster else None)
+    layers = cpu_prepacked._linears(model)
+    assert 0 < sum(layer.weight.shape == faster for layer in layers) < len(layers)
+    with prepacked(model):
+        for layer in layers:
+            assert (layer.forward.packed is not None) == (layer.weight.shape == faster)
+    generates_as_stock(model)
+    monkeypatch.setattr(cpu_prepacked, "_fewest_tokens", lambda shape, threads: None)
+    assert not can_prepack(model)
+
+
+def test_few_tokens_use_the_ordinary_weight(monkeypatch):
+    monkeypatch.setattr(cpu_prepacked, "_fewest_tokens", lambda shape, threads: 3)
+    layer, used = nn.Linear(8, 6), []
+    monkeypatch.setattr(
+        cpu_prepacked.onednn,
+        "linear",
+        lambda *args: used.append(1) or nn.functional.linear(args[0], layer.weight, args[2]),
+    )
+    with torch.no_grad(), prepacked(nn.Sequential(layer)):
+        for shape, packed in (((2, 8), False), ((1, 2, 8), False), ((3, 8), True), ((2, 2, 8), True)):
+            used.clear()
+            layer(torch.randn(shape))
+            assert bool(used) == packed
