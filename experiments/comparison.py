@@ -12,14 +12,14 @@ from pathlib import Path
 
 import torch
 import yaml
-from comparison_measure import measure, perplexity
+from comparison_measure import answers_of, measure, perplexity
 from comparison_page import write_page
 from comparison_training import NTP, Comparison
 
 from lmtp_factory.demo.smollm2 import prepare
 from lmtp_factory.evaluation.machine import describe
 from lmtp_factory.evaluation.report import load_for_scoring
-from lmtp_factory.evaluation.self_generated import read_prompts, self_generated_rows
+from lmtp_factory.evaluation.self_generated import read_prompts
 from lmtp_factory.modeling.model import base_of
 from lmtp_factory.tuning.head_subsets import rank_subsets
 
@@ -27,24 +27,27 @@ from lmtp_factory.tuning.head_subsets import rank_subsets
 SETTINGS = Path(__file__).with_name("comparison.yaml")
 
 
-def stage1_of(run: Comparison, name: str, arm: dict, seed: int) -> Path:
-    """Return the output of the stage 1 that trains an arm's heads: its own if it has settings of its own."""
+def stage1_of(run: Comparison, arm: dict, seed: int) -> Path:
+    """Return the output of the stage 1 that trains an arm's heads. Arms with the same settings share it."""
     if "stage1" in arm:
-        return run.stage1(name, arm["inputs"], arm["offsets"], seed, arm["stage1"])
+        keys = " ".join(f"{key} {value}" for key, value in arm["stage1"].items())
+        return run.stage1(
+            f"{arm['inputs']} {arm['offsets']} {keys}", arm["inputs"], arm["offsets"], seed, arm["stage1"]
+        )
     return run.stage1(arm["inputs"], arm["inputs"], run.settings["superset"], seed, {})
 
 
-def offsets_of(run: Comparison, name: str, arm: dict) -> list[int]:
+def offsets_of(run: Comparison, arm: dict) -> list[int]:
     """Return an arm's offsets: those of its settings, or the fastest subset of the first seed's heads."""
     if "offsets" in arm:
         return arm["offsets"]
     path = run.folder / f"selected-{arm['inputs']}-{arm['num_heads']}.json"
     if not path.is_file():
         run.say(f"choosing {arm['num_heads']} of the heads that read {arm['inputs']}")
-        model = base_of(load_for_scoring(str(stage1_of(run, name, arm, run.settings["seeds"][0]))))
+        model = base_of(load_for_scoring(str(stage1_of(run, arm, run.settings["seeds"][0]))))
         # Prompts of the training rows: the arms are tested on others.
         prompts = read_prompts(run.model, run.settings["train_rows"], run.settings["test_prompts"])[1]
-        rows = self_generated_rows(model, prompts, run.settings["max_new_tokens"])
+        rows = answers_of(model, prompts, run.settings["max_new_tokens"], kept=None)
         ranked = rank_subsets(model, rows, arm["num_heads"])
         path.write_text(json.dumps([subset.offsets[1:] for subset in ranked]), encoding="utf-8")
     return json.loads(path.read_text(encoding="utf-8"))[0]
@@ -54,14 +57,14 @@ def measure_arms(run: Comparison) -> dict:
     """Train and measure every arm with every seed."""
     settings, arms = run.settings, {}
     for name, arm in settings["arms"].items():
-        offsets, seeds = offsets_of(run, name, arm), {}
+        offsets, seeds = offsets_of(run, arm), {}
         for seed in settings["seeds"]:
-            heads = run.heads_of(stage1_of(run, name, arm, seed), offsets)
+            heads = run.heads_of(stage1_of(run, arm, seed), offsets)
             tuned = run.stage2(name, heads, seed, arm.get("stage2"))
             first, forward = seed == settings["seeds"][0], name == settings["forward"]
             seeds[seed] = {
-                "frozen": measure(run, heads, heads.with_suffix(".json"), forward, decode=first),
-                "joint": measure(run, tuned, tuned.with_suffix(".json"), forward, decode=first),
+                "frozen": measure(run, heads, heads.with_suffix(".json"), True, forward, decode=first),
+                "joint": measure(run, tuned, tuned.with_suffix(".json"), False, forward, decode=first),
                 "training": json.loads((tuned / "costs.json").read_text(encoding="utf-8")),
             }
         arms[name] = {**arm, "offsets": offsets, "seeds": seeds}

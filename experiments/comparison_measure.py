@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from comparison_training import Comparison
+from comparison_training import Comparison, slug
 from heads_runs import costs_of
 from torch import nn
 
@@ -15,20 +15,23 @@ from lmtp_factory.decoding.tree import best_first_paths, chain_paths
 from lmtp_factory.decoding.tree_config import DEFAULT_WIDTH, KINDS, TreeConfig
 from lmtp_factory.evaluation.bench import OWN_LOOP, STOCK, Arm, always_drafting, results, run_arms
 from lmtp_factory.evaluation.report import load_for_scoring
-from lmtp_factory.evaluation.scoring import read_rows, score_heads
-from lmtp_factory.evaluation.self_generated import read_prompts, self_generated_rows
+from lmtp_factory.evaluation.scoring import Row, read_rows, score_heads
+from lmtp_factory.evaluation.self_generated import read_prompts
 from lmtp_factory.modeling.model import base_of
 from lmtp_factory.tuning.costs import StepCosts
 from lmtp_factory.tuning.replay import Observed, accuracies, observe_answers, tau_of_dynamic, tau_of_paths
 
 
-def measure(run: Comparison, folder: Path, path: Path, decode_forward: bool = False, decode: bool = True) -> dict:
+def measure(
+    run: Comparison, folder: Path, path: Path, frozen: bool, decode_forward: bool = False, decode: bool = True
+) -> dict:
     """Measure a model with heads, once: the results are kept in `path`.
 
     Args:
         run: The comparison.
         folder: Heads of stage 1, or the output of a stage 2.
         path: JSON file of the results.
+        frozen: Whether the backbone is the base model's, which then answers and predicts as the base model does.
         decode_forward: Also decode looking forward.
         decode: Also decode with the best tree, for measured tokens per second.
     """
@@ -40,21 +43,53 @@ def measure(run: Comparison, folder: Path, path: Path, decode_forward: bool = Fa
     costs, texts = costs_of(run.folder, model), {}
     prompts = {label: _prompts(run, file) for label, file in run.settings["test"].items()}
     for label, ids in prompts.items():
-        answers = list(self_generated_rows(model, ids, run.settings["max_new_tokens"]))
+        kept = run.folder / f"answers-{slug(label)}.json" if frozen else None
+        answers = answers_of(model, ids, run.settings["max_new_tokens"], kept)
         texts[label] = replayed(observe_answers(model, answers, DEFAULT_WIDTH), costs, run.settings["nodes"])
     found = {
         "offsets": heads.config.offsets,
         "parameters": sum(parameter.numel() for parameter in heads.parameters()),
         "draft": costs.draft / costs.verify.at(1),
-        "perplexity": perplexity(run, model),
         "text": texts,
     }
+    if not frozen:
+        found["perplexity"] = perplexity(run, model)
     if decode:
         found["decoded"] = {
             label: decoded(run, model, ids, texts[label], decode_forward) for label, ids in prompts.items()
         }
     path.write_text(json.dumps(found, indent=1), encoding="utf-8")
     return found
+
+
+def answers_of(model: nn.Module, prompts: list[list[int]], max_new_tokens: int, kept: Path | None) -> list[Row]:
+    """Return a model's greedy answers to prompts, generated in one batch.
+
+    Args:
+        model: A model with leap heads.
+        prompts: Token ids of the prompts.
+        max_new_tokens: Length of the longest answer.
+        kept: JSON file of the answers, which is read if it exists; None to keep none.
+    """
+    if kept is not None and kept.is_file():
+        return [(prompt, answer) for prompt, answer in json.loads(kept.read_text(encoding="utf-8"))]
+    ends = model.generation_config.eos_token_id
+    ends = {ends} if isinstance(ends, int) else set(ends or ())
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    written = model.generate(
+        ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, temperature=None, top_p=None, top_k=None,
+        repetition_penalty=1.0, lmtp_tree=TreeConfig("chain", 1),
+    )  # fmt: skip
+    answers = []
+    for answer in written[:, longest:].tolist():
+        end = next((place for place, token in enumerate(answer) if token in ends), len(answer))
+        answers.append(answer[: end + 1])
+    rows = list(zip(prompts, answers))
+    if kept is not None:
+        kept.write_text(json.dumps(rows), encoding="utf-8")
+    return rows
 
 
 def replayed(observed: Sequence[Observed], costs: StepCosts, nodes: Sequence[int]) -> dict:

@@ -138,8 +138,9 @@ class Comparison:
         command += [f"{key}={value}" for key, value in written.items()]
         self.say(f"training {output.name}")
         log = output.with_suffix(".log")
+        environment = {**os.environ, **self.settings["training_environment"]}
         with log.open("w", encoding="utf-8") as file:
-            process = subprocess.Popen(list(map(str, command)), stdout=file, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(list(map(str, command)), stdout=file, stderr=subprocess.STDOUT, env=environment)
             _, status, usage = os.wait4(process.pid, 0)
         if status:
             raise SystemExit(f"Training failed, see the end of {log}.")

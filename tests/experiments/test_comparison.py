@@ -36,7 +36,7 @@ def test_the_quick_comparison(smollm2, tmp_path):
             assert len(text["top-1"]) == arm["offsets"][-1] - 1
             for sizes in text["trees"].values():
                 assert sizes["1"]["tau"] == 1 <= sizes["4"]["tau"] <= 4
-        assert seed["frozen"]["perplexity"] == pytest.approx(found["plain"]["base perplexity"], rel=1e-4)
+        assert seed["joint"]["perplexity"] == pytest.approx(found["plain"]["base perplexity"], rel=0.05)
         assert seed["training"]["peak MiB"] > 100
     assert len(found["arms"]["conditioned rising"]["offsets"]) == 2
     written = (tmp_path / "results.md").read_text(encoding="utf-8")
