@@ -58,7 +58,7 @@ def measure_arms(run: Comparison) -> dict:
     settings, arms = run.settings, {}
     for name, arm in settings["arms"].items():
         offsets, seeds = offsets_of(run, arm), {}
-        for seed in settings["seeds"]:
+        for seed in arm.get("seeds", settings["seeds"]):
             heads = run.heads_of(stage1_of(run, arm, seed), offsets)
             tuned = run.stage2(name, heads, seed, arm.get("stage2"))
             first, forward = seed == settings["seeds"][0], name == settings["forward"]

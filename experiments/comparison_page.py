@@ -78,8 +78,8 @@ def _introduction(found: dict) -> list[str]:
 def _own_settings(found: dict) -> list[str]:
     """Name the arms that train otherwise than the rest."""
     own = {
-        name: {stage: arm[stage] for stage in ("stage1", "stage2") if stage in arm}
-        for name, arm in found["arms"].items()
+        name: {key: arm[key] for key in ("stage1", "stage2", "seeds") if key in arm}
+        for name, arm in found["settings"]["arms"].items()
     }
     written = "; ".join(f"{name}: {json.dumps(keys)}" for name, keys in own.items() if keys)
     return (
@@ -158,7 +158,7 @@ def _speed(found: dict) -> list[str]:
         "|---|---|---|---|---|---|---|",
     ]
     for name, arm in found["arms"].items():
-        for label in found["settings"]["test"]:
+        for label in found["settings"]["decoded"]:
             for stage in STAGES:
                 runs = [seed[stage]["decoded"][label] for seed in arm["seeds"].values() if "decoded" in seed[stage]]
                 for way in ("backward", "forward"):

@@ -19,6 +19,7 @@ COMMANDS = {
     "import": ("import_heads", "import heads from checkpoints of the L-MTP release and of Medusa"),
     "select": ("select_heads", "keep those of the trained heads that decode fastest on this device"),
     "tree": ("tree", "measure which draft tree is fastest and write lmtp/tree.json"),
+    "serve": ("serve", "serve an export with heads through vLLM"),
     "bench": ("bench", "tokens per second with and without heads, side by side"),
     "demo": ("demo", "train, export and decode with SmolLM2-135M-Instruct, from start to end"),
 }

@@ -190,9 +190,13 @@ _kept: ContextVar[dict[LeapHeads, list[nn.Module]] | None] = ContextVar("unembed
 
 
 @contextmanager
-def unembeddings_kept() -> Iterator[None]:
-    """Keep the unembeddings that drafts use inside the context, in which weights must not change."""
-    token = _kept.set({})
+def unembeddings_kept(kept: dict[LeapHeads, list[nn.Module]] | None = None) -> Iterator[None]:
+    """Keep the unembeddings that drafts use inside the context, in which weights must not change.
+
+    Args:
+        kept: Where to keep them, for contexts that share them; the weights must not change between these either.
+    """
+    token = _kept.set({} if kept is None else kept)
     try:
         yield
     finally:
