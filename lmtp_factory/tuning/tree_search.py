@@ -1,10 +1,11 @@
 """Choosing a tree: the option with the most tokens per second, from replayed text and the device's costs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from ..decoding.tree import best_first_paths, chain_paths
 from ..decoding.tree_config import TreeConfig
+from ..errors import LMTPError
 from .costs import StepCosts
 from .replay import Observed, accuracies, rate_of_cut_trees, tau_of_dynamic, tau_of_paths, with_steps
 
@@ -60,6 +61,26 @@ def rank_trees(observed: Sequence[Observed], costs: StepCosts) -> list[Option]:
         config = TreeConfig("dynamic", nodes, cost=costs.verify)
         options.append(Option("dynamic, cut", nodes, *rate_of_cut_trees(second, config, costs.draft)))
     return options
+
+
+def rank_chains(observed: Sequence[Observed], seconds: Mapping[int, float]) -> list[Option]:
+    """Evaluate chains for an engine that verifies nothing else.
+
+    Args:
+        observed: The observed answers. Those without a step do not count.
+        seconds: Seconds of the engine's step by number of drafts, the drafting included; 0 is a step without drafts.
+
+    Raises:
+        LMTPError: No answer has a step, or a chain is longer than the heads reach.
+    """
+    observed = with_steps(observed)
+    levels = observed[0].ranks.shape[1]
+    if max(seconds) > levels:
+        raise LMTPError(f"Steps with {max(seconds)} drafts are given, but these heads draft {levels}: leave them out.")
+    taus = {length: tau_of_paths(observed, chain_paths(length + 1)) if length else 1.0 for length in sorted(seconds)}
+    return [
+        Option("chain" if length else "none", length + 1, tau, tau / seconds[length]) for length, tau in taus.items()
+    ]
 
 
 def tree_config_of(option: Option, observed: Sequence[Observed], costs: StepCosts) -> TreeConfig:

@@ -1,12 +1,15 @@
 """lmtp-cli tree on tiny models."""
 
+import argparse
 import json
 
+import pytest
 from helpers import tiny_data, tiny_models
 from transformers import AutoModelForCausalLM
 
 from lmtp_factory import LMTPConfig, attach_heads
 from lmtp_factory.cli import main
+from lmtp_factory.cli.tree import seconds_by_length
 from lmtp_factory.decoding.tree_config import Conditions, read_tree
 
 
@@ -27,6 +30,32 @@ def test_tree_command(tmp_path, capsys):
     assert best["nodes"] == plan.nodes
     assert (path / "lmtp" / "tree.png").stat().st_size > 10_000
     assert conditions == Conditions("cpu", "float32", True)
+
+
+def test_the_chain_of_an_engine(tmp_path, capsys):
+    path = tiny_models.save_qwen3(tmp_path / "model")
+    attach_heads(AutoModelForCausalLM.from_pretrained(path), LMTPConfig(num_heads=2)).save_pretrained(path)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(json.dumps({"instruction": text}) for text, _ in tiny_data.texts(4)))
+    command = ["tree", str(path), "--prompts", str(prompts), "--max-new-tokens", "12", "--context", "16"]
+    assert main([*command, "--chain", "--step-seconds", "0:1,1:1.0,2:9,4:9"]) == 0
+    assert capsys.readouterr().out.endswith("--num-speculative-tokens 1\n")
+    assert main([*command, "--chain", "--step-seconds", "0:1,3:9"]) == 0
+    assert capsys.readouterr().out.endswith("Drafts do not pay: serve without them.\n")
+    assert main([*command, "--chain"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("chain ") == 4 and "dynamic" not in printed
+    assert main([*command, "--chain", "--step-seconds", "0:1,5:1"]) == 1
+    assert "5 drafts are given, but these heads draft 4" in capsys.readouterr().err
+    assert main([*command, "--step-seconds", "0:1"]) == 1
+    assert "write --chain too" in capsys.readouterr().err
+    assert not (path / "lmtp" / "tree.json").exists()
+
+
+@pytest.mark.parametrize("text", ["", "1:2", "0:0", "0:nan", "0:1,-1:2", "0:1,x:2", "0.03"])
+def test_seconds_of_steps_are_checked(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="from 0 on"):
+        seconds_by_length(text)
 
 
 def test_missing_heads_are_named(tmp_path):
