@@ -9,6 +9,7 @@ has. That method is wrapped for `LeapProposer` and calls the original for every 
 
 import functools
 import inspect
+import logging
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -29,8 +30,12 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 
-# Releases whose model runner was tried.
-VERSIONS = ("0.32",)
+logger = logging.getLogger(__name__)
+
+# Releases whose V1 model runner is known. vLLM 0.33 has a V2 runner too, which it leaves for V1 with a class of one's own.
+VERSIONS = ("0.32", "0.33")
+# Those that have served with these heads. Of the others only the code was read.
+SERVED = ("0.32",)
 # The first parameters of the wrapped method, which drafts are made from.
 _PARAMETERS = ("self", "scheduler_output", "sampled_token_ids", "sampling_metadata", "hidden_states")
 
@@ -177,15 +182,17 @@ def check_version(version: str | None) -> None:
     """
     if version is None:
         raise LMTPError(
-            f"vLLM is not installed: in an environment of its own install vllm=={VERSIONS[-1]}.* and then pip install "
+            f"vLLM is not installed: in an environment of its own install vllm=={SERVED[-1]}.* and then pip install "
             "--no-deps lmtp_factory."
         )
     release = re.match(r"\d+\.\d+", version)
     if release is None or release[0] not in VERSIONS:
         raise LMTPError(
-            f"vLLM {version} is installed, but leap heads know vLLM {', '.join(VERSIONS)} only: install that, or serve "
-            "without --speculative-config."
+            f"vLLM {version} is installed, but leap heads know vLLM {' and '.join(VERSIONS)} only: install one of them, or "
+            "serve without --speculative-config."
         )
+    if release[0] not in SERVED:
+        logger.warning("Leap heads have not been run with vLLM %s, only with vLLM %s.", version, ", ".join(SERVED))
 
 
 def wrap_runner() -> None:

@@ -65,10 +65,17 @@ def test_only_our_proposer_is_given_hidden_states(engine):
     assert instance.propose_draft_token_ids("scheduled", [[1]], None, "hidden") == ("scheduled", [[1]], "hidden")
 
 
-@pytest.mark.parametrize("version", ["0.31.9", "0.33.0", "1.32.0", "dev"])
+def test_a_version_that_has_not_run_is_named(caplog):
+    ours.check_version("0.32.1")
+    assert not caplog.records
+    ours.check_version("0.33.0")
+    assert "not been run with vLLM 0.33.0" in caplog.text
+
+
+@pytest.mark.parametrize("version", ["0.31.9", "0.34.0", "1.32.0", "dev"])
 def test_another_version_is_refused_by_name(engine, version):
     runner = engine(version, method)
-    with pytest.raises(LMTPError, match=f"vLLM {version} is installed.* 0.32 only"):
+    with pytest.raises(LMTPError, match=f"vLLM {version} is installed.* 0.32 and 0.33 only"):
         ours.wrap_runner()
     assert runner.propose_draft_token_ids is method
 
