@@ -21,6 +21,8 @@ demo: setup
 
 results: setup
 	$(BIN)/python experiments/comparison.py $(if $(MODEL),--model $(MODEL)) --output-dir results_run --page docs/results.md
+	$(BIN)/python experiments/comparison.py $(if $(MODEL),--model $(MODEL)) --output-dir results_run/levers \
+		--settings experiments/comparison_levers.yaml --page docs/results_levers.md
 
 results-quick: setup
 	$(BIN)/python experiments/comparison.py --settings experiments/comparison_quick.yaml --output-dir results_run/quick \

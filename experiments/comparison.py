@@ -61,7 +61,7 @@ def measure_arms(run: Comparison) -> dict:
         for seed in arm.get("seeds", settings["seeds"]):
             heads = run.heads_of(stage1_of(run, arm, seed), offsets)
             tuned = run.stage2(name, heads, seed, arm.get("stage2"))
-            first, forward = seed == settings["seeds"][0], name == settings["forward"]
+            first, forward = seed == settings["seeds"][0], name == settings.get("forward")
             seeds[seed] = {
                 "frozen": measure(run, heads, heads.with_suffix(".json"), True, forward, decode=first),
                 "joint": measure(run, tuned, tuned.with_suffix(".json"), False, forward, decode=first),
@@ -104,6 +104,7 @@ def main() -> None:
     found = {
         "machine": describe(device),
         "model": Path(args.model).name if args.model else "SmolLM2-135M-Instruct",
+        "settings file": args.settings.name,
         "settings": run.settings,
         "plain": measure_plain(run),
         "arms": measure_arms(run),

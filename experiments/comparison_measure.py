@@ -56,7 +56,8 @@ def measure(
         found["perplexity"] = perplexity(run, model)
     if decode:
         found["decoded"] = {
-            label: decoded(run, model, prompts[label], texts[label], decode_forward) for label in run.settings["decoded"]
+            label: decoded(run, model, prompts[label], texts[label], decode_forward)
+            for label in run.settings["decoded"]
         }
     path.write_text(json.dumps(found, indent=1), encoding="utf-8")
     return found

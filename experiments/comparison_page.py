@@ -30,7 +30,7 @@ def write_page(found: dict, path: Path) -> None:
         parts += [f"## {title}", ""]
         for label in found["settings"]["test"]:
             parts += _table(found, stage, label)
-    parts += [f"![tau of dynamic trees by number of nodes]({plot.name})", "", *_speed(found), *_equal_reach(found)]
+    parts += [f"![tau of dynamic trees by number of nodes]({plot.name})", "", *_speed(found), *_compared(found)]
     path.write_text("\n".join(parts).rstrip() + "\n", encoding="utf-8")
 
 
@@ -60,7 +60,7 @@ def _introduction(found: dict) -> list[str]:
         "# Results",
         "",
         f"Written by `{COMMAND}` for {found['model']} on {found['machine']}. Settings: "
-        "[comparison.yaml](../experiments/comparison.yaml).",
+        f"[{found['settings file']}](../experiments/{found['settings file']}).",
         "",
         *_own_settings(found),
         f"- Every other arm has the same {settings['max_train_rows']} rows: {settings['stage1']['max_steps']} steps of 4 "
@@ -173,21 +173,24 @@ def _speed(found: dict) -> list[str]:
     return [*lines, ""]
 
 
-def _equal_reach(found: dict) -> list[str]:
-    ours, theirs = found["settings"]["equal_reach"]
-    lines = ["## At equal reach", ""]
-    for label in found["settings"]["test"]:
-        for stage in STAGES:
-            said = []
-            for key in ("tau", "tokens per second"):
-                values = [
-                    [_best(text, key) for text in _texts(found["arms"][arm], stage, label)] for arm in (ours, theirs)
-                ]
-                said.append(verdict(ours, values[0], theirs, values[1], f"best {key}"))
-            lines.append(f"- {label}, {stage}: {'; '.join(said)}.")
-    parameters = [next(iter(found["arms"][name]["seeds"].values()))["joint"]["parameters"] for name in (ours, theirs)]
-    lines.append(f"- {ours} has {parameters[0] / parameters[1]:.2f} times the head parameters of {theirs}.")
-    return [*lines, ""]
+def _compared(found: dict) -> list[str]:
+    """Answer each question of the settings in sentences that follow from the tables."""
+    lines = []
+    for heading, (ours, theirs) in found["settings"]["compared"].items():
+        lines += [f"## {heading}", ""]
+        for label in found["settings"]["test"]:
+            for stage in STAGES:
+                said = []
+                for key in ("tau", "tokens per second"):
+                    values = [
+                        [_best(text, key) for text in _texts(found["arms"][arm], stage, label)]
+                        for arm in (ours, theirs)
+                    ]
+                    said.append(verdict(ours, values[0], theirs, values[1], f"best {key}"))
+                lines.append(f"- {label}, {stage}: {'; '.join(said)}.")
+        sizes = [next(iter(found["arms"][name]["seeds"].values()))["joint"]["parameters"] for name in (ours, theirs)]
+        lines += [f"- {ours} has {sizes[0] / sizes[1]:.2f} times the head parameters of {theirs}.", ""]
+    return lines
 
 
 def _texts(arm: dict, stage: str, label: str) -> list[dict]:
