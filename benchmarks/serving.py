@@ -2,7 +2,8 @@
 
 Each arm is a server of its own: none, then each longest draft of --lengths. Greedy answers are compared with those of the
 server without speculation at the same concurrency. Acceptance by position comes from the server's /metrics; beside it stands
-what replay of the served answers predicts.
+what replay of the served answers predicts. All levels of concurrency ask the same prompts, so that the later ones find their
+prefixes cached, with and without speculation.
 
     python benchmarks/serving.py EXPORT --prompts FILE --limit 200 --lengths 2 5 --output-dir serving_run -- --dtype float32
 
@@ -45,6 +46,7 @@ def main() -> None:
     for length in (0, *args.lengths):
         with server(args, length):
             engine = ServerEngine([url(args)], tokenizer, model=args.model)
+            ask(engine, prompts[: max(args.concurrency)], 8)  # a warm-up
             for concurrency in args.concurrency:
                 engine.concurrency = concurrency
                 before, started = counters(args), time.perf_counter()
@@ -56,7 +58,7 @@ def main() -> None:
     found = {
         "machine": describe(torch.device("cpu" if not torch.cuda.is_available() else "cuda")),
         "arguments": {key: str(value) for key, value in vars(args).items()},
-        "MiB of heads": sum(tensor.numel() for tensor in load_heads(args.model).parameters()) * 4 / 2**20,
+        "head parameters": sum(tensor.numel() for tensor in load_heads(args.model).parameters()),
         "prompts": len(prompts),
         "rows": rows,
         "replay": predicted(args, prompts, answers[0, args.concurrency[0]]),
@@ -87,11 +89,13 @@ def url(args: argparse.Namespace) -> str:
 @contextmanager
 def server(args: argparse.Namespace, length: int) -> Iterator[None]:
     """Run a server until the context ends; a length of 0 is the server without speculation."""
+    if answers_at(args):
+        raise SystemExit(f"Another server answers at port {args.port}: stop it or name another --port.")
     options = ["--port", str(args.port), "--seed", "0", *args.options]
     if length:
         command = command_of(args.model, ["--num-speculative-tokens", str(length), *options])
     else:
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", args.model, *options]
+        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", args.model, *options]
     log = args.output_dir / f"server-{length}.log"
     print(shlex.join(command), flush=True)
     with log.open("w", encoding="utf-8") as file:
@@ -116,13 +120,18 @@ def wait(args: argparse.Namespace, process: subprocess.Popen, log: Path) -> None
     for _ in range(START_SECONDS):
         if process.poll() is not None:
             raise SystemExit(f"The server ended, see the end of {log}.")
-        try:
-            if httpx.get(f"http://localhost:{args.port}/health", timeout=2).status_code == 200:
-                return
-        except httpx.HTTPError:
-            pass
+        if answers_at(args):
+            return
         time.sleep(1)
     raise SystemExit(f"The server did not start in {START_SECONDS} s, see {log}.")
+
+
+def answers_at(args: argparse.Namespace) -> bool:
+    """Return whether a server answers at the port."""
+    try:
+        return httpx.get(f"http://localhost:{args.port}/health", timeout=2).status_code == 200
+    except httpx.HTTPError:
+        return False
 
 
 def ask(engine: ServerEngine, prompts: list[list[int]], max_new_tokens: int) -> dict[int, Generation]:

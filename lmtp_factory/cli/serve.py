@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> NoReturn:
-    """Print vLLM's command and become it, so that signals reach the server.
+    """Print vLLM's command and replace this process with it, so that signals reach the server.
 
     Raises:
         LMTPError: vLLM is missing or of another version, there are no heads, they reach less, or an option is written here.
@@ -46,30 +46,27 @@ def command_of(model: str, options: list[str]) -> list[str]:
     Raises:
         LMTPError: See `run`.
     """
-    from .. import geometry
-    from ..modeling.checkpoint import find_heads, validate_checkpoint
-    from ..serving.vllm import check_version
+    from ..modeling.checkpoint import check_base_files, find_heads, validate_checkpoint
+    from ..serving.vllm_checks import check_heads, check_version, longest_draft
 
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--num-speculative-tokens", type=count)
     known, passed = own.parse_known_args([option for option in options if option != "--"])
-    for written in ("--speculative-config", "--model"):
-        if any(option.split("=")[0] == written for option in passed):
-            raise LMTPError(f"lmtp-cli serve writes {written} itself: leave it out.")
+    for option in passed:
+        name = option.replace("_", "-").split("=")[0].split(".")[0]  # vLLM reads --speculative_config.method too
+        if name in ("--speculative-config", "-sc", "--model"):
+            raise LMTPError(f"lmtp-cli serve writes {name} itself: leave {option} out.")
+    check_version(_vllm_version())
     folder = find_heads(model)
     if folder is None:
         raise LMTPError(f"{model} has no lmtp/ folder, so no leap heads: export with lmtp_export: heads.")
-    deepest = geometry.reach(validate_checkpoint(folder).offsets) - 1
-    length = known.num_speculative_tokens or deepest
-    if length > deepest:
-        raise LMTPError(
-            f"--num-speculative-tokens is {length}, but these heads reach {deepest} tokens beyond the next one: write "
-            f"{deepest} or less."
-        )
-    check_version(_vllm_version())
+    heads = validate_checkpoint(folder)
+    length = known.num_speculative_tokens or longest_draft(heads)
+    check_heads(heads, length)
+    check_base_files(heads, model)
     speculative = {"model": "lmtp_factory.serving.vllm.LeapProposer", "num_speculative_tokens": length}
     return [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model,
+        sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model,
         "--speculative-config", json.dumps(speculative), *passed,
     ]  # fmt: skip
 

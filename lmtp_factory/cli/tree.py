@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     from ..tuning.tree_search import measured, rank_trees, table, tree_config_of
 
     if args.step_seconds and not args.chain:
-        raise LMTPError("--step-seconds is of an engine that verifies chains: write --chain too.")
+        raise LMTPError("--step-seconds needs --chain: write both, or leave it out.")
     folder = find_heads(args.model) if Path(args.model).is_dir() else None
     if folder is None:
         raise LMTPError(

@@ -62,6 +62,7 @@ class _Copy:
 _copies: WeakKeyDictionary[torch.UntypedStorage, dict[tuple, _Copy]] = WeakKeyDictionary()
 _users: WeakKeyDictionary[nn.Linear, int] = WeakKeyDictionary()  # number of contexts that use a layer's copy
 _lock = threading.Lock()
+_measuring = threading.Lock()
 
 
 @cache
@@ -73,7 +74,8 @@ def available() -> bool:
 def fewest_tokens(shape: tuple[int, int]) -> int | None:
     """Return from how many tokens on a packed weight is faster on this CPU with this number of threads.
 
-    Measured once a process for each shape, in some 0.2 s.
+    Measured once a process for each shape, in some 0.2 s. Another process may find another number where both ways take about
+    the same time.
 
     Args:
         shape: (out, in) of the weight.
@@ -81,17 +83,20 @@ def fewest_tokens(shape: tuple[int, int]) -> int | None:
     Returns:
         None if it is slower even for the largest number that is timed.
     """
-    return _fewest_tokens(tuple(shape), torch.get_num_threads())
+    with _measuring:  # two threads at once would time each other
+        return _fewest_tokens(tuple(shape), torch.get_num_threads())
 
 
 @cache
 def _fewest_tokens(shape: tuple[int, int], threads: int) -> int | None:
-    count = min(max(1, _TIMED_NUMBERS // (shape[0] * shape[1])), _MOST_TIMED)
-    weights, fewest = torch.ones(count, *shape), None
+    rows, width = min(shape[0], max(1, _TIMED_NUMBERS // shape[1])), shape[1]
+    count = min(max(1, _TIMED_NUMBERS // (rows * width)), _MOST_TIMED)
+    weights, fewest = torch.ones(count, rows, width, dtype=torch.float32, device="cpu"), None
     packed = [_pack(weight) for weight in weights]
     with torch.inference_mode():
         for tokens in reversed(_TIMED_TOKENS):
-            ordinary, with_packed = _seconds(torch.ones(tokens, shape[1]), weights, packed)
+            inputs = torch.ones(tokens, width, dtype=torch.float32, device="cpu")
+            ordinary, with_packed = _seconds(inputs, weights, packed)
             if with_packed > ordinary:
                 break
             fewest = tokens
@@ -133,6 +138,20 @@ def can_prepack(model: nn.Module, compiled: bool = False) -> bool:
         missing = sum(4 * layer.weight.numel() for layer in faster if _kept(layer) is None)
     free = free_memory()
     return free is not None and missing <= _SHARE * free
+
+
+def mostly_prepacked(model: nn.Module, compiled: bool = False) -> bool:
+    """Return whether most of the weights are packed for every number of tokens.
+
+    Args:
+        model: The model.
+        compiled: See `can_prepack`.
+    """
+    if not can_prepack(model, compiled):
+        return False
+    weights = [layer.weight for layer in _linears(model)]
+    packed = sum(weight.numel() for weight in weights if fewest_tokens(weight.shape) == 1)
+    return 2 * packed > sum(weight.numel() for weight in weights)
 
 
 def prepacked_if_possible(model: nn.Module, compiled: bool = False) -> AbstractContextManager[None]:
@@ -247,8 +266,9 @@ def _current(layer: nn.Linear) -> _Copy:
     """Return an up-to-date copy of the layer's weight: the existing one if its checksum matches, else a new one."""
     weight, copy = layer.weight.detach(), _kept(layer)
     bits = _bits(weight)
-    if copy is None or not all(map(torch.equal, copy.bits, bits)):
-        copy = _Copy(bits, _pack(weight) if fewest_tokens(weight.shape) else None)
+    is_faster = fewest_tokens(weight.shape) is not None
+    if copy is None or not all(map(torch.equal, copy.bits, bits)) or (is_faster and copy.packed is None):
+        copy = _Copy(bits, _pack(weight) if is_faster else None)
         _copies.setdefault(weight.untyped_storage(), {})[_place(weight)] = copy
     return copy
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import LMTPError
 from ..files import TREE_FILE, atomic_write
-from .cpu_prepacked import can_prepack
+from .cpu_prepacked import mostly_prepacked
 from .tree import chain_paths, fixed
 
 
@@ -162,7 +162,7 @@ class Conditions:
     Attributes:
         device: Device type, `cpu` or `cuda`.
         dtype: Dtype of the model, e.g. `float32` or `bfloat16`.
-        prepacked: Whether linear layers use prepacked weights (`cpu_prepacked.py`).
+        prepacked: Whether most linear layers use prepacked weights (`cpu_prepacked.py`).
     """
 
     device: str
@@ -172,7 +172,7 @@ class Conditions:
     @classmethod
     def of(cls, model: nn.Module, compiled: bool = False) -> "Conditions":
         """Return the conditions under which `model` decodes on this machine, with a compiled forward or without."""
-        return cls(model.device.type, str(model.dtype).removeprefix("torch."), can_prepack(model, compiled))
+        return cls(model.device.type, str(model.dtype).removeprefix("torch."), mostly_prepacked(model, compiled))
 
     def __str__(self) -> str:
         return f"{self.device}, {self.dtype}, {'prepacked' if self.prepacked else 'ordinary'} weights"

@@ -10,6 +10,10 @@ from ..decoding.draft import Window, propose_candidates, unembeddings_kept
 from ..modeling.heads import LeapHeads
 
 
+# Number of logits that a draft computes at once.
+LOGITS = 2**25
+
+
 class DraftModel(nn.Module):
     """What drafts read of a model that an engine runs, under the names of a transformers model.
 
@@ -43,7 +47,7 @@ class DraftModel(nn.Module):
 
 @torch.inference_mode()
 def draft_chains(model: DraftModel, window: Window, length: int) -> list[list[int]]:
-    """Draft the most probable token of each level.
+    """Draft the most probable token of each level, for some requests at a time: engines leave little memory free.
 
     Args:
         model: The heads and what they read.
@@ -53,7 +57,19 @@ def draft_chains(model: DraftModel, window: Window, length: int) -> list[list[in
     Returns:
         The tokens of each request. A chain ends before the first level whose state is missing.
     """
+    config = model.leap_heads.config
+    at_once = max(1, LOGITS // (length * (config.draft_vocab_size or config.vocab_size)))
+    parts = [
+        Window(
+            window.states[first : first + at_once],
+            window.filled[first : first + at_once],
+            None if window.real is None else window.real[first : first + at_once],
+            None if window.roots is None else window.roots[first : first + at_once],
+        )
+        for first in range(0, len(window.states), at_once)
+    ]
     with unembeddings_kept(model.unembeddings):
-        candidates = propose_candidates(model, window, length, width=1)
-    tokens, known = candidates.tokens[:, :, 0].tolist(), (candidates.probabilities[:, :, 0] > 0).tolist()
+        candidates = [propose_candidates(model, part, length, width=1) for part in parts]
+    tokens = torch.cat([part.tokens[:, :, 0] for part in candidates]).tolist()
+    known = torch.cat([part.probabilities[:, :, 0] > 0 for part in candidates]).tolist()
     return [chain[: levels.index(False) if False in levels else None] for chain, levels in zip(tokens, known)]

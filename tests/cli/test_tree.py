@@ -48,7 +48,7 @@ def test_the_chain_of_an_engine(tmp_path, capsys):
     assert main([*command, "--chain", "--step-seconds", "0:1,5:1"]) == 1
     assert "5 drafts are given, but these heads draft 4" in capsys.readouterr().err
     assert main([*command, "--step-seconds", "0:1"]) == 1
-    assert "write --chain too" in capsys.readouterr().err
+    assert "--step-seconds needs --chain" in capsys.readouterr().err
     assert not (path / "lmtp" / "tree.json").exists()
 
 

@@ -14,7 +14,13 @@ from transformers import AutoModelForCausalLM
 
 from lmtp_factory import attach_heads
 from lmtp_factory.decoding import cpu_prepacked
-from lmtp_factory.decoding.cpu_prepacked import can_prepack, fewest_tokens, int8_linear, prepacked
+from lmtp_factory.decoding.cpu_prepacked import (
+    can_prepack,
+    fewest_tokens,
+    int8_linear,
+    mostly_prepacked,
+    prepacked,
+)
 
 
 measured = cpu_prepacked._fewest_tokens  # before a fixture replaces it
@@ -314,6 +320,35 @@ def test_weights_that_packing_slows_stay_ordinary(model, monkeypatch):
     generates_as_stock(model)
     monkeypatch.setattr(cpu_prepacked, "_fewest_tokens", lambda shape, threads: None)
     assert not can_prepack(model)
+
+
+def test_costs_are_those_of_packed_weights_if_most_are_packed_for_every_number_of_tokens(model, monkeypatch):
+    one_kind = model.model.layers[0].mlp.up_proj.weight.shape
+    for packed, fewest, expected in ((one_kind, 1, False), (None, 1, True), (None, 4, False)):
+        monkeypatch.setattr(
+            cpu_prepacked, "_fewest_tokens", lambda shape, _, p=packed, f=fewest: f if p in (None, shape) else None
+        )
+        assert can_prepack(model) and mostly_prepacked(model) == expected
+
+
+def test_a_weight_that_was_slower_is_packed_once_it_is_faster(model, monkeypatch):
+    """With another number of threads, for instance."""
+    monkeypatch.setattr(cpu_prepacked, "_fewest_tokens", lambda shape, threads: None)
+    with prepacked(model):
+        assert model.lm_head.forward.packed is None
+    monkeypatch.setattr(cpu_prepacked, "_fewest_tokens", lambda shape, threads: 1)
+    with prepacked(model):
+        assert model.lm_head.forward.packed is not None
+
+
+def test_the_real_measurement_takes_any_default_dtype_and_large_weights():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        for shape in ((48, 32), (60_000, 1_000)):
+            assert measured(shape, torch.get_num_threads()) in (None, *cpu_prepacked._TIMED_TOKENS)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        measured.cache_clear()
 
 
 def test_few_tokens_use_the_ordinary_weight(monkeypatch):

@@ -8,6 +8,7 @@ from helpers.tiny_models import randomise_heads
 
 from lmtp_factory import LMTPConfig, attach_heads
 from lmtp_factory.decoding.draft import Window, propose_candidates
+from lmtp_factory.serving import chains as chains_module
 from lmtp_factory.serving.chains import DraftModel, draft_chains
 
 
@@ -32,20 +33,20 @@ def base(request):
 
 
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
-def test_drafts_are_those_of_our_own_decoding(base, heads):
+def test_drafts_are_those_of_our_own_decoding(base, heads, monkeypatch):
     config = LMTPConfig(**heads)
     attach_heads(base, config, draft_tokens=range(3, 12) if config.draft_vocab_size else None)
     randomise_heads(base)
     lm_head = base.get_output_embeddings().weight.detach()
-    padded = torch.cat([lm_head, torch.full((5, lm_head.shape[1]), float("nan"))])[: len(lm_head)]  # as vLLM pads it
-    model = DraftModel(base.leap_heads, base.config, base.get_input_embeddings(), padded)
+    model = DraftModel(base.leap_heads, base.config, base.get_input_embeddings(), lm_head)
     states = torch.randn(3, 3, base.config.hidden_size, generator=torch.Generator().manual_seed(0))
     filled = torch.tensor([3, 2, 1])
     window = Window.of_states(states, torch.arange(3) >= 3 - filled[:, None], torch.tensor([5, 6, 7]))
     levels = base.leap_heads.config.offsets[-1] - 1
     with torch.no_grad():
         expected = propose_candidates(base, window, levels, width=1)
-    for length in (1, levels):
+    for length, at_once in ((1, chains_module.LOGITS), (levels, chains_module.LOGITS), (levels, 1)):
+        monkeypatch.setattr(chains_module, "LOGITS", at_once)
         chains = draft_chains(model, window, length)
         assert len(chains[0]) == length
         for row, chain in enumerate(chains):
