@@ -137,7 +137,7 @@ HEADS = {
     "paper": {},
     "state_token, rising": {"head_inputs": "state_token", "offsets": (2, 3, 6)},
     "draft vocabulary, mlp": {"draft_vocab_size": 178, "head_block": "mlp"},
-    "shared": {"head_kind": "shared", "offsets": (2, 4)},
+    "shared": {"head_kind": "shared", "offsets": (2, 5)},
 }
 
 
