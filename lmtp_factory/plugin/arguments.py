@@ -123,6 +123,13 @@ class LMTPArguments:
             "adds a loader for plain transformers to that."
         },
     )
+    keep_native_mtp: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether or not to copy the model's own multi-token prediction layers (`mtp.*`, `nextn`), which "
+            "transformers does not load, into exports and fully tuned models."
+        },
+    )
     lmtp_decode: str = field(
         default=STRATEGIES[0],
         metadata={

@@ -3,8 +3,12 @@
 import functools
 from types import ModuleType
 
+from transformers import PreTrainedModel
+
 from ....errors import LMTPError
-from ... import hooks
+from ....export.native_mtp import keep_native_mtp
+from ....modeling.model import base_of
+from ... import hooks, log
 from ...inference import attach_for_export
 from ...training.attach import attach_for_training, cast_backbone, save_lm_head_with_adapter
 
@@ -24,9 +28,25 @@ def extend(loader: ModuleType) -> None:
             "patch_model": functools.partial(_patch_model, patch_model),
         }
         with hooks.replaced(loader, **parts):
-            return upstream(tokenizer, *args, **kwargs)
+            model = upstream(tokenizer, *args, **kwargs)
+        _keep_native_mtp(model, *args, **kwargs)
+        return model
 
     loader.load_model = load_model
+
+
+def _keep_native_mtp(model, model_args, finetuning_args, is_trainable=False, *args, **kwargs):
+    """Let exports and fully tuned models keep the native MTP layers of the model that was loaded."""
+    saves_all = finetuning_args.finetuning_type in ("full", "freeze") if is_trainable else model_args.export_dir
+    if not (finetuning_args.keep_native_mtp and saves_all and isinstance(base_of(model), PreTrainedModel)):
+        return
+    options = {"revision": model_args.model_revision, "cache_dir": model_args.cache_dir}
+    count = keep_native_mtp(base_of(model), model_args.model_name_or_path, **options)
+    if count:
+        log.info(
+            f"Keeping {count} tensors of {model_args.model_name_or_path}'s own multi-token prediction layers as they are: "
+            "they are not tuned with it."
+        )
 
 
 def _patch_model(upstream, model, *args, **kwargs):
