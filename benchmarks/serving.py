@@ -78,8 +78,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--port", type=int, default=8765)
     parser.add_argument("--output-dir", type=Path, required=True)
-    parser.add_argument("options", nargs="*", help="after --: options of vLLM")
-    return parser.parse_args()
+    words = sys.argv[1:]
+    place = words.index("--") if "--" in words else len(words)
+    args = parser.parse_args(words[:place])
+    args.options = words[place + 1 :]  # of vLLM
+    return args
 
 
 def url(args: argparse.Namespace) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from comparison_measure import answers_of, measure, perplexity
+from comparison_measure import answers_of, measure, perplexity, timed
 from comparison_page import write_page
 from comparison_training import NTP, Comparison
 
@@ -54,20 +54,33 @@ def offsets_of(run: Comparison, arm: dict) -> list[int]:
 
 
 def measure_arms(run: Comparison) -> dict:
-    """Train and measure every arm with every seed."""
+    """Train and measure every arm with every seed, then time each arm's first seed, one after the other."""
     settings, arms = run.settings, {}
+    folders: dict[str, dict[str, Path]] = {}
     for name, arm in settings["arms"].items():
         offsets, seeds = offsets_of(run, arm), {}
-        for seed in arm.get("seeds", settings["seeds"]):
+        for seed in settings["seeds"]:
             heads = run.heads_of(stage1_of(run, arm, seed), offsets)
             tuned = run.stage2(name, heads, seed, arm.get("stage2"))
-            first, forward = seed == settings["seeds"][0], name == settings.get("forward")
+            folders.setdefault(name, {"frozen": heads, "joint": tuned})
             seeds[seed] = {
-                "frozen": measure(run, heads, heads.with_suffix(".json"), True, forward, decode=first),
-                "joint": measure(run, tuned, tuned.with_suffix(".json"), False, forward, decode=first),
+                "frozen": measure(run, heads, heads.with_suffix(".json"), frozen=True),
+                "joint": measure(run, tuned, tuned.with_suffix(".json"), frozen=False),
                 "training": json.loads((tuned / "costs.json").read_text(encoding="utf-8")),
             }
         arms[name] = {**arm, "offsets": offsets, "seeds": seeds}
+    for name, arm in arms.items():
+        first = next(iter(arm["seeds"].values()))
+        arm["times"] = {
+            stage: timed(
+                run,
+                folder,
+                folder.with_name(f"{folder.name}-times{'-forward' * (name == settings.get('forward'))}.json"),
+                first[stage]["text"],
+                name == settings.get("forward"),
+            )
+            for stage, folder in folders[name].items()
+        }
     return arms
 
 

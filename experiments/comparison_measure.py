@@ -18,49 +18,63 @@ from lmtp_factory.evaluation.report import load_for_scoring
 from lmtp_factory.evaluation.scoring import Row, read_rows, score_heads
 from lmtp_factory.evaluation.self_generated import read_prompts
 from lmtp_factory.modeling.model import base_of
-from lmtp_factory.tuning.costs import StepCosts
 from lmtp_factory.tuning.replay import Observed, accuracies, observe_answers, tau_of_dynamic, tau_of_paths
 
 
-def measure(
-    run: Comparison, folder: Path, path: Path, frozen: bool, decode_forward: bool = False, decode: bool = True
-) -> dict:
-    """Measure a model with heads, once: the results are kept in `path`.
+def measure(run: Comparison, folder: Path, path: Path, frozen: bool) -> dict:
+    """Measure what does not depend on the machine's speed, once: the results are kept in `path`.
 
     Args:
         run: The comparison.
         folder: Heads of stage 1, or the output of a stage 2.
         path: JSON file of the results.
         frozen: Whether the backbone is the base model's, which then answers and predicts as the base model does.
-        decode_forward: Also decode looking forward.
-        decode: Also decode with the best tree, for measured tokens per second.
     """
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
     run.say(f"measuring {folder.name}")
     model = base_of(load_for_scoring(str(folder)))
-    heads = model.leap_heads
-    costs, texts = costs_of(run.folder, model), {}
-    prompts = {label: _prompts(run, file) for label, file in run.settings["test"].items()}
-    for label, ids in prompts.items():
+    heads, texts = model.leap_heads, {}
+    for label in run.settings["test"]:
         kept = run.folder / f"answers-{slug(label)}.json" if frozen else None
-        answers = answers_of(model, ids, run.settings["max_new_tokens"], kept)
-        texts[label] = replayed(observe_answers(model, answers, DEFAULT_WIDTH), costs, run.settings["nodes"])
+        answers = answers_of(model, _prompts(run, label), run.settings["max_new_tokens"], kept)
+        texts[label] = replayed(observe_answers(model, answers, DEFAULT_WIDTH), run.settings["nodes"])
     found = {
         "offsets": heads.config.offsets,
         "parameters": sum(parameter.numel() for parameter in heads.parameters()),
-        "draft": costs.draft / costs.verify.at(1),
         "text": texts,
     }
     if not frozen:
         found["perplexity"] = perplexity(run, model)
-    if decode:
-        found["decoded"] = {
-            label: decoded(run, model, prompts[label], texts[label], decode_forward)
-            for label in run.settings["decoded"]
-        }
     path.write_text(json.dumps(found, indent=1), encoding="utf-8")
-    return found
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def timed(run: Comparison, folder: Path, path: Path, text: dict, decode_forward: bool) -> dict:
+    """Time forwards and drafts of a model with heads, and decode with the best tree; once, kept in `path`.
+
+    Args:
+        run: The comparison.
+        folder: Heads of stage 1, or the output of a stage 2.
+        path: JSON file of the results.
+        text: What `measure` found on each kind of text.
+        decode_forward: Also decode looking forward.
+    """
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    run.say(f"timing {folder.name}")
+    model = base_of(load_for_scoring(str(folder)))
+    costs = costs_of(run.folder, model)
+    seconds = {size: costs.verify.at(size) + (costs.draft if size > 1 else 0.0) for size in run.settings["nodes"]}
+    found = {
+        "seconds": seconds,
+        "decoded": {
+            label: decoded(run, model, _prompts(run, label), best_tree(text[label], seconds), decode_forward)
+            for label in run.settings["decoded"]
+        },
+    }
+    path.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def answers_of(model: nn.Module, prompts: list[list[int]], max_new_tokens: int, kept: Path | None) -> list[Row]:
@@ -93,36 +107,28 @@ def answers_of(model: nn.Module, prompts: list[list[int]], max_new_tokens: int, 
     return rows
 
 
-def replayed(observed: Sequence[Observed], costs: StepCosts, nodes: Sequence[int]) -> dict:
+def replayed(observed: Sequence[Observed], nodes: Sequence[int]) -> dict:
     """Replay trees on a model's own answers.
 
     Static trees are built from the first half of the answers; tau is that of the second half.
 
     Returns:
-        Top-1 accuracy by depth, +2 first; for each kind of tree and number of nodes, tau and the expected tokens per second
-        with the device's costs.
+        Top-1 accuracy by depth, +2 first; tau for each kind of tree and number of nodes.
     """
     half = max(len(observed) // 2, 1)
     first, second = observed[:half], observed[half:] or observed
     rates, levels = accuracies(first), observed[0].ranks.shape[1]
-    trees: dict[str, dict] = {kind: {} for kind in KINDS}
-
-    def add(kind: str, size: int, tau: float) -> None:
-        seconds = costs.verify.at(size) + (costs.draft if size > 1 else 0.0)
-        trees[kind][size] = {"tau": tau, "tokens per second": tau / seconds}
-
+    taus: dict[str, dict[int, float]] = {kind: {} for kind in KINDS}
     for size in nodes:
-        chain = min(size, levels + 1)
-        add("chain", size, tau_of_paths(second, chain_paths(chain)))
-        add("static", size, tau_of_paths(second, best_first_paths(rates, size)))
-    for size, tau in tau_of_dynamic(second, nodes).items():
-        add("dynamic", size, tau)
-    return {"top-1": [ranks[0] for ranks in accuracies(observed)], "trees": trees}
+        taus["chain"][size] = tau_of_paths(second, chain_paths(min(size, levels + 1)))
+        taus["static"][size] = tau_of_paths(second, best_first_paths(rates, size))
+    taus["dynamic"] |= tau_of_dynamic(second, nodes)
+    return {"top-1": [ranks[0] for ranks in accuracies(observed)], "tau": taus}
 
 
-def decoded(run: Comparison, model: nn.Module, prompts: list[list[int]], text: dict, forward: bool) -> dict:
+def decoded(run: Comparison, model: nn.Module, prompts: list[list[int]], best: tuple[str, int], forward: bool) -> dict:
     """Decode with the tree that replay found fastest, against our own loop without heads in the same run."""
-    kind, size = best_tree(text)
+    kind, size = best
     reach = geometry.reach(model.leap_heads.config.offsets)
     tree = TreeConfig("chain", min(size, reach)) if kind == "chain" else TreeConfig("dynamic", size)
     arms = {STOCK: Arm({"lmtp_decode": "off"}), OWN_LOOP: Arm({"lmtp_tree": TreeConfig("chain", 1)})}
@@ -146,12 +152,12 @@ def decoded(run: Comparison, model: nn.Module, prompts: list[list[int]], text: d
     }
 
 
-def best_tree(text: dict) -> tuple[str, int]:
+def best_tree(text: dict, seconds: dict[int, float]) -> tuple[str, int]:
     """Return kind and nodes of the tree with the most expected tokens per second, of those with a draft."""
     options = {
-        (kind, int(size)): one["tokens per second"]
+        (kind, int(size)): tau / seconds[int(size)]
         for kind in ("chain", "dynamic")
-        for size, one in text["trees"][kind].items()
+        for size, tau in text["tau"][kind].items()
         if int(size) > 1
     }
     return max(options, key=options.get)
@@ -163,5 +169,6 @@ def perplexity(run: Comparison, model: nn.Module) -> float:
     return math.exp(score_heads(model, rows).losses[0])
 
 
-def _prompts(run: Comparison, file: str) -> list[list[int]]:
-    return read_prompts(run.model, file, run.settings["test_prompts"])[1]
+def _prompts(run: Comparison, label: str) -> list[list[int]]:
+    """Return the token ids of the test prompts of a kind of text."""
+    return read_prompts(run.model, run.settings["test"][label], run.settings["test_prompts"])[1]

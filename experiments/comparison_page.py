@@ -63,16 +63,25 @@ def _introduction(found: dict) -> list[str]:
         f"[{found['settings file']}](../experiments/{found['settings file']}).",
         "",
         *_own_settings(found),
-        f"- Every other arm has the same {settings['max_train_rows']} rows: {settings['stage1']['max_steps']} steps of 4 "
-        f"rows in stage 1, {settings['stage2']['max_steps']} in stage 2 (LoRA). One stage 1 trains heads at "
+        f"- {'Every other arm has' if _own_settings(found) else 'All arms have'} the same "
+        f"{settings['max_train_rows']} rows: {settings['stage1']['max_steps']} steps of 4 rows in stage 1, "
+        f"{settings['stage2']['max_steps']} in stage 2 (LoRA). One stage 1 trains heads at "
         f"{', '.join(f'+{offset}' for offset in settings['superset'])}, of which each arm takes its own.",
+        *_environment(settings["training_environment"]),
         f"- Heads draft the {settings['draft_vocab_size']:,} most frequent tokens of the training text.",
         f"- Mean of {len(seeds)} seed{'s' * (len(seeds) > 1)}, in brackets the smallest and largest value.",
         "- tau (tokens per forward) is replayed on the model's own greedy answers. Tokens per second with a tree follow "
-        "from tau, the time of a forward of so many tokens and the time of a draft on this machine. Static trees are "
-        "built from the first half of the answers; tau is that of the second half.",
+        "from tau, the time of a forward of so many tokens and the time of a draft on this machine, which are measured when "
+        "everything is trained. Static trees are built from the first half of the answers; tau is that of the second half.",
+        "- Steps per second and memory are those of stage 2, which other work on the machine may have disturbed.",
         "",
     ]
+
+
+def _environment(variables: dict[str, str]) -> list[str]:
+    """Name the environment variables that were set for training."""
+    written = ", ".join(f"`{name}={value}`" for name, value in variables.items())
+    return [f"- Trained, not measured, with {written}."] if written else []
 
 
 def _own_settings(found: dict) -> list[str]:
@@ -89,8 +98,7 @@ def _own_settings(found: dict) -> list[str]:
 
 def _differing(found: dict) -> str:
     """Say whether decoding with heads gave stock decoding's answers."""
-    seeds = [seed for arm in found["arms"].values() for seed in arm["seeds"].values()]
-    runs = [seed[stage].get("decoded", {}) for seed in seeds for stage in STAGES]
+    runs = [arm["times"][stage]["decoded"] for arm in found["arms"].values() for stage in STAGES]
     count = sum(way["other answers"] for run in runs for text in run.values() for way in text.values())
     if not count:
         return "All answers are stock decoding's."
@@ -125,24 +133,23 @@ def _table(found: dict, stage: str, label: str) -> list[str]:
     lines = [
         f"### On {label}",
         "",
-        "tau and, after the slash, tokens per second by tree and number of nodes.",
+        "tau and, after the slash, tokens per second by tree and number of nodes. `none`: tokens per second without drafts.",
         "",
-        f"| arm | offsets | top-1 at +2, +3, ... | {trees} |",
-        f"|---|---|---|{'---|' * (len(nodes) * len(KINDS))}",
+        f"| arm | offsets | top-1 at +2, +3, ... | none | {trees} |",
+        f"|---|---|---|---|{'---|' * (len(nodes) * len(KINDS))}",
     ]
     for name, arm in found["arms"].items():
-        texts = [seed[stage]["text"][label] for seed in arm["seeds"].values()]
+        texts, seconds = _texts(arm, stage, label), arm["times"][stage]["seconds"]
         top1 = " ".join(
             f".{round(1000 * statistics.fmean(level)):03d}" for level in zip(*(text["top-1"] for text in texts))
         )
         cells = []
         for kind in KINDS:
             for size in nodes:
-                replays = [text["trees"][kind][str(size)] for text in texts]
-                tau, rate = (statistics.fmean(one[key] for one in replays) for key in ("tau", "tokens per second"))
-                cells.append(f"{tau:.2f} / {rate:.1f}")
+                tau = statistics.fmean(text["tau"][kind][str(size)] for text in texts)
+                cells.append(f"{tau:.2f} / {tau / seconds[str(size)]:.1f}")
         offsets = ",".join(map(str, arm["offsets"]))
-        lines.append(f"| {name} | {offsets} | {top1} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {offsets} | {top1} | {1 / seconds['1']:.1f} | {' | '.join(cells)} |")
     return [*lines, ""]
 
 
@@ -160,16 +167,12 @@ def _speed(found: dict) -> list[str]:
     for name, arm in found["arms"].items():
         for label in found["settings"]["decoded"]:
             for stage in STAGES:
-                runs = [seed[stage]["decoded"][label] for seed in arm["seeds"].values() if "decoded" in seed[stage]]
+                run = arm["times"][stage]["decoded"][label]
                 for way in ("backward", "forward"):
-                    rows = [run[way] for run in runs if way in run]
-                    if rows:
-                        cells = [
-                            spread([row[key] for row in rows]) for key in ("tau", "tokens per second", "x own loop")
-                        ]
-                        trees = ", ".join(dict.fromkeys(row["tree"] for row in rows))
+                    if way in run:
+                        cells = [f"{run[way][key]:.2f}" for key in ("tau", "tokens per second", "x own loop")]
                         arm_name = name if way == "backward" else f"{name}, looking forward"
-                        lines.append(f"| {arm_name} | {label} | {stage} | {trees} | {' | '.join(cells)} |")
+                        lines.append(f"| {arm_name} | {label} | {stage} | {run[way]['tree']} | {' | '.join(cells)} |")
     return [*lines, ""]
 
 
@@ -182,10 +185,7 @@ def _compared(found: dict) -> list[str]:
             for stage in STAGES:
                 said = []
                 for key in ("tau", "tokens per second"):
-                    values = [
-                        [_best(text, key) for text in _texts(found["arms"][arm], stage, label)]
-                        for arm in (ours, theirs)
-                    ]
+                    values = [_bests(found["arms"][arm], stage, label, key) for arm in (ours, theirs)]
                     said.append(verdict(ours, values[0], theirs, values[1], f"best {key}"))
                 lines.append(f"- {label}, {stage}: {'; '.join(said)}.")
         sizes = [next(iter(found["arms"][name]["seeds"].values()))["joint"]["parameters"] for name in (ours, theirs)]
@@ -198,8 +198,18 @@ def _texts(arm: dict, stage: str, label: str) -> list[dict]:
     return [seed[stage]["text"][label] for seed in arm["seeds"].values()]
 
 
-def _best(text: dict, key: str) -> float:
-    return max(one[key] for trees in text["trees"].values() for one in trees.values())
+def _bests(arm: dict, stage: str, label: str, key: str) -> list[float]:
+    """Return the largest tau, or the most tokens per second with drafts, of each seed."""
+    seconds = arm["times"][stage]["seconds"] if key == "tokens per second" else None
+    return [
+        max(
+            tau / seconds[size] if seconds else tau
+            for taus in text["tau"].values()
+            for size, tau in taus.items()
+            if int(size) > 1
+        )
+        for text in _texts(arm, stage, label)
+    ]
 
 
 def draw(found: dict, path: Path) -> None:
@@ -210,9 +220,9 @@ def draw(found: dict, path: Path) -> None:
     for panel, label in zip(figure.subplots(1, len(labels), squeeze=False)[0], labels):
         for number, (name, arm) in enumerate(found["arms"].items()):
             for stage, style in (("frozen", "-"), ("joint", "--")):
-                texts = [text["trees"]["dynamic"] for text in _texts(arm, stage, label)]
+                texts = [text["tau"]["dynamic"] for text in _texts(arm, stage, label)]
                 nodes = sorted(map(int, texts[0]))
-                taus = [statistics.fmean(text[str(size)]["tau"] for text in texts) for size in nodes]
+                taus = [statistics.fmean(text[str(size)] for text in texts) for size in nodes]
                 panel.plot(
                     nodes, taus, style, color=f"C{number}", marker=".", label=name if stage == "frozen" else None
                 )
