@@ -54,15 +54,18 @@ def offsets_of(run: Comparison, arm: dict) -> list[int]:
 
 
 def measure_arms(run: Comparison) -> dict:
-    """Train and measure every arm with every seed, then time each arm's first seed, one after the other."""
+    """Train and measure every arm with every seed, then time each arm's first seed, one after the other.
+
+    Heads on the frozen backbone are timed. A tuned model has the same shape when its adapter is merged.
+    """
     settings, arms = run.settings, {}
-    folders: dict[str, dict[str, Path]] = {}
+    folders: dict[str, Path] = {}
     for name, arm in settings["arms"].items():
         offsets, seeds = offsets_of(run, arm), {}
         for seed in settings["seeds"]:
             heads = run.heads_of(stage1_of(run, arm, seed), offsets)
             tuned = run.stage2(name, heads, seed, arm.get("stage2"))
-            folders.setdefault(name, {"frozen": heads, "joint": tuned})
+            folders.setdefault(name, heads)
             seeds[seed] = {
                 "frozen": measure(run, heads, heads.with_suffix(".json"), frozen=True),
                 "joint": measure(run, tuned, tuned.with_suffix(".json"), frozen=False),
@@ -70,17 +73,9 @@ def measure_arms(run: Comparison) -> dict:
             }
         arms[name] = {**arm, "offsets": offsets, "seeds": seeds}
     for name, arm in arms.items():
-        first = next(iter(arm["seeds"].values()))
-        arm["times"] = {
-            stage: timed(
-                run,
-                folder,
-                folder.with_name(f"{folder.name}-times{'-forward' * (name == settings.get('forward'))}.json"),
-                first[stage]["text"],
-                name == settings.get("forward"),
-            )
-            for stage, folder in folders[name].items()
-        }
+        heads, forward = folders[name], name == settings.get("forward")
+        path = heads.with_name(f"{heads.name}-times{'-forward' * forward}.json")
+        arm["times"] = timed(run, heads, path, next(iter(arm["seeds"].values()))["frozen"]["text"], forward)
     return arms
 
 

@@ -55,7 +55,7 @@ def timed(run: Comparison, folder: Path, path: Path, text: dict, decode_forward:
 
     Args:
         run: The comparison.
-        folder: Heads of stage 1, or the output of a stage 2.
+        folder: Heads of stage 1.
         path: JSON file of the results.
         text: What `measure` found on each kind of text.
         decode_forward: Also decode looking forward.

@@ -71,8 +71,9 @@ def _introduction(found: dict) -> list[str]:
         f"- Heads draft the {settings['draft_vocab_size']:,} most frequent tokens of the training text.",
         f"- Mean of {len(seeds)} seed{'s' * (len(seeds) > 1)}, in brackets the smallest and largest value.",
         "- tau (tokens per forward) is replayed on the model's own greedy answers. Tokens per second with a tree follow "
-        "from tau, the time of a forward of so many tokens and the time of a draft on this machine, which are measured when "
-        "everything is trained. Static trees are built from the first half of the answers; tau is that of the second half.",
+        "from tau, the time of a forward of so many tokens and the time of a draft on this machine. These are measured "
+        "when everything is trained, with the heads of stage 1: a tuned model has the same shape when its adapter is "
+        "merged. Static trees are built from the first half of the answers; tau is that of the second half.",
         "- Steps per second and memory are those of stage 2, which other work on the machine may have disturbed.",
         "",
     ]
@@ -98,7 +99,7 @@ def _own_settings(found: dict) -> list[str]:
 
 def _differing(found: dict) -> str:
     """Say whether decoding with heads gave stock decoding's answers."""
-    runs = [arm["times"][stage]["decoded"] for arm in found["arms"].values() for stage in STAGES]
+    runs = [arm["times"]["decoded"] for arm in found["arms"].values()]
     count = sum(way["other answers"] for run in runs for text in run.values() for way in text.values())
     if not count:
         return "All answers are stock decoding's."
@@ -139,7 +140,7 @@ def _table(found: dict, stage: str, label: str) -> list[str]:
         f"|---|---|---|---|{'---|' * (len(nodes) * len(KINDS))}",
     ]
     for name, arm in found["arms"].items():
-        texts, seconds = _texts(arm, stage, label), arm["times"][stage]["seconds"]
+        texts, seconds = _texts(arm, stage, label), arm["times"]["seconds"]
         top1 = " ".join(
             f".{round(1000 * statistics.fmean(level)):03d}" for level in zip(*(text["top-1"] for text in texts))
         )
@@ -157,22 +158,21 @@ def _speed(found: dict) -> list[str]:
     lines = [
         "## Decoding",
         "",
-        "Measured with the kind and size of tree that replay found fastest, drafting in every step, against our own loop "
-        "without heads on the same prompts."
+        "Heads of stage 1, with the kind and size of tree that replay found fastest, drafting in every step, against our "
+        f"own loop without heads on the same {found['settings']['bench_prompts']} prompts: differences of .1 are noise."
         f" {_differing(found)}",
         "",
-        "| arm | text | heads | tree | tau | tokens/s | x own loop |",
-        "|---|---|---|---|---|---|---|",
+        "| arm | text | tree | tau | tokens/s | x own loop |",
+        "|---|---|---|---|---|---|",
     ]
     for name, arm in found["arms"].items():
         for label in found["settings"]["decoded"]:
-            for stage in STAGES:
-                run = arm["times"][stage]["decoded"][label]
-                for way in ("backward", "forward"):
-                    if way in run:
-                        cells = [f"{run[way][key]:.2f}" for key in ("tau", "tokens per second", "x own loop")]
-                        arm_name = name if way == "backward" else f"{name}, looking forward"
-                        lines.append(f"| {arm_name} | {label} | {stage} | {run[way]['tree']} | {' | '.join(cells)} |")
+            run = arm["times"]["decoded"][label]
+            for way in ("backward", "forward"):
+                if way in run:
+                    cells = [f"{run[way][key]:.2f}" for key in ("tau", "tokens per second", "x own loop")]
+                    arm_name = name if way == "backward" else f"{name}, looking forward"
+                    lines.append(f"| {arm_name} | {label} | {run[way]['tree']} | {' | '.join(cells)} |")
     return [*lines, ""]
 
 
@@ -200,7 +200,7 @@ def _texts(arm: dict, stage: str, label: str) -> list[dict]:
 
 def _bests(arm: dict, stage: str, label: str, key: str) -> list[float]:
     """Return the largest tau, or the most tokens per second with drafts, of each seed."""
-    seconds = arm["times"][stage]["seconds"] if key == "tokens per second" else None
+    seconds = arm["times"]["seconds"] if key == "tokens per second" else None
     return [
         max(
             tau / seconds[size] if seconds else tau
