@@ -10,12 +10,12 @@ from helpers import chat_models, distillation, tiny_data, tiny_models
 from helpers import llamafactory_runs as runs
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def packed_weights_are_faster():
     """On any CPU: which layers are packed is otherwise measured, and packing is what the tests are to reach."""
     from lmtp_factory.decoding import cpu_prepacked
 
-    with pytest.MonkeyPatch.context() as patch:  # of its own, or a test's `monkeypatch.undo` would end it
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu_prepacked, "_fewest_tokens", lambda shape, threads: 1)
         yield
 
