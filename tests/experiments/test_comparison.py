@@ -36,7 +36,6 @@ def test_the_quick_comparison(smollm2, tmp_path):
             assert len(text["top-1"]) == arm["offsets"][-1] - 1
             for sizes in text["tau"].values():
                 assert sizes["1"] == 1 <= sizes["4"] <= 4
-            assert arm["times"][stage]["seconds"]["1"] > 0 and arm["times"][stage]["decoded"]["general"]
         assert seed["joint"]["perplexity"] == pytest.approx(found["plain"]["base perplexity"], rel=0.05)
         assert seed["training"]["peak MiB"] > 100
         assert (
