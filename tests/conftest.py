@@ -13,10 +13,10 @@ from helpers import llamafactory_runs as runs
 @pytest.fixture(scope="session", autouse=True)
 def packed_weights_are_faster():
     """On any CPU: which layers are packed is otherwise measured, and packing is what the tests are to reach."""
-    from lmtp_factory.decoding import cpu_prepacked
+    from lmtp_factory.decoding import packed_speed
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_prepacked, "_fewest_tokens", lambda shape, threads: 1)
+        patch.setattr(packed_speed, "_fewest_tokens", lambda shape, threads: 1)
         yield
 
 

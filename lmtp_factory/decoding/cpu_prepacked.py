@@ -15,7 +15,6 @@ Inside the context weights must not change.
 """
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -27,15 +26,9 @@ from torch import Tensor, nn
 
 from ..modeling import onednn
 from .free_memory import free_memory
+from .packed_speed import fewest_tokens, pack
 
 
-# Number of tokens for which oneDNN chooses the layout. Other numbers work too.
-_TUNED_FOR = 8
-# Numbers of tokens for which packed and ordinary weights are timed.
-_TIMED_TOKENS = (1, 2, 4, 8, 16)
-# Numbers in the weights that are timed: more than a CPU's nearer caches hold, as a model's are.
-_TIMED_NUMBERS = 2**24
-_MOST_TIMED = 64  # weights, if they are small
 # Largest share of the free memory that packed copies may use.
 _SHARE = 0.5
 
@@ -62,63 +55,12 @@ class _Copy:
 _copies: WeakKeyDictionary[torch.UntypedStorage, dict[tuple, _Copy]] = WeakKeyDictionary()
 _users: WeakKeyDictionary[nn.Linear, int] = WeakKeyDictionary()  # number of contexts that use a layer's copy
 _lock = threading.Lock()
-_measuring = threading.Lock()
 
 
 @cache
 def available() -> bool:
     """Return whether torch has the packed operators and they agree with an ordinary matmul."""
-    return onednn.agrees(lambda inputs, weight: onednn.linear(inputs, _pack(weight)))
-
-
-def fewest_tokens(shape: tuple[int, int]) -> int | None:
-    """Return from how many tokens on a packed weight is faster on this CPU with this number of threads.
-
-    Measured once a process for each shape, in some 0.2 s. Another process may find another number where both ways take about
-    the same time.
-
-    Args:
-        shape: (out, in) of the weight.
-
-    Returns:
-        None if it is slower even for the largest number that is timed.
-    """
-    with _measuring:  # two threads at once would time each other
-        return _fewest_tokens(tuple(shape), torch.get_num_threads())
-
-
-@cache
-def _fewest_tokens(shape: tuple[int, int], threads: int) -> int | None:
-    rows, width = min(shape[0], max(1, _TIMED_NUMBERS // shape[1])), shape[1]
-    count = min(max(1, _TIMED_NUMBERS // (rows * width)), _MOST_TIMED)
-    weights, fewest = torch.ones(count, rows, width, dtype=torch.float32, device="cpu"), None
-    packed = [_pack(weight) for weight in weights]
-    with torch.inference_mode():
-        for tokens in reversed(_TIMED_TOKENS):
-            inputs = torch.ones(tokens, width, dtype=torch.float32, device="cpu")
-            ordinary, with_packed = _seconds(inputs, weights, packed)
-            if with_packed > ordinary:
-                break
-            fewest = tokens
-    return fewest
-
-
-def _seconds(inputs: Tensor, weights: Tensor, packed: list[Tensor], repeats: int = 5) -> tuple[float, float]:
-    """Return the shortest times in seconds that ordinary and packed weights take for (tokens, in) inputs.
-
-    They take turns, so that other load on the machine slows both.
-    """
-    ordinary, with_packed = [], []
-    for _ in range(repeats):
-        for times, product, operands in (
-            (ordinary, nn.functional.linear, weights),
-            (with_packed, onednn.linear, packed),
-        ):
-            started = time.perf_counter()
-            for weight in operands:
-                product(inputs, weight)
-            times.append(time.perf_counter() - started)
-    return min(ordinary), min(with_packed)
+    return onednn.agrees(lambda inputs, weight: onednn.linear(inputs, pack(weight)))
 
 
 def can_prepack(model: nn.Module, compiled: bool = False) -> bool:
@@ -268,7 +210,7 @@ def _current(layer: nn.Linear) -> _Copy:
     bits = _bits(weight)
     is_faster = fewest_tokens(weight.shape) is not None
     if copy is None or not all(map(torch.equal, copy.bits, bits)) or (is_faster and copy.packed is None):
-        copy = _Copy(bits, _pack(weight) if is_faster else None)
+        copy = _Copy(bits, pack(weight) if is_faster else None)
         _copies.setdefault(weight.untyped_storage(), {})[_place(weight)] = copy
     return copy
 
@@ -291,10 +233,6 @@ def _bits(weight: Tensor) -> tuple[Tensor, Tensor]:
     )
     numbers = weight.view(torch.int64 if even else torch.int32)
     return numbers.sum(0, dtype=torch.int64), numbers.sum(1, dtype=torch.int64)
-
-
-def _pack(weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(weight, _TUNED_FOR)
 
 
 def _quantise(weight: Tensor):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .. import geometry
 from ..errors import LMTPError
 from ..modeling.checkpoint import base_fingerprint, check_base, load_heads
+from ..modeling.heads import softcap_of
 from .chains import DraftModel, draft_chains
 from .vllm_checks import check_heads, check_settings, check_version, lm_head_of, longest_draft, prove_final_states
 from .windows import RequestWindows, Rows
@@ -69,19 +70,15 @@ class LeapProposer:
                 logits are not its LM head on its final hidden states.
         """
         config, weight = self.heads.config, next(target.parameters())
-        prove_final_states(target, config.hidden_size, getattr(self._text_config, "final_logit_softcapping", None))
         if config.reads_token and not hasattr(target, "embed_input_ids"):
             raise LMTPError(f"{type(target).__name__} has no embed_input_ids: train heads of head_inputs: state.")
         lm_head = lm_head_of(target, config) if config.head_kind == "shared" else None
         heads = self.heads.to(device=weight.device, dtype=self.dtype).requires_grad_(False).eval()
         embed = target.embed_input_ids if config.reads_token else None
         self.model = DraftModel(heads, self.model_config, embed, lm_head)
+        prove_final_states(target, config.hidden_size, softcap_of(self.model))
         size = geometry.window(config.offsets)
         self.windows = RequestWindows(size, config.hidden_size, self.max_requests, self.dtype, weight.device)
-
-    @property
-    def _text_config(self):
-        return self.model_config.get_text_config()
 
     def propose(self, *args: object, **kwargs: object) -> list[list[int]]:
         """Refuse vLLM's own call, which has no hidden states.

@@ -14,16 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from lmtp_factory import attach_heads
 from lmtp_factory.decoding import cpu_prepacked
-from lmtp_factory.decoding.cpu_prepacked import (
-    can_prepack,
-    fewest_tokens,
-    int8_linear,
-    mostly_prepacked,
-    prepacked,
-)
-
-
-measured = cpu_prepacked._fewest_tokens  # before a fixture replaces it
+from lmtp_factory.decoding.cpu_prepacked import can_prepack, int8_linear, prepacked
 
 
 @pytest.fixture
@@ -131,8 +122,8 @@ def test_every_changed_number_changes_the_sums():
 
 def test_an_unchanged_model_is_packed_once(model, monkeypatch):
     packed = []
-    pack = cpu_prepacked._pack
-    monkeypatch.setattr(cpu_prepacked, "_pack", lambda weight: packed.append(weight) or pack(weight))
+    pack = cpu_prepacked.pack
+    monkeypatch.setattr(cpu_prepacked, "pack", lambda weight: packed.append(weight) or pack(weight))
     generates_as_stock(model)
     assert packed
     packed.clear()
@@ -144,7 +135,7 @@ def test_an_unchanged_model_is_packed_once(model, monkeypatch):
 
 
 def test_a_failure_while_packing_leaves_no_layer_packed(model, monkeypatch):
-    pack, calls = cpu_prepacked._pack, []
+    pack, calls = cpu_prepacked.pack, []
 
     def fails_at_last(weight):
         calls.append(weight)
@@ -152,7 +143,7 @@ def test_a_failure_while_packing_leaves_no_layer_packed(model, monkeypatch):
             raise MemoryError
         return pack(weight)
 
-    monkeypatch.setattr(cpu_prepacked, "_pack", fails_at_last)
+    monkeypatch.setattr(cpu_prepacked, "pack", fails_at_last)
     with pytest.raises(MemoryError), prepacked(model):
         pass
     assert not any("forward" in vars(module) for module in model.modules())
@@ -275,92 +266,3 @@ def test_a_model_without_room_is_not_packed(model, monkeypatch):
     assert can_prepack(model)
     monkeypatch.setattr(cpu_prepacked, "free_memory", lambda: None)
     assert not can_prepack(model)
-
-
-@pytest.mark.parametrize(
-    "faster, expected", [([1, 2, 4, 8, 16], 1), ([4, 8, 16], 4), ([1, 8, 16], 8), ([1, 2], None), ([], None)]
-)
-def test_the_fewest_tokens_are_those_from_which_on_packed_weights_are_always_faster(monkeypatch, faster, expected):
-    def seconds(inputs, weights, packed):
-        torch.testing.assert_close(cpu_prepacked.onednn.linear(inputs, packed[0]), inputs @ weights[0].T)
-        return (2.0, 1.0) if len(inputs) in faster else (1.0, 2.0)
-
-    monkeypatch.setattr(cpu_prepacked, "_seconds", seconds)
-    measured.cache_clear()
-    assert measured((6, 8), 1) == expected
-    measured.cache_clear()
-
-
-def test_the_time_is_measured_once_for_each_shape_and_number_of_threads(monkeypatch):
-    timed = []
-    monkeypatch.setattr(cpu_prepacked, "_fewest_tokens", measured)
-    monkeypatch.setattr(cpu_prepacked, "_seconds", lambda *operands: timed.append(operands) or (2.0, 1.0))
-    measured.cache_clear()
-    threads = torch.get_num_threads()
-    try:
-        for shape in ((6, 8), (6, 8), (8, 6)):
-            assert fewest_tokens(shape) == 1
-        assert len(timed) == 2 * len(cpu_prepacked._TIMED_TOKENS)
-        torch.set_num_threads(threads + 1)
-        fewest_tokens((6, 8))
-        assert len(timed) == 3 * len(cpu_prepacked._TIMED_TOKENS)
-    finally:
-        torch.set_num_threads(threads)
-        measured.cache_clear()
-
-
-def test_weights_that_packing_slows_stay_ordinary(model, monkeypatch):
-    faster = model.model.layers[0].mlp.up_proj.weight.shape
-    monkeypatch.setattr(cpu_prepacked, "_fewest_tokens", lambda shape, threads: 1 if shape == faster else None)
-    layers = cpu_prepacked._linears(model)
-    assert 0 < sum(layer.weight.shape == faster for layer in layers) < len(layers)
-    with prepacked(model):
-        for layer in layers:
-            assert (layer.forward.packed is not None) == (layer.weight.shape == faster)
-    generates_as_stock(model)
-    monkeypatch.setattr(cpu_prepacked, "_fewest_tokens", lambda shape, threads: None)
-    assert not can_prepack(model)
-
-
-def test_costs_are_those_of_packed_weights_if_most_are_packed_for_every_number_of_tokens(model, monkeypatch):
-    one_kind = model.model.layers[0].mlp.up_proj.weight.shape
-    for packed, fewest, expected in ((one_kind, 1, False), (None, 1, True), (None, 4, False)):
-        monkeypatch.setattr(
-            cpu_prepacked, "_fewest_tokens", lambda shape, _, p=packed, f=fewest: f if p in (None, shape) else None
-        )
-        assert can_prepack(model) and mostly_prepacked(model) == expected
-
-
-def test_a_weight_that_was_slower_is_packed_once_it_is_faster(model, monkeypatch):
-    """With another number of threads, for instance."""
-    monkeypatch.setattr(cpu_prepacked, "_fewest_tokens", lambda shape, threads: None)
-    with prepacked(model):
-        assert model.lm_head.forward.packed is None
-    monkeypatch.setattr(cpu_prepacked, "_fewest_tokens", lambda shape, threads: 1)
-    with prepacked(model):
-        assert model.lm_head.forward.packed is not None
-
-
-def test_the_real_measurement_takes_any_default_dtype_and_large_weights():
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        for shape in ((48, 32), (60_000, 1_000)):
-            assert measured(shape, torch.get_num_threads()) in (None, *cpu_prepacked._TIMED_TOKENS)
-    finally:
-        torch.set_default_dtype(torch.float32)
-        measured.cache_clear()
-
-
-def test_few_tokens_use_the_ordinary_weight(monkeypatch):
-    monkeypatch.setattr(cpu_prepacked, "_fewest_tokens", lambda shape, threads: 3)
-    layer, used = nn.Linear(8, 6), []
-    monkeypatch.setattr(
-        cpu_prepacked.onednn,
-        "linear",
-        lambda *args: used.append(1) or nn.functional.linear(args[0], layer.weight, args[2]),
-    )
-    with torch.no_grad(), prepacked(nn.Sequential(layer)):
-        for shape, packed in (((2, 8), False), ((1, 2, 8), False), ((3, 8), True), ((2, 2, 8), True)):
-            used.clear()
-            layer(torch.randn(shape))
-            assert bool(used) == packed
