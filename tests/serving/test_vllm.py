@@ -22,7 +22,8 @@ from lmtp_factory.serving import vllm as ours
 @pytest.fixture
 def export(tmp_path):
     model = attach_heads(
-        AutoModelForCausalLM.from_pretrained(tiny_models.save_llama(tmp_path)), LMTPConfig(offsets=(2, 3, 6))
+        AutoModelForCausalLM.from_pretrained(tiny_models.save_llama(tmp_path)),
+        LMTPConfig(offsets=(2, 3, 6), head_inputs="state_token"),
     )
     randomise_heads(model)
     model.save_pretrained(tmp_path)
