@@ -103,6 +103,7 @@ def main() -> None:
     parser.add_argument("--settings", type=Path, default=SETTINGS, help="YAML of settings (default: comparison.yaml)")
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--page", type=Path, help="also write this Markdown page, with its plot beside it")
+    parser.add_argument("--findings", type=Path, help="Markdown file that ends the page")
     args = parser.parse_args()
 
     model = args.model or str(prepare(args.output_dir.resolve() / "model"))
@@ -122,7 +123,7 @@ def main() -> None:
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     run.say(f"Written: {path}")
     if args.page:
-        write_page(json.loads(path.read_text(encoding="utf-8")), args.page)
+        write_page(json.loads(path.read_text(encoding="utf-8")), args.page, args.findings)
         run.say(f"Written: {args.page}")
 
 

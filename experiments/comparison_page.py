@@ -15,12 +15,13 @@ COMMAND = "make results"
 STAGES = {"frozen": "Stage 1: heads on the frozen backbone", "joint": "Stage 2: backbone and heads tuned together"}
 
 
-def write_page(found: dict, path: Path) -> None:
+def write_page(found: dict, path: Path, findings: Path | None = None) -> None:
     """Write the page and its plot.
 
     Args:
         found: Contents of comparison.json.
         path: Markdown file; the plot gets the same name with `_tau.png`.
+        findings: Markdown that ends the page.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     plot = path.with_name(f"{path.stem}_tau.png")
@@ -31,6 +32,8 @@ def write_page(found: dict, path: Path) -> None:
         for label in found["settings"]["test"]:
             parts += _table(found, stage, label)
     parts += [f"![tau of dynamic trees by number of nodes]({plot.name})", "", *_speed(found), *_compared(found)]
+    if findings:
+        parts += [findings.read_text(encoding="utf-8")]
     path.write_text("\n".join(parts).rstrip() + "\n", encoding="utf-8")
 
 

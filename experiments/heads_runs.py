@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="base model")
     parser.add_argument("--rows", type=Path, nargs="+", required=True, help="training rows of lmtp-cli distill")
     parser.add_argument("--output-dir", type=Path, required=True)
+    parser.add_argument(
+        "--training-environment", action="append", default=[], metavar="NAME=VALUE", type=lambda text: text.split("=", 1),
+        help="variable set for training and not for measuring, e.g. ONEDNN_DEFAULT_FPMATH_MODE=BF16",
+    )  # fmt: skip
     add_test_options(parser)
 
 
@@ -62,6 +67,8 @@ def train(args: argparse.Namespace, name: str, rows: list[Path], keys: dict) -> 
     if len({file.stem for file in rows}) < len(rows):
         raise SystemExit("Two files of rows have the same name: rename one.")
     facts = {"rows": {file.name: digest(file) for file in rows}, "seed": args.seed, "model": model, **keys}
+    if environment := dict(args.training_environment):
+        facts["environment"] = environment
     if made_with.is_file() and json.loads(made_with.read_text(encoding="utf-8")) != facts:
         raise SystemExit(f"{output} was trained with other settings ({made_with}): name another --output-dir.")
     if not done.is_file():
@@ -69,7 +76,8 @@ def train(args: argparse.Namespace, name: str, rows: list[Path], keys: dict) -> 
         data.mkdir(parents=True, exist_ok=True)
         names = {file.stem: dataset_entry(str(file.resolve())) for file in rows}
         (data / "dataset_info.json").write_text(json.dumps(names), encoding="utf-8")
-        cache_dir = args.output_dir / f"hidden-{'-'.join(digest(file)[:8] for file in rows)}"
+        parts = [*(digest(file)[:8] for file in rows), *(f"{key}_{value}" for key, value in environment.items())]
+        cache_dir = args.output_dir / f"hidden-{'-'.join(parts)}"
         written = {
             "model_name_or_path": model, "dataset": ",".join(names), "dataset_dir": data, "output_dir": output,
             "hidden_cache_dir": cache_dir, "seed": args.seed, **keys,
@@ -77,11 +85,13 @@ def train(args: argparse.Namespace, name: str, rows: list[Path], keys: dict) -> 
         llamafactory = Path(sys.executable).with_name("llamafactory-cli")
         command = [llamafactory, "train", CONFIG, *(f"{key}={value}" for key, value in written.items())]
         made_with.write_text(json.dumps(facts), encoding="utf-8")
+        variables = {**os.environ, **environment}
         filled = cache_dir.with_suffix(".filled")
         if not filled.is_file():
-            subprocess.run([*map(str, command), "max_steps=1", f"output_dir={args.output_dir / 'filling'}"], check=True)
+            one_step = ["max_steps=1", f"output_dir={args.output_dir / 'filling'}"]
+            subprocess.run([*map(str, command), *one_step], check=True, env=variables)
             filled.touch()
-        subprocess.run([*map(str, command)], check=True)
+        subprocess.run([*map(str, command)], check=True, env=variables)
     return json.loads(done.read_text(encoding="utf-8"))["train_runtime"]
 
 
@@ -113,6 +123,7 @@ def report(args: argparse.Namespace, results: dict, path: Path) -> None:
     facts = {
         "machine": describe(torch.device("cpu")),
         "rows": [file.name for file in args.rows],
+        "training environment": dict(args.training_environment),
         "seed": args.seed,
         "prompts of each kind": args.limit,
         "new tokens": args.max_new_tokens,
