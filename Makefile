@@ -3,9 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo results results-quick test test-slow test-browser lint setup clean
+.PHONY: demo results results-quick gpu test test-slow test-browser lint setup clean
 
-# Another base model for `make results`, on a GPU for instance. Its rows (lmtp-cli distill) have to be named in the settings.
+# Another base model for `make results` and `make gpu`. For results its rows (lmtp-cli distill) have to be named in the settings.
 MODEL ?=
 
 setup: $(VENV)/installed
@@ -29,6 +29,11 @@ results-quick: setup
 	$(BIN)/python experiments/comparison.py --settings experiments/comparison_quick.yaml --output-dir results_run/quick \
 		--page results_run/quick/results.md
 
+# Needs torch and transformers only, so it takes the interpreter that has them. Run it again until all parts are done.
+gpu:
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py $(or $(MODEL),demo_run/model) --output-dir gpu_run
+	$(PYTHON) benchmarks/gpu_report.py gpu_run
+
 test: setup
 	$(BIN)/python -m pytest -m "not slow"
 
@@ -44,4 +49,4 @@ lint: setup
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf build dist *.egg-info demo_run results_run .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info demo_run gpu_run results_run .pytest_cache .ruff_cache .hypothesis

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import psutil
 import torch
 
 
@@ -56,4 +55,6 @@ def available_bytes(device: torch.device | str) -> int:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
+    import psutil  # imported here because gpu.py runs without it
+
     return psutil.virtual_memory().available

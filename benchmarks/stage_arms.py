@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from loss_arms import DTYPES
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
@@ -16,7 +15,7 @@ from lmtp_factory import LMTPConfig, attach_heads
 from lmtp_factory.decoding.cpu_prepacked import can_prepack, prepacked_if_possible
 from lmtp_factory.modeling.draft_vocabulary import most_frequent
 from lmtp_factory.modeling.losses.targets import IGNORE_INDEX
-from lmtp_factory.modeling.model import softcap_of
+from lmtp_factory.modeling.model import base_of, softcap_of
 from lmtp_factory.plugin.training.collator import CACHE_INDEX, CachedStatesCollator
 from lmtp_factory.plugin.training.hidden_cache import HiddenCache
 from lmtp_factory.plugin.training.packing import arrange, pack
@@ -29,7 +28,7 @@ ARMS = {
     "stage 1, cached": "packed; final hidden states from the cache on disk and the leap loss",
     "stage 1, cached, draft vocabulary": "the same; heads draft the most frequent tokens of the text only",
     "stage 1, backbone": "packed; only the frozen forward, a lower bound of stage 1 without a cache",
-    "LoRA SFT": "padded; transformers' own loss",
+    "SFT": "padded; transformers' own loss",
     "stage 2, naive": "padded; stores all hidden states, stacks all logits",
     "stage 2": "padded; one backbone pass and the leap loss",
 }
@@ -47,6 +46,8 @@ class Setting:
     kind: str
     checkpointing: bool
     draft_vocab_size: int
+    tuning: str = "lora"  # of stage 2 and SFT; or full
+    attention: str = "sdpa"
 
 
 def make_step(
@@ -66,24 +67,29 @@ def make_step(
         to it.
     """
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(setting.model, dtype=DTYPES[setting.dtype]).to(setting.device)
+    model = AutoModelForCausalLM.from_pretrained(
+        setting.model, dtype=DTYPES[setting.dtype], attn_implementation=setting.attention
+    ).to(setting.device)
     base_bytes = sum(p.nbytes for p in model.parameters())
     hidden_size, pad = model.config.hidden_size, model.config.pad_token_id or 0
     if arm.startswith("stage 1"):
         model.requires_grad_(False)
     else:
-        model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
+        if setting.tuning == "lora":
+            from peft import LoraConfig, get_peft_model  # imported here because gpu.py runs without it
+
+            model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
         if setting.checkpointing:
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable()
     leap_model = model
-    if arm != "LoRA SFT":
+    if arm != "SFT":
         size = setting.draft_vocab_size if "draft vocabulary" in arm else None
         config = LMTPConfig(num_heads=setting.heads, head_kind=setting.kind, draft_vocab_size=size)
         answers = ([token for token in document["labels"] if token >= 0] for document in documents)
         tokens = size and most_frequent(answers, size, model.config.vocab_size)
         attach_heads(model, config, stage=1 if "stage 1" in arm else 2, draft_tokens=tokens)
-        leap_model = model if "stage 1" in arm else model.get_base_model()
+        leap_model = base_of(model)
         leap_model.leap_heads.float()
     model.train()
     added_bytes = sum(p.nbytes for p in model.parameters()) - base_bytes

@@ -1,6 +1,6 @@
 """Tokens per second and peak memory of training steps of both stages.
 
-Baselines in the same run: a naive implementation of each stage, and LoRA SFT of the same model. Padding tokens do not
+Baselines in the same run: a naive implementation of each stage, and plain SFT of the same model. Padding tokens do not
 count. Memory is the peak beyond the base model's weights: heads or LoRA, their gradients, AdamW's states, activations
 and logits. The column `with model` includes the weights.
 
@@ -36,7 +36,7 @@ from lmtp_factory.options import HEAD_KINDS
 
 
 # The baseline of each group of arms.
-BASELINES = {"stage 1": "stage 1, naive", "stage 2": "stage 2, naive", "LoRA SFT": "LoRA SFT"}
+BASELINES = {"stage 1": "stage 1, naive", "stage 2": "stage 2, naive", "SFT": "SFT"}
 
 
 def main() -> None:
@@ -57,6 +57,7 @@ def main() -> None:
             args.kind,
             args.gradient_checkpointing,
             args.draft_vocab,
+            args.tuning,
         )
         rows = compare(setting, args)
         print_table(setting, rows)
@@ -77,6 +78,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=3)
     parser.add_argument("--kind", choices=HEAD_KINDS, default="own")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--tuning", choices=("lora", "full"), default="lora", help="of stage 2 and SFT")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="in stage 2 and SFT")
     parser.add_argument("--draft-vocab", type=int, default=8192, help="words of the draft vocabulary (default: 8192)")
     parser.add_argument("--steps", type=int, default=3, help="measured steps, after one warm-up step")
@@ -105,7 +107,7 @@ def compare(setting: Setting, args: argparse.Namespace) -> dict[str, dict]:
             "rounds": done,
         }
     for arm, row in rows.items():
-        for base in {BASELINES[arm.split(",")[0]], "LoRA SFT"} & rows.keys():
+        for base in {BASELINES[arm.split(",")[0]], "SFT"} & rows.keys():
             pairs = zip(row["rounds"], rows[base]["rounds"], strict=True)
             row[f"speed over {base}"] = statistics.median(
                 a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs
@@ -171,7 +173,9 @@ def read_documents(path: str, cutoff: int, count: int) -> list[dict]:
 
 
 def print_table(setting: Setting, rows: dict[str, dict]) -> None:
-    print(f"\n{setting.batch} documents a step, {setting.heads} {setting.kind} heads, {setting.dtype}")
+    print(
+        f"\n{setting.batch} documents a step, {setting.heads} {setting.kind} heads, {setting.dtype}, {setting.tuning}"
+    )
     print(
         f"{'':<34}{'tokens/s':>10}{'x naive':>9}{'x SFT':>8}{'memory':>13}{'of naive':>10}{'with model':>12}{'of SFT':>8}"
     )
@@ -179,10 +183,10 @@ def print_table(setting: Setting, rows: dict[str, dict]) -> None:
         naive = BASELINES[arm.split(",")[0]]
         print(
             f"{arm:<34}{row['tokens_per_second']:>10.1f}{cell(row.get(f'speed over {naive}'), '.2f'):>9}"
-            f"{cell(row.get('speed over LoRA SFT'), '.2f'):>8}{cell(row['peak_bytes'], ',.0f', MIB, ' MiB'):>13}"
+            f"{cell(row.get('speed over SFT'), '.2f'):>8}{cell(row['peak_bytes'], ',.0f', MIB, ' MiB'):>13}"
             f"{cell(row.get(f'memory over {naive}'), '.2f'):>10}"
             f"{cell(row.get(f'memory with model over {naive}'), '.2f'):>12}"
-            f"{cell(row.get('memory over LoRA SFT'), '.2f'):>8}",
+            f"{cell(row.get('memory over SFT'), '.2f'):>8}",
             flush=True,
         )
 

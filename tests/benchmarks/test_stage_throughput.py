@@ -11,7 +11,7 @@ from helpers import tiny_models
 
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "stage_throughput.py"
-ARMS = ("stage 1, naive", "stage 1", "stage 1, cached", "stage 1, cached, draft vocabulary", "stage 2", "LoRA SFT")
+ARMS = ("stage 1, naive", "stage 1", "stage 1, cached", "stage 1, cached, draft vocabulary", "stage 2", "SFT")
 
 
 @pytest.mark.slow
@@ -49,6 +49,6 @@ def test_both_stages(tmp_path):
         assert ours["speed over stage 1, naive"] == pytest.approx(
             ours["tokens_per_second"] / naive["tokens_per_second"]
         )
-        assert "speed over LoRA SFT" in arms["stage 2"]
+        assert "speed over SFT" in arms["stage 2"]
     assert plot.stat().st_size > 10_000
     assert "4 documents a step, 3 own heads, fp32" in done.stdout

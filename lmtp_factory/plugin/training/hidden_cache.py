@@ -13,7 +13,6 @@ import shutil
 from pathlib import Path
 from typing import Any, Self
 
-from accelerate.utils import convert_bytes
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -109,6 +108,8 @@ class HiddenCache:
         existing = next(place for place in (self.folder, *self.folder.absolute().parents) if place.exists())
         free = shutil.disk_usage(existing).free
         if needed > free:
+            from accelerate.utils import convert_bytes  # imported here: benchmarks fill caches without accelerate
+
             raise LMTPError(
                 f"The hidden states still to be written to `{self.folder}` take {convert_bytes(needed)}, and its disk has "
                 f"{convert_bytes(free)} free: name a folder on a larger disk, make room, or leave hidden_cache_dir out."

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
-from accelerate.utils import convert_bytes
 
 
 SHARD_BYTES = 512 * 2**20
@@ -82,6 +81,8 @@ class ShardLayout:
 
     def describe(self) -> str:
         """Size of the cache as part of a sentence."""
+        from accelerate.utils import convert_bytes  # imported here: benchmarks fill caches without accelerate
+
         shards = f"{len(self.shards):,} shard{'' if len(self.shards) == 1 else 's'}"
         sizes = f"{self.tokens:,} tokens x {self.hidden_size} x {DTYPE.itemsize} bytes"
         return f"{sizes} = {convert_bytes(self.bytes)} in {shards}"
