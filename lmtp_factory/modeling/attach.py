@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..config import LMTPConfig
@@ -125,17 +125,29 @@ def fresh_heads(base: PreTrainedModel, config: LMTPConfig, draft_tokens: Sequenc
     if tokens is not None:
         heads.d2t, heads.t2d = draft_vocabulary.tables(torch.tensor(tokens), config.vocab_size)
     if config.head_kind == "own":
-        if not lm_head.weight.is_floating_point():
-            raise LMTPError("The LM head is quantised and cannot be copied into the heads: write head_kind: shared.")
         with gathered([lm_head.weight]), _loaded(getattr(lm_head, "base_layer", lm_head)), torch.no_grad():
             if lm_head.weight.is_meta:
                 raise LMTPError(
                     f"The weights of {type(lm_head).__name__}, the LM head, are not loaded and cannot be copied into the "
                     "heads: write head_kind: shared, or load the LM head onto a device."
                 )
+            weight = _dequantised(lm_head, config.hidden_size)
             for head in heads.heads:
-                head.unembed.weight.copy_(lm_head.weight if tokens is None else lm_head.weight[tokens])
+                head.unembed.weight.copy_(weight if tokens is None else weight[tokens])
     return heads
+
+
+def _dequantised(lm_head: nn.Module, hidden_size: int) -> Tensor:
+    """Return the (vocabulary, hidden) weight of an LM head, in floating point.
+
+    Whatever the quantisation, the rows of the identity give its columns.
+    """
+    weight = lm_head.weight
+    if weight.is_floating_point() and weight.shape[-1] == hidden_size:
+        return weight
+    columns = lm_head(torch.eye(hidden_size, device=weight.device))  # (hidden, vocabulary)
+    bias = getattr(lm_head, "bias", None)
+    return (columns if bias is None else columns - bias).t()
 
 
 def _check_embeddings(base: PreTrainedModel, config: LMTPConfig) -> None:

@@ -236,9 +236,10 @@ def _check_frozen(model_args, training_args, finetuning_args) -> None:
         )
     if finetuning_args.train_lm_head:
         raise LMTPError("Stage 1 keeps the LM head frozen: leave train_lm_head out, or train stage 2.")
-    if model_args.quantization_bit is not None:
+    if model_args.quantization_bit is not None and is_deepspeed_zero3_enabled():
         raise LMTPError(
-            "Stage 1 does not run with quantization_bit: leave it out here, and write it in stage 2, with LoRA."
+            "Stage 1 on a quantised backbone (quantization_bit) does not run under ZeRO-3: use ZeRO-2, or leave "
+            "quantization_bit out."
         )
     for key in ("resize_vocab", "add_tokens", "add_special_tokens"):
         if getattr(model_args, key):

@@ -58,7 +58,6 @@ CONFIGURATION = [
         {"freeze_extra_modules": "lm_head", "stage": "lmtp2", "finetuning_type": "freeze"},
         "freeze_extra_modules: lm_head does not go with finetuning_type: freeze here",
     ),
-    ({"quantization_bit": 4}, "Stage 1 does not run with quantization_bit"),
     ({"resize_vocab": True}, "resize_vocab would make embeddings that stage 1 neither trains nor saves"),
     ({"add_tokens": "<new>"}, "add_tokens would make embeddings"),
     ({"num_heads": 2.5}, "num_heads is 2.5, but it has to be a whole number"),

@@ -58,14 +58,18 @@ def attach_for_training(
 
 
 def cast_backbone(model: nn.Module, model_args, frozen: bool) -> None:
-    """Cast the backbone to the dtype that it computes in, unless its weights are sharded or quantised.
+    """Cast the backbone to the dtype that it computes in, unless its weights are sharded.
 
     Only a frozen backbone loses nothing by it. On a CPU a trained one is cast to fp32 too: a bf16 backward takes minutes a
-    step there.
+    step there. Of a quantised backbone only embeddings, norms and LM head are cast, if it is frozen.
     """
-    if is_deepspeed_zero3_enabled() or getattr(model, "quantization_method", None) is not None:
+    if is_deepspeed_zero3_enabled():
         return
-    if frozen or (model.device.type == "cpu" and model_args.compute_dtype == torch.float32):
+    if getattr(model, "quantization_method", None) is not None:
+        plain = (p for p in model.parameters() if type(p) is nn.Parameter and p.is_floating_point())
+        for parameter in plain if frozen else ():
+            parameter.data = parameter.data.to(model_args.compute_dtype)
+    elif frozen or (model.device.type == "cpu" and model_args.compute_dtype == torch.float32):
         model.to(model_args.compute_dtype)
 
 

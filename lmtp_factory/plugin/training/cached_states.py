@@ -68,6 +68,10 @@ def with_cached_states(documents, base: BaseModel, model_args, data_args, folder
     }
     if model_args.rope_scaling is not None:
         facts["rope scaling"] = f"{model_args.rope_scaling} for cutoff_len {data_args.cutoff_len}"
+    if model_args.quantization_bit is not None:
+        double = ", quantised twice" if model_args.double_quantization else ""
+        method, kind = model_args.quantization_method, model_args.quantization_type
+        facts["quantization"] = f"{method}, {model_args.quantization_bit} bits, {kind}{double}"
     cache = HiddenCache.open(folder, layout, facts)
     missing = len(cache.missing())
     log.info(f"Final hidden states in {folder}: {layout.describe()}, {missing} of them still to be computed.")

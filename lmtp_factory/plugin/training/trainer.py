@@ -1,13 +1,14 @@
 """Trainer of both stages: upstream's SFT Trainer with per-head averages, metrics and checkpoints."""
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
@@ -34,6 +35,20 @@ from .replayed_tau import ReplayedTau
 PISSA_CONVERTED = "pissa_converted"
 
 
+@contextmanager
+def _frozen_may_be_quantised(model: nn.Module) -> Iterator[None]:
+    """Hide from the Trainer's own check that a frozen backbone is quantised: only what is trained may not be."""
+    base = base_of(model)
+    hides = getattr(base, "is_quantized", False) and getattr(base, "trains_heads_only", False)
+    if hides:
+        base.is_quantized = False
+    try:
+        yield
+    finally:
+        if hides:
+            base.is_quantized = True
+
+
 class LeapTrainer(CustomSeq2SeqTrainer):
     """Trains a model with leap heads.
 
@@ -41,8 +56,9 @@ class LeapTrainer(CustomSeq2SeqTrainer):
         LMTPError: The model has no leap heads; an L-MTP stage never trains plain SFT.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args, model: nn.Module, **kwargs):
+        with _frozen_may_be_quantised(model):
+            super().__init__(*args, model=model, **kwargs)
         if heads_of(self.model) is None:
             raise LMTPError("The model has no leap heads although an L-MTP stage trains it: run lmtp-cli doctor.")
         # Upstream clears this for models with a processor. The leap loss divides by each head's own count, never by steps.

@@ -1,5 +1,6 @@
 """Checks arguments and resolves the source of the heads, between upstream's parsing and its own checks."""
 
+import copy
 import functools
 from collections.abc import Callable
 from types import ModuleType
@@ -17,6 +18,7 @@ def extend(parser: ModuleType) -> None:
     parse_infer = hooks.expect(parser, "_parse_infer_args", "args")
     parse_megatron = hooks.expect(parser, "_parse_train_mca_args", "args")
     hooks.expect(parser, "read_args", "args")
+    verify_model = hooks.expect(parser, "_verify_model_args", "model_args", "data_args", "finetuning_args")
 
     @functools.wraps(parse_train)
     def parse_train_args(args=None):
@@ -42,7 +44,16 @@ def extend(parser: ModuleType) -> None:
         finetuning_args.mtp_type = None  # a stage's YAML serves here too, and nothing is trained
         return parsed
 
+    @functools.wraps(verify_model)
+    def verify_model_args(model_args, data_args, finetuning_args):
+        """Check as upstream does, but let stage 1 freeze a quantised backbone, which needs no adapters."""
+        if finetuning_args.lmtp_stage == 1 and model_args.quantization_bit is not None:
+            model_args = copy.copy(model_args)
+            model_args.quantization_bit = None
+        return verify_model(model_args, data_args, finetuning_args)
+
     parser._parse_train_args, parser._parse_infer_args = parse_train_args, parse_infer_args
+    parser._verify_model_args = verify_model_args
     parser._parse_train_mca_args = _refusing_stages(parse_megatron, parser.read_args)
 
 
