@@ -77,6 +77,8 @@ def train(args: argparse.Namespace, name: str, rows: list[Path], keys: dict) -> 
         names = {file.stem: dataset_entry(str(file.resolve())) for file in rows}
         (data / "dataset_info.json").write_text(json.dumps(names), encoding="utf-8")
         parts = [*(digest(file)[:8] for file in rows), *(f"{key}_{value}" for key, value in environment.items())]
+        if "quantization_bit" in keys:
+            parts.append(f"{keys['quantization_bit']}_bits")
         cache_dir = args.output_dir / f"hidden-{'-'.join(parts)}"
         written = {
             "model_name_or_path": model, "dataset": ",".join(names), "dataset_dir": data, "output_dir": output,
