@@ -8,7 +8,7 @@ from importlib import metadata
 from importlib.util import find_spec
 
 from ..plugin import autoload, hooks
-from ..plugin.versions import PACKAGE, TRIED_VERSIONS, requirement
+from ..plugin.versions import PACKAGE, TRIED_SOURCES, TRIED_VERSIONS, requirement
 
 
 PACKAGES = ("lmtp_factory", "llamafactory", "torch", "torchaudio", "torchvision", "transformers", "peft", "deepspeed")
@@ -59,7 +59,7 @@ def _version_problems(versions: dict[str, str | None]) -> Iterator[str]:
     for name, version in versions.items():
         if version is None:
             yield f"{name} is not installed: pip install . in a checkout of lmtp_factory brings a working set."
-    if versions[PACKAGE] not in (None, *TRIED_VERSIONS):
+    if versions[PACKAGE] not in (None, *TRIED_VERSIONS, *TRIED_SOURCES):
         yield f'{PACKAGE} {versions[PACKAGE]} was not tried with L-MTP: pip install "{requirement()}".'
     torch, torchaudio = versions["torch"], versions["torchaudio"]
     if torch and torchaudio and _release(torch) != _release(torchaudio):

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import LMTPError
-from .versions import PACKAGE, TRIED_VERSIONS, requirement, unknown_entries
+from .versions import PACKAGE, TRIED_SOURCES, TRIED_VERSIONS, requirement, unknown_entries
 
 
 @dataclass(frozen=True)
@@ -211,10 +211,12 @@ def require_all() -> None:
     from . import log
 
     _warned.add(version())
-    log.warning(
-        f"LLaMA-Factory {version()} was not tried with L-MTP ({', '.join(TRIED_VERSIONS)} was). All hooks fit, so the run "
-        "goes on; check its first results."
+    tried = (
+        f"is in development and was tried with L-MTP as of {TRIED_SOURCES[version()]}"
+        if version() in TRIED_SOURCES
+        else f"was not tried with L-MTP ({', '.join(TRIED_VERSIONS)} was)"
     )
+    log.warning(f"LLaMA-Factory {version()} {tried}. All hooks fit, so the run goes on; check its first results.")
 
 
 def expect(module: ModuleType, name: str, *names: str):

@@ -21,6 +21,7 @@ from .heads_source import HeadsSource, decoding_obstacle
 from .resume import check_checkpoint, check_head_learning_rate
 from .training.layer_keys import check_layer_keys
 from .training.optimizer import check_rate_key
+from .versions import pads_packed_positions
 from .vocabulary import check_heads
 
 
@@ -58,7 +59,7 @@ def check_training_keys(model_args, data_args, training_args, finetuning_args) -
         for key, reason in _uncacheable(stage, data_args, training_args):
             raise LMTPError(f"hidden_cache_dir does not go with {key}, because {reason}: leave one of them out.")
     written = data_args.cutoff_len + 1  # with packing upstream has subtracted one
-    if data_args.packing and written % 8:
+    if data_args.packing and written % 8 and not pads_packed_positions():
         raise LMTPError(
             f"cutoff_len {written} does not go with packing, because upstream pads packed rows to a multiple of 8 but not "
             f"their positions: write cutoff_len: {written // 8 * 8 + 8}."
@@ -154,6 +155,8 @@ def _replaced_models(model_args, training_args, finetuning_args) -> Iterator[str
         yield "use_hyper_parallel"
     if finetuning_args.use_mca:
         yield "use_mca (Megatron)"
+    if getattr(finetuning_args, "use_megatron_bridge", False):  # LLaMA-Factory 0.9.6
+        yield "use_megatron_bridge"
     if training_args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         yield "fsdp"
 

@@ -9,7 +9,7 @@ from helpers.processes import python, started_ahead
 
 from lmtp_factory import LMTPError
 from lmtp_factory.plugin import hooks
-from lmtp_factory.plugin.versions import TRIED_VERSIONS
+from lmtp_factory.plugin.versions import TRIED_SOURCES, TRIED_VERSIONS
 
 
 def test_every_seam_attaches():
@@ -175,7 +175,7 @@ def test_an_untried_version_that_fits_goes_on_with_a_warning(untried, lines):
     ]
 
 
-@pytest.mark.parametrize("entry", ["_parse_train_mbridge_args", "run_sft_mbridge"])
+@pytest.mark.parametrize("entry", ["_parse_other_args", "run_sft_mbridge"])
 def test_an_untried_version_with_another_way_to_train_is_refused(entry, untried, monkeypatch):
     """An L-MTP stage is `sft` to upstream: a trainer or parser that the plugin does not know would train plain SFT."""
     from llamafactory.hparams import FinetuningArguments
@@ -199,9 +199,22 @@ def test_an_untried_version_with_another_way_to_train_is_refused(entry, untried,
     assert FinetuningArguments(stage="sft").lmtp_stage is None
 
 
-def test_the_version_that_is_installed_was_tried(lines):
+def test_the_version_that_is_installed_was_tried(lines, monkeypatch):
+    monkeypatch.setattr(hooks, "_warned", set())
     hooks.require_all()
-    assert metadata.version("llamafactory") in TRIED_VERSIONS and lines == []
+    installed = metadata.version("llamafactory")
+    assert installed in (*TRIED_VERSIONS, *TRIED_SOURCES)
+    assert bool(lines) == (installed in TRIED_SOURCES)
+
+
+def test_a_development_version_that_was_tried_says_when(lines, monkeypatch):
+    monkeypatch.setattr(hooks, "version", lambda: "0.9.6.dev0")
+    monkeypatch.setattr(hooks, "_warned", set())
+    hooks.require_all()
+    assert lines == [
+        "LLaMA-Factory 0.9.6.dev0 is in development and was tried with L-MTP as of 18 August 2026. All hooks fit, so the "
+        "run goes on; check its first results."
+    ]
 
 
 @pytest.mark.parametrize("keys", [{"lmtp_decode": "backward"}, {"lmtp_decode": "forward"}, {"lmtp_export": "heads"}])

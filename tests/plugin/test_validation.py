@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from helpers import llamafactory_runs as runs
 from helpers import tiny_models
 
 from lmtp_factory import LMTPError
+from lmtp_factory.plugin.seams.hparams.parser import extend
 
 
 CONFIGURATION = [
@@ -205,8 +207,30 @@ def test_deepspeed_without_torchrun_is_refused_on_the_last_line(llama, data, tmp
 
 def test_megatron_is_refused(llama, data, tmp_path, monkeypatch, no_model_loads):
     monkeypatch.setenv("USE_MCA", "1")
-    with pytest.raises(LMTPError, match="do not run on Megatron"):
+    with pytest.raises(LMTPError, match=r"do not run on Megatron \(USE_MCA=1\): unset"):
         runs.train(llama, data, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        ("_parse_train_mbridge_args", r"Megatron Bridge \(USE_MEGATRON_BRIDGE=1\)"),
+        ("_parse_train_new_args", "the backend of LLaMA-Factory's _parse_train_new_args"),
+    ],
+)
+def test_the_parser_of_another_backend_refuses_the_stages(name, backend):
+    """An L-MTP stage is `sft` to upstream, so a backend that takes it would train plain SFT."""
+    parser = ModuleType("parser")
+    parser.read_args = lambda args=None: args
+    parser._verify_model_args = lambda model_args, data_args, finetuning_args: None
+    for own in ("_parse_train_args", "_parse_infer_args", name):
+        exec(f"def {own}(args=None):\n    return args", vars(parser))
+    extend(parser)
+    with pytest.raises(LMTPError, match=f"L-MTP stages do not run on {backend}: unset"):
+        getattr(parser, name)({"stage": "lmtp1"})
+    with pytest.raises(LMTPError, match=backend):
+        getattr(parser, name)(["mtp_type=lmtp2"])
+    assert getattr(parser, name)({"stage": "sft"}) == {"stage": "sft"}
 
 
 def test_an_output_dir_that_cannot_be_written_is_refused(llama, data, tmp_path, no_model_loads):

@@ -10,13 +10,19 @@ from ... import hooks, validation
 from ...chat import starts_chat
 from ...heads_source import resolve_inference, resolve_training
 from ...stages import STAGES
+from ...versions import PARSER_OF_BACKEND
+
+
+_BACKENDS = {
+    "_parse_train_mca_args": "Megatron (USE_MCA=1)",
+    "_parse_train_mbridge_args": "Megatron Bridge (USE_MEGATRON_BRIDGE=1)",
+}
 
 
 def extend(parser: ModuleType) -> None:
-    """Wrap upstream's parsers of training, inference and Megatron arguments."""
+    """Wrap upstream's parsers of the arguments of training, inference and every other backend."""
     parse_train = hooks.expect(parser, "_parse_train_args", "args")
     parse_infer = hooks.expect(parser, "_parse_infer_args", "args")
-    parse_megatron = hooks.expect(parser, "_parse_train_mca_args", "args")
     hooks.expect(parser, "read_args", "args")
     verify_model = hooks.expect(parser, "_verify_model_args", "model_args", "data_args", "finetuning_args")
 
@@ -54,16 +60,22 @@ def extend(parser: ModuleType) -> None:
 
     parser._parse_train_args, parser._parse_infer_args = parse_train_args, parse_infer_args
     parser._verify_model_args = verify_model_args
-    parser._parse_train_mca_args = _refusing_stages(parse_megatron, parser.read_args)
+    for name in [name for name in vars(parser) if PARSER_OF_BACKEND.fullmatch(name)]:
+        setattr(parser, name, _refusing_stages(hooks.expect(parser, name, "args"), parser.read_args))
 
 
 def _refusing_stages(parse: Callable, read_args: Callable) -> Callable:
+    """Wrap the parser of a backend that would train an L-MTP stage as plain SFT."""
+    backend = _BACKENDS.get(parse.__name__, f"the backend of LLaMA-Factory's {parse.__name__}")
+
     @functools.wraps(parse)
     def parse_and_refuse(args=None):
         written = read_args(args)
         values = list(written.values()) if isinstance(written, dict) else list(written)
         if any(str(value).split("=")[-1] in STAGES.values() for value in values):
-            raise LMTPError("L-MTP stages do not run on Megatron (USE_MCA=1): unset USE_MCA and use deepspeed instead.")
+            raise LMTPError(
+                f"L-MTP stages do not run on {backend}: unset the variable that chooses it and use deepspeed instead."
+            )
         return parse(args)
 
     return parse_and_refuse
