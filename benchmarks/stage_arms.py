@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from lmtp_factory import LMTPConfig, attach_heads
-from lmtp_factory.decoding.cpu_prepacked import can_prepack, prepacked_if_possible
+from lmtp_factory.modeling import onednn
 from lmtp_factory.modeling.draft_vocabulary import most_frequent
 from lmtp_factory.modeling.losses.targets import IGNORE_INDEX
 from lmtp_factory.modeling.model import base_of, softcap_of
@@ -63,7 +63,7 @@ def make_step(
         stack: Receives the contexts in which the step has to run.
 
     Returns:
-        The step (forward, backward and AdamW); bytes of the base model; bytes of the parameters and packed weights added
+        The step (forward, backward and AdamW); bytes of the base model; bytes of the parameters added
         to it.
     """
     logging.disable_progress_bar()
@@ -100,10 +100,7 @@ def make_step(
         return pack(batch, arrange([len(d["input_ids"]) for d in batch], hidden_size), pad)
 
     if "stage 1" in arm and "naive" not in arm:  # as the Trainer does
-        backbone = leap_model.base_model
-        if can_prepack(backbone):
-            added_bytes += sum(layer.weight.nbytes for layer in backbone.modules() if isinstance(layer, nn.Linear))
-        stack.enter_context(prepacked_if_possible(backbone))
+        stack.enter_context(onednn.multiplying(leap_model.base_model))
     cached = CachedStatesCollator(None, fill(folder, leap_model, documents, pad), pad) if "cached" in arm else None
 
     def loss_of(batch: Sequence[dict]) -> Tensor:

@@ -35,8 +35,7 @@ def test_several_versions_of_llamafactory(monkeypatch):
 
 
 def test_transformers(requirements):
-    bounds = requirements["transformers"].split(",")
-    assert (bounds[0], bounds[-1]) == (f">={compat.OLDEST}", f"<{compat.TOO_NEW}")
+    assert requirements["transformers"].split(",")[0] == f">={compat.OLDEST}"
 
 
 def test_smollm2():

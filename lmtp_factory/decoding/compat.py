@@ -8,18 +8,22 @@ import inspect
 from functools import cache
 
 import transformers
-from packaging import version
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from ..errors import LMTPError
 
 
-# The first version that has the names below, and the first that does not work: it passes the key-value cache under
-# another name.
-OLDEST, TOO_NEW = "5.4", "5.24"
-_REMEDY = f'pip install "transformers>={OLDEST},<{TOO_NEW}"'
+# The first version that has the names below.
+OLDEST = "5.4"
+_REMEDY = f'pip install "transformers>={OLDEST}"'
+# Name of the key-value cache among the arguments and outputs of a model. It is `cache` since transformers 5.24.
+CACHE = (
+    "cache"
+    if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    else "past_key_values"
+)
 
 # Attributes of classes.
 ATTRIBUTES = {
@@ -66,12 +70,8 @@ def check_transformers() -> None:
     """Check once per process that the installed transformers has every name listed above.
 
     Raises:
-        LMTPError: A name is missing, or the version is too new.
+        LMTPError: A name is missing.
     """
-    if version.parse(transformers.__version__) >= version.parse(TOO_NEW):
-        raise LMTPError(
-            f"Decoding with leap heads does not work with transformers {transformers.__version__}: {_REMEDY}."
-        )
     missing = [
         f"{owner.__name__}.{name}" for owner, names in ATTRIBUTES.items() for name in names if not hasattr(owner, name)
     ]
@@ -103,6 +103,17 @@ def pad_token(config: GenerationConfig) -> int | None:
         raise _unsupported(["GenerationConfig._pad_token_tensor"])
     prepared = config._pad_token_tensor
     return None if prepared is None else int(prepared)
+
+
+def mask_length(mask: Tensor | None, config: GenerationConfig, length: int) -> int:
+    """Return the number of columns of the prompt's attention mask, cached tokens included.
+
+    Args:
+        mask: (batch, columns) attention mask, or None if it masks nothing.
+        config: Prepared generation config, where transformers 5.24 notes the length of a mask that it leaves out.
+        length: Number of prompt tokens, for the case that there never was a mask.
+    """
+    return mask.shape[1] if mask is not None else getattr(config, "_mask_length", length)
 
 
 def compiles(model: nn.Module, model_kwargs: dict, config: GenerationConfig) -> bool:

@@ -18,6 +18,7 @@ from transformers import DynamicCache
 
 from ..modeling.layer_states import recorded
 from .cache import TreeCache
+from .compat import CACHE
 from .verify import masks_by_layer_type
 
 
@@ -45,7 +46,7 @@ class CachedText:
             hidden = model.base_model(
                 input_ids=ids[None],
                 position_ids=torch.arange(len(ids), device=ids.device)[None],
-                past_key_values=self.cache,
+                **{CACHE: self.cache},
                 use_cache=True,
             ).last_hidden_state
         self.hidden, self.states = hidden[0], model.leap_heads.inputs(hidden, layers)[0]
@@ -87,7 +88,7 @@ class CachedText:
             input_ids=tokens[None],
             position_ids=(prefixes + above.shape[1])[None],
             attention_mask=masks,
-            past_key_values=self.cache,
+            **{CACHE: self.cache},
             use_cache=True,
         )
         self.forwards, self.rows = self.forwards + 1, self.rows + len(tokens)

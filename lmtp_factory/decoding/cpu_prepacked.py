@@ -1,4 +1,4 @@
-"""Linear layers with prepacked weights, for a backbone that only runs forwards on a CPU: decoding, stage 1, scoring.
+"""Linear layers with prepacked weights, for a backbone that only runs forwards on a CPU: decoding and scoring.
 
 A forward of a few tokens is bound by reading weights. oneDNN's packed layout, which torch.compile's freezing also uses,
 lets several tokens share one read. This makes verifying a tree cheap (benchmarks/README.md). For one token it is faster

@@ -49,7 +49,7 @@ def decode(
         config: Generation config.
         synced_gpus: Whether all ranks must run equally many forwards, see `generate`.
         streamer: Receives tokens as soon as they are accepted.
-        model_kwargs: The model's inputs as `generate` prepared them, with `past_key_values`.
+        model_kwargs: The model's inputs as `generate` prepared them, with the key-value cache.
 
     Returns:
         The same as `_sample`, or None if the call is not supported; the reason is logged once.
@@ -66,7 +66,7 @@ def decode(
     if reason is None:
         compiled = compat.compiles(model, model_kwargs, config)
         tree = request.tree or model.tree_config(compiled)
-        given = model_kwargs["past_key_values"]
+        given = model_kwargs[compat.CACHE]
         new = config.max_length - input_ids.shape[1]
         columns = prompt_length(input_ids, model_kwargs) + new + tree.nodes
         cache = TreeCache.replacing(given, model.config.get_text_config(), columns)
@@ -84,7 +84,7 @@ def decode(
     weights = prepacked_if_possible(model, compiled)
     with weights, unembeddings_kept(), stats.timed("total", input_ids.device):
         with stats.timed("prefill", input_ids.device):
-            state.prefill(model, input_ids, model_kwargs)
+            state.prefill(model, input_ids, config, model_kwargs)
         stream.flush()
         run(model, state, tree, stats, stream, Verifier(model, forward))
         stream.end()

@@ -8,6 +8,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from .. import geometry
 from ..modeling.heads import lm_logits
 from ..modeling.layer_states import recorded
+from . import compat
 from .accept import Acceptor
 from .cache import TreeCache
 from .draft import Window
@@ -50,20 +51,21 @@ class DecodeState:
     def __init__(self, acceptor: Acceptor, cache: TreeCache):
         self.acceptor, self.cache = acceptor, cache
 
-    def prefill(self, model: nn.Module, input_ids: Tensor, model_kwargs: dict) -> None:
+    def prefill(self, model: nn.Module, input_ids: Tensor, config: GenerationConfig, model_kwargs: dict) -> None:
         """Run the forward of the prompt: fill the cache and the window, and choose the first token.
 
         Args:
             model: A model with leap heads.
             input_ids: (batch, prompt length), padded on the left.
+            config: Generation config.
             model_kwargs: The model's inputs as `generate` prepared them.
         """
-        kwargs = {**model_kwargs, "past_key_values": self.cache}
+        kwargs = {**model_kwargs, compat.CACHE: self.cache}
         known = int(self.cache.get_seq_length())
         mask = kwargs.get("attention_mask")
         length = prompt_length(input_ids, kwargs)
         # If the mask is longer than input_ids, the user has passed only the tokens that are not in the cache.
-        whole = kwargs.get("inputs_embeds") is not None or mask is None or mask.shape[1] == length
+        whole = kwargs.get("inputs_embeds") is not None or compat.mask_length(mask, config, length) == length
         inputs = model.prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=length - known if known and whole else None,
@@ -139,7 +141,7 @@ class DecodeState:
             sequences=sequences,
             scores=self.acceptor.stacked("scores") if self.acceptor.keep_scores else None,
             logits=self.acceptor.stacked("logits") if self.acceptor.keep_logits else None,
-            past_key_values=given,
+            **{compat.CACHE: given},
         )
 
 

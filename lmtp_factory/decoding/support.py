@@ -20,7 +20,7 @@ from transformers.generation import EosTokenCriteria
 from ..errors import first_line
 from ..modeling.heads import lm_logits
 from .cache import TreeCache
-from .compat import attention_implementation, compiles
+from .compat import CACHE, attention_implementation, compiles
 from .row_safety import WHOLE_BATCH_CRITERIA, WHOLE_BATCH_PROCESSORS, is_known
 from .state import one_row_state
 from .stats import DecodeStats
@@ -66,7 +66,7 @@ def _reasons(model, input_ids, processors, criteria, config, synced_gpus, model_
     batch = len(input_ids)
     if synced_gpus:
         yield "synced_gpus is on"
-    if not model_kwargs.get("use_cache") or model_kwargs.get("past_key_values") is None:
+    if not model_kwargs.get("use_cache") or model_kwargs.get(CACHE) is None:
         yield "use_cache is off"
     if model.training and _checkpoints(model):
         yield "gradient checkpointing in train mode keeps no cache"
@@ -185,7 +185,7 @@ def _agrees_on_a_tree(model: nn.Module) -> bool:
     prompt, tokens = ids[None, :3], ids[None, 3:]  # (1, 3), (1, 4)
     cache = TreeCache.replacing(DynamicCache(config=config), config, columns=0)
     positions = torch.arange(3, device=model.device)[None]
-    model.base_model(input_ids=prompt, position_ids=positions, past_key_values=cache, use_cache=True)
+    model.base_model(input_ids=prompt, position_ids=positions, use_cache=True, **{CACHE: cache})
     state = one_row_state(cache, length=3, last_position=9, device=model.device)
     hidden = Verifier(model)(tokens, fixed([(), (0,), (1,), (1, 0)], model.device), state)  # (1, 4, hidden)
     for leaf, branch in ((1, [0, 1]), (3, [0, 2, 3])):
@@ -198,7 +198,7 @@ def _agrees_on_a_tree(model: nn.Module) -> bool:
 
 
 def _checkpoints(model: nn.Module) -> bool:
-    """Return whether a layer uses gradient checkpointing, which silently drops `past_key_values`."""
+    """Return whether a layer uses gradient checkpointing, which silently drops the key-value cache."""
     return any(module.training and getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 

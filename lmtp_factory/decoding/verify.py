@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from .compat import attention_implementation
+from .compat import CACHE, attention_implementation
 from .tree import Tree
 
 
@@ -130,8 +130,8 @@ class Verifier:
             input_ids=tokens,
             position_ids=positions,
             attention_mask=masks,
-            past_key_values=state.cache,
             use_cache=True,
+            **{CACHE: state.cache},
         )
         hidden = outputs.last_hidden_state
         return hidden.clone() if self.compiled else hidden  # CUDA graphs overwrite their outputs in the next step

@@ -4,8 +4,9 @@ torch multiplies fp32 matrices with MKL, which chooses slower kernels on CPUs th
 torch too, uses AVX-512 there as well (benchmarks/README.md).
 """
 
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +90,30 @@ def trainable_linear(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def _is_plain(layer: nn.Linear) -> bool:
+@contextmanager
+def multiplying(model: nn.Module) -> Iterator[None]:
+    """Let oneDNN multiply in the linear layers of `model` inside the context, where they need no gradient.
+
+    For a frozen backbone that reads many tokens at once. For few, see `decoding.cpu_prepacked`.
+    """
+    layers = [layer for layer in model.modules() if _is_plain(layer)]
+    for layer in layers:
+        layer.forward = partial(_forward, layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _forward(layer: nn.Linear, inputs: Tensor) -> Tensor:
+    """Map (..., in) inputs to (..., out) outputs."""
+    if torch.is_grad_enabled() or not usable(inputs, layer.weight):
+        return nn.Linear.forward(layer, inputs)
+    return linear(inputs, layer.weight, layer.bias)
+
+
+def _is_plain(layer: nn.Module) -> bool:
     """Return whether calling the layer does nothing beyond `nn.Linear.forward`."""
     hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
     return type(layer) is nn.Linear and "forward" not in vars(layer) and not hooks

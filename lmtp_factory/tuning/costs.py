@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from .. import geometry
 from ..decoding.cache import TreeCache
+from ..decoding.compat import CACHE
 from ..decoding.cpu_prepacked import prepacked_if_possible
 from ..decoding.draft import Window, candidates_of, unembeddings_kept
 from ..decoding.state import one_row_state
@@ -73,7 +74,7 @@ def measure_drafts(
     cache = TreeCache.replacing(DynamicCache(config=config), config, columns=0)
     with prepacked_if_possible(model), unembeddings_kept():
         with recorded(model) as layers:
-            hidden = model.base_model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
+            hidden = model.base_model(input_ids=ids, use_cache=True, **{CACHE: cache}).last_hidden_state
         window = Window.of_prompt(model.leap_heads.inputs(hidden, layers), [context], window_size)
         window.roots = ids[:, 0]
         state = one_row_state(cache, context, last_position=1 << 30, device=device)

@@ -25,7 +25,9 @@ def prefilled(model, inputs) -> DecodeState:
     state = DecodeState(Acceptor(ids, LogitsProcessorList(), criteria, GenerationConfig()), cache)
     mask = inputs.get("attention_mask", torch.ones_like(ids))
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    state.prefill(model, ids, {"attention_mask": mask, "position_ids": positions, "use_cache": True})
+    state.prefill(
+        model, ids, GenerationConfig(), {"attention_mask": mask, "position_ids": positions, "use_cache": True}
+    )
     return state
 
 

@@ -10,6 +10,7 @@ from helpers.decoding import GREEDY, OTHER_SEARCH, assert_as_stock, assert_left_
 from transformers import DynamicCache
 
 from lmtp_factory.decoding import support
+from lmtp_factory.decoding.compat import CACHE
 from lmtp_factory.decoding.stats import DecodeStats
 from lmtp_factory.decoding.support import unsupported_reason
 
@@ -132,7 +133,7 @@ def test_reasons_that_would_take_another_machine_or_model(leap):
         )
         for name, value in (text_config or {}).items():
             setattr(stand_in.config, name, value)
-        inputs = {"use_cache": True, "past_key_values": DynamicCache(), "position_ids": torch.arange(9)[None]} | kwargs
+        inputs = {"use_cache": True, CACHE: DynamicCache(), "position_ids": torch.arange(9)[None]} | kwargs
         return unsupported_reason(stand_in, prompt(), [], [], config, False, inputs)
 
     assert reason() is None
@@ -145,7 +146,7 @@ def test_reasons_that_would_take_another_machine_or_model(leap):
     assert reason({"layer_types": ["sliding_attention", "full_attention"]}) is None
     assert reason({"num_kv_shared_layers": 1}) == "layers share keys and values"
     assert reason(position_ids=None) == "the model takes no position_ids"
-    assert reason(past_key_values=None) == "use_cache is off"
+    assert reason(**{CACHE: None}) == "use_cache is off"
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["after a call in eval mode", "at once"])

@@ -60,7 +60,7 @@ def state_of(model, inputs, most=40):
     state = DecodeState(Acceptor(ids, LogitsProcessorList(), criteria, GenerationConfig()), cache)
     positions = torch.arange(ids.shape[1])[None].expand_as(ids)
     with torch.no_grad():
-        state.prefill(model, ids, {"position_ids": positions, "use_cache": True})
+        state.prefill(model, ids, GenerationConfig(), {"position_ids": positions, "use_cache": True})
     return state
 
 

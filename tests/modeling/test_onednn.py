@@ -74,3 +74,30 @@ def test_layers_with_hooks_are_called():
     layer.register_forward_hook(lambda *_: calls.append(1))
     onednn.trainable_linear(layer)(inputs)
     assert calls
+
+
+def test_a_models_linear_layers(monkeypatch):
+    model, inputs = nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 5, bias=False)), torch.randn(3, 7, 12)
+    wanted, calls, linear = model(inputs), [], onednn.linear
+
+    def counted(*args):
+        calls.append(args[0].shape)
+        return linear(*args)
+
+    monkeypatch.setattr(onednn, "linear", counted)
+    with onednn.multiplying(model):
+        with torch.no_grad():
+            torch.testing.assert_close(model(inputs), wanted)
+        assert calls == [(3, 7, 12), (3, 7, 20)]
+        model(inputs).sum().backward()  # with gradients torch multiplies
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            assert model(inputs).dtype == torch.bfloat16
+        assert len(calls) == 2 and model[0].weight.grad is not None
+    assert not any("forward" in vars(layer) for layer in model)
+
+
+def test_layers_are_as_before_after_an_error():
+    model = nn.Sequential(nn.Linear(3, 3))
+    with pytest.raises(ZeroDivisionError), onednn.multiplying(model):
+        raise ZeroDivisionError
+    assert "forward" not in vars(model[0])

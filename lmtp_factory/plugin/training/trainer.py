@@ -14,10 +14,9 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
-from ...decoding.cpu_prepacked import prepacked_if_possible
 from ...errors import LMTPError
 from ...files import HEADS_FOLDER
-from ...modeling import heads_of, load_heads, save_heads
+from ...modeling import heads_of, load_heads, onednn, save_heads
 from ...modeling.checkpoint import validate_checkpoint
 from ...modeling.layer_states import recorded
 from ...modeling.losses.targets import IGNORE_INDEX
@@ -224,12 +223,11 @@ class LeapTrainer(CustomSeq2SeqTrainer):
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _fast_backbone(self) -> AbstractContextManager[None]:
-        """Return a context in which a frozen fp32 backbone on a CPU computes with prepacked weights."""
-        weights_change = self.objective.trains_backbone or self.is_deepspeed_enabled or self.is_fsdp_enabled
-        # Autocast casts the weights in each forward. Other processes would each take their share of the free memory.
-        if weights_change or self.args.bf16 or self.args.fp16 or self.args.world_size > 1:
+        """Return a context in which oneDNN multiplies for a frozen fp32 backbone on a CPU."""
+        is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if self.objective.trains_backbone or is_sharded or self.args.torch_compile:
             return nullcontext()
-        return prepacked_if_possible(self.leap_model.base_model, compiled=self.args.torch_compile)
+        return onednn.multiplying(self.leap_model.base_model)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         if self.objective.trains_backbone:

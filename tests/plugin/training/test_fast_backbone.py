@@ -1,4 +1,4 @@
-"""Stage 1 on a CPU computes its frozen backbone with prepacked weights."""
+"""Stage 1 on a CPU computes its frozen backbone by oneDNN."""
 
 import pytest
 from helpers import llamafactory_runs as runs
@@ -7,9 +7,11 @@ from torch import nn
 from lmtp_factory.modeling.model import LeapModel
 
 
-@pytest.mark.parametrize("stage, packed", [("lmtp1", True), ("lmtp2", False)])
-def test_only_a_frozen_backbone_has_packed_weights(stage, packed, llama, data, stage1, tmp_path, trainers, monkeypatch):
-    """In stage 2 the weights change with every step. After training all layers are as before."""
+@pytest.mark.parametrize("stage, fast", [("lmtp1", True), ("lmtp2", False)])
+def test_only_a_frozen_backbone_is_multiplied_by_onednn(
+    stage, fast, llama, data, stage1, tmp_path, trainers, monkeypatch
+):
+    """A trained one needs gradients. After training all layers are as before."""
     seen, states = set(), LeapModel.final_hidden_states
 
     def look(self, **inputs):
@@ -25,6 +27,6 @@ def test_only_a_frozen_backbone_has_packed_weights(stage, packed, llama, data, s
     runs.train(
         llama, data, tmp_path, stage=stage, max_steps=2, val_size=6, eval_strategy="steps", eval_steps=1, **source
     )
-    assert (("backbone", True) in seen) == packed
+    assert (("backbone", True) in seen) == fast
     assert not {("LM head", True), ("heads", True)} & seen
     assert not any("forward" in vars(layer) for layer in trainers[0].model.modules() if type(layer) is nn.Linear)
