@@ -115,6 +115,7 @@ def main() -> None:
         "model": Path(args.model).name if args.model else "SmolLM2-135M-Instruct",
         "settings file": args.settings.name,
         "settings": run.settings,
+        "tokens a step": run.tokens_a_step(),
         "plain": measure_plain(run),
         "arms": measure_arms(run),
     }

@@ -77,7 +77,7 @@ def _introduction(found: dict) -> list[str]:
         "from tau, the time of a forward of so many tokens and the time of a draft on this machine. These are measured "
         "when everything is trained, with the heads of stage 1: a tuned model has the same shape when its adapter is "
         "merged. Static trees are built from the first half of the answers; tau is that of the second half.",
-        "- Steps per second and memory are those of stage 2, which other work on the machine may have disturbed.",
+        "- Training tokens per second and memory are those of stage 2, which other work on the machine may have disturbed.",
         "",
     ]
 
@@ -117,7 +117,7 @@ def _quality(found: dict) -> list[str]:
         "",
         "Perplexity is that of the next-token model after stage 2, which an NTP export holds.",
         "",
-        "| arm | head parameters | steps/s of stage 2 | peak host memory, MiB | perplexity |",
+        "| arm | head parameters | tokens/s of stage 2 | peak host memory, MiB | perplexity |",
         "|---|---|---|---|---|",
         f"| before training | | | | {found['plain']['base perplexity']:.3f} |",
     ]
@@ -125,7 +125,7 @@ def _quality(found: dict) -> list[str]:
         first = next(iter(arm["seeds"].values()))
         parameters = f"{first['joint']['parameters'] / 1e6:.1f} M" if "joint" in first else "0"
         perplexity = _seeds(arm, lambda seed: seed.get("joint", seed)["perplexity"])
-        speed = spread(_seeds(arm, lambda seed: seed["training"]["steps per second"]))
+        speed = spread(_seeds(arm, lambda seed: seed["training"]["steps per second"] * found["tokens a step"]), 0)
         memory = spread(_seeds(arm, lambda seed: seed["training"]["peak MiB"]), 0)
         lines.append(f"| {name} | {parameters} | {speed} | {memory} | {spread(perplexity, 3)} |")
     return [*lines, ""]

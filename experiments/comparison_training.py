@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 import time
@@ -13,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from lmtp_factory.distill.chat import load_tokenizer
 from lmtp_factory.distill.rows import RESPONSE_COLUMN, dataset_entry, parse_ids
 from lmtp_factory.evaluation.machine import describe
+from lmtp_factory.evaluation.scoring import read_rows
 from lmtp_factory.files import CONFIG_FILE, HEADS_FOLDER
 from lmtp_factory.modeling.checkpoint import load_heads, save_heads
 
@@ -71,6 +74,15 @@ class Comparison:
         rows = self.folder / "rows.jsonl"
         rows.write_text("\n".join(lines[: self.settings["max_train_rows"]]) + "\n", encoding="utf-8")
         (self.folder / "dataset_info.json").write_text(json.dumps({"rows": dataset_entry("rows.jsonl")}), "utf-8")
+
+    def tokens_a_step(self) -> float:
+        """Return the mean number of tokens, prompts included, of a training step."""
+        train = yaml.safe_load(TRAIN.read_text(encoding="utf-8"))
+        lengths = [
+            min(len(prompt) + len(answer), train["cutoff_len"])
+            for prompt, answer in read_rows(self.folder / "rows.jsonl")
+        ]
+        return train["per_device_train_batch_size"] * statistics.fmean(lengths)
 
     def stage1(self, name: str, inputs: str, offsets: Sequence[int], seed: int, keys: dict[str, Any]) -> Path:
         """Train heads on the frozen backbone.
