@@ -2,6 +2,7 @@
 
 import os
 import re
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -29,6 +30,7 @@ def extend(module: ModuleType) -> None:
 
     class Runner(upstream):
         __doc__ = upstream.__doc__
+        _log_start = 0  # bytes of the log that earlier runs have written
 
         def _value(self, data: dict, id: str) -> Any:
             return data[self.manager.get_elem_by_id(id)]
@@ -38,10 +40,27 @@ def extend(module: ModuleType) -> None:
 
         def _initialize(self, data, do_train, from_preview):
             error = super()._initialize(data, do_train, from_preview)
+            if not from_preview:
+                log = self._log(data, do_train)
+                self._log_start = log.stat().st_size if log.is_file() else 0
             stage = self._lmtp_stage(data) if do_train else None
             if error or stage is None:
                 return error
             return self._refusal(data, stage)
+
+        def _output_dir(self, data: dict, do_train: bool) -> Path:
+            tab = "train" if do_train else "eval"
+            ids = ("top.model_name", "top.finetuning_type", f"{tab}.output_dir")
+            return Path(module.get_save_dir(*(self._value(data, id) for id in ids)))
+
+        def _log(self, data: dict, do_train: bool) -> Path:
+            """The file to which LLaMA-Factory 0.9.6 appends the output of each run in a directory."""
+            return self._output_dir(data, do_train) / "webui_subprocess.log"
+
+        def _written(self, data: dict, do_train: bool, shown: str) -> str:
+            """What this run has written, of which `shown` has the end."""
+            log = self._log(data, do_train)
+            return log.read_bytes()[self._log_start :].decode("utf-8", errors="replace") if log.is_file() else shown
 
         def _refusal(self, data: dict, stage: int) -> str:
             from llamafactory.hparams import FinetuningArguments
@@ -88,15 +107,14 @@ def extend(module: ModuleType) -> None:
             data, do_train = self.running_data, self.do_train
             output_box = self.manager.get_elem_by_id(f"{'train' if do_train else 'eval'}.output_box")
             for update in super().monitor():
-                if isinstance(update.get(output_box), str):
-                    update[output_box] = refusal_first(update[output_box], self._value(data, "top.lang"))
+                if isinstance(shown := update.get(output_box), str):
+                    written = self._written(data, do_train, shown)
+                    update[output_box] = refusal_first(shown, self._value(data, "top.lang"), written)
                 yield update
             if do_train and self._lmtp_stage(data) is not None:
                 # Upstream updates the plot every two seconds, but not at the end.
-                folder = module.get_save_dir(
-                    *(self._value(data, id) for id in ("top.model_name", "top.finetuning_type", "train.output_dir"))
-                )
-                info = get_trainer_info(self._value(data, "top.lang"), os.fspath(folder), do_train)[2]
+                folder = os.fspath(self._output_dir(data, do_train))
+                info = get_trainer_info(self._value(data, "top.lang"), folder, do_train)[2]
                 if "loss_viewer" in info:
                     yield {self.manager.get_elem_by_id("train.loss_viewer"): info["loss_viewer"]}
 
@@ -104,7 +122,13 @@ def extend(module: ModuleType) -> None:
     module.Runner = Runner
 
 
-def refusal_first(log: str, language: str) -> str:
-    """The output of a failed run with its last refusal in front, if there is one."""
-    found = _REFUSAL.findall(log)
-    return f"**{alert('lmtp_refused', language)}** {found[-1]}\n\n{log}" if found else log
+def refusal_first(shown: str, language: str, written: str | None = None) -> str:
+    """The output of a failed run with its last refusal in front, if there is one.
+
+    Args:
+        shown: What the Board shows.
+        language: The Board's language.
+        written: What the run has written, if the Board may show the output of earlier runs too.
+    """
+    found = _REFUSAL.findall(shown if written is None else written)
+    return f"**{alert('lmtp_refused', language)}** {found[-1]}\n\n{shown}" if found else shown

@@ -164,6 +164,26 @@ def test_a_refusal_comes_first():
     assert refusal_first("Failed.", "en") == "Failed."
 
 
+def test_a_refusal_of_an_earlier_run_is_not_shown_first(board, tmp_path, monkeypatch):
+    """LLaMA-Factory 0.9.6 appends the output of each run in a directory to one log, and shows its end."""
+    monkeypatch.chdir(tmp_path)
+    runner, refusal = board.engine.runner, "lmtp_factory.errors.LMTPError: Write this.\n"
+    data = board.data("L-MTP: Head Warm-up")
+    log = runner._log(data, do_train=True)
+    log.parent.mkdir(parents=True)
+    log.write_text(refusal)
+    runner._initialize(data, do_train=True, from_preview=False)
+    with log.open("a") as file:
+        file.write("out of memory\n")
+    assert runner._written(data, True, log.read_text()) == "out of memory\n"
+    with log.open("a") as file:
+        file.write(refusal)
+    shown = log.read_text()
+    assert refusal_first(shown, "en", runner._written(data, True, shown)).startswith(
+        "**L-MTP cannot run like this:** Write"
+    )
+
+
 def test_a_real_refusal_is_found(llama, data, tmp_path):
     args = runs.arguments(llama, data, tmp_path / "out", finetuning_type="lora")
     result = runs.cli("train", runs.write_yaml(tmp_path / "x.yaml", args), check=False)
