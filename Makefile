@@ -20,8 +20,8 @@ demo: setup
 	$(BIN)/lmtp-cli demo
 
 results: setup
-	$(BIN)/python experiments/comparison.py $(if $(MODEL),--model $(MODEL)) --output-dir results_run --page docs/results.md \
-		--findings experiments/findings.md
+	$(BIN)/python experiments/comparison.py $(if $(MODEL),--model $(MODEL),--findings experiments/findings.md) \
+		--output-dir results_run --page docs/results.md
 	$(BIN)/python experiments/comparison.py $(if $(MODEL),--model $(MODEL)) --output-dir results_run/levers \
 		--settings experiments/comparison_levers.yaml --page docs/results_levers.md
 

@@ -12,9 +12,11 @@ import argparse
 import hashlib
 import json
 import time
+import traceback
 from pathlib import Path
 
 import torch
+import torch._dynamo
 from gpu_parts import decoding, heads, loss, stages
 from gpu_parts.settings import Settings
 
@@ -31,7 +33,7 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, default=DATA / "self_distilled_smollm2_train.jsonl")
     parser.add_argument("--heldout", type=Path, default=DATA / "self_distilled_smollm2_heldout.jsonl")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
-    parser.add_argument("--minutes", type=float, default=8)
+    parser.add_argument("--minutes", type=float, default=5, help="no part begins after so many (default: 5)")
     parser.add_argument("--toy", action="store_true", help="every part at toy size, to try the command")
     parser.add_argument("--output-dir", type=Path, required=True)
     args = parser.parse_args()
@@ -40,7 +42,9 @@ def main() -> None:
     toy = args.toy or device.type == "cpu"
     settings = Settings(args.model, args.rows, args.heldout, args.output_dir, device, toy)
     keep_facts(settings)
-    started, left = time.monotonic(), 0
+    # A model that compiles again and again would run eager in the end, and be measured as compiled.
+    torch._dynamo.config.recompile_limit, torch._dynamo.config.fail_on_recompile_limit_hit = 64, True
+    started, left, failed = time.monotonic(), 0, []
     for step in args.steps:
         for name, run in STEPS[step].parts(settings).items():
             path = args.output_dir / f"{step}-{name}.json"
@@ -51,11 +55,19 @@ def main() -> None:
                 continue
             print(f"{step} {name} ...", flush=True)
             began = time.monotonic()
-            found = {**run(), "seconds of the part": time.monotonic() - began}
+            torch._dynamo.reset()
+            try:
+                found = {**run(), "seconds of the part": time.monotonic() - began}
+            except Exception:  # the other parts are worth their time all the same
+                traceback.print_exc()
+                failed.append(f"{step} {name}")
+                continue
             written = path.with_suffix(".writing")
             written.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
             written.rename(path)
             print(f"{step} {name}: {found['seconds of the part']:.0f} s", flush=True)
+    if failed:
+        raise SystemExit(f"These parts failed, see above: {', '.join(failed)}. {left} others are left.")
     print(f"{left} parts are left: run the same command again." if left else "All parts are done.")
 
 

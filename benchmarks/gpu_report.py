@@ -36,6 +36,7 @@ def page(folder: Path) -> str:
         ("The leap loss", "loss-", _loss),
         ("Training steps", "stages-", _stages),
         ("Heads trained on self-distilled rows", "heads-", _heads),
+        ("Times of a forward and of a draft", "decoding-costs", _costs),
         ("Decoding one sequence", "decoding-trees-", _trees),
         ("Phases of a step", "decoding-phases-", _phases),
         ("Decoding a batch", "decoding-batch-", _batches),
@@ -114,6 +115,12 @@ def _heads(parts: list[dict]) -> list[str]:
         "",
         *table(["passes", "answer tokens", "seconds", "chain", *(f"dynamic {size}" for size in sizes)], rows),
     ]
+
+
+def _costs(parts: list[dict]) -> list[str]:
+    (part,) = parts
+    rows = [[size, 1e3 * seconds] for size, seconds in part["verify"].items()] + [["draft", 1e3 * part["draft"]]]
+    return table(["tokens", "ms"], rows)
 
 
 def _trees(parts: list[dict]) -> list[str]:

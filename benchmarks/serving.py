@@ -98,7 +98,7 @@ def server(args: argparse.Namespace, length: int) -> Iterator[None]:
     if length:
         command = command_of(args.model, ["--num-speculative-tokens", str(length), *options])
     else:
-        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", args.model, *options]
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", args.model, *options]
     log = args.output_dir / f"server-{length}.log"
     print(shlex.join(command), flush=True)
     with log.open("w", encoding="utf-8") as file:

@@ -97,7 +97,7 @@ def make_step(
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True) if trained else None  # the Trainer's default
 
     def packed(batch: Sequence[dict]) -> dict[str, Tensor]:
-        return pack(batch, arrange([len(d["input_ids"]) for d in batch], hidden_size), pad)
+        return pack(batch, arrange([len(d["input_ids"]) for d in batch], hidden_size, setting.attention), pad)
 
     if "stage 1" in arm and "naive" not in arm:  # as the Trainer does
         stack.enter_context(onednn.multiplying(leap_model.base_model))

@@ -105,6 +105,8 @@ def main() -> None:
     parser.add_argument("--page", type=Path, help="also write this Markdown page, with its plot beside it")
     parser.add_argument("--findings", type=Path, help="Markdown file that ends the page")
     args = parser.parse_args()
+    if args.findings and not args.findings.is_file():
+        parser.error(f"{args.findings} does not exist")
 
     model = args.model or str(prepare(args.output_dir.resolve() / "model"))
     run = Comparison(model, args.output_dir.resolve(), yaml.safe_load(args.settings.read_text(encoding="utf-8")))

@@ -88,7 +88,7 @@ def train(args: argparse.Namespace, name: str, rows: list[Path], keys: dict) -> 
         command = [llamafactory, "train", CONFIG, *(f"{key}={value}" for key, value in written.items())]
         made_with.write_text(json.dumps(facts), encoding="utf-8")
         variables = {**os.environ, **environment}
-        filled = cache_dir.with_suffix(".filled")
+        filled = cache_dir.with_name(f"{cache_dir.name}.filled")
         if not filled.is_file():
             one_step = ["max_steps=1", f"output_dir={args.output_dir / 'filling'}"]
             subprocess.run([*map(str, command), *one_step], check=True, env=variables)

@@ -1,4 +1,4 @@
-"""What heads lose if stage 1 reads a quantised backbone: the same heads, trained on both, drafting for the whole model.
+"""What heads lose if stage 1 reads a quantised backbone: the same heads, trained on both, for the model in full precision.
 
     python experiments/quantised_backbone.py demo_run/model --rows data/self_distilled_smollm2_train.jsonl \\
         --test general=data/general_prompts.jsonl --steps 300 --output-dir quantised

@@ -42,7 +42,7 @@ def with_heads(settings: Settings) -> nn.Module:
     """Load the model with the heads that the step `heads` kept."""
     folder = settings.folder / "heads"
     if not folder.is_dir():
-        raise SystemExit(f"{folder} has no heads: run the step heads first.")
+        raise RuntimeError(f"{folder} has no heads: run the step heads first.")
     model = attach_heads(settings.base(), heads=load_heads(str(folder)), dtype=settings.dtype)
     return model.requires_grad_(False).eval()
 
@@ -70,8 +70,8 @@ def trees(settings: Settings, nodes: int) -> dict:
         arms[OWN_LOOP + suffix] = Arm({"lmtp_tree": TreeConfig("chain", 1), **options})
         for kind, tree in shapes.items():
             arms[kind + suffix] = Arm({**always_drafting({"lmtp_tree": tree}), **options})
-    prompts = [prompt for prompt, _ in settings.heldout_rows()][: 1 if settings.toy else 8]
-    run_arms(model, arms, prompts, 8 if settings.toy else 128, repeats=1 if settings.toy else 2)
+    prompts = [prompt for prompt, _ in settings.heldout_rows()][: 1 if settings.toy else 4]
+    run_arms(model, arms, prompts, 8 if settings.toy else 96, repeats=1)
     rows = [asdict(row) for row in results(arms, prompts)]
     for row in rows:
         row["stock_reason"] = arms[row["name"]].stats.stock_reason
@@ -87,18 +87,26 @@ def phases(settings: Settings, nodes: int) -> dict:
         generate_greedy(model, prompt, new, lmtp_tree=tree, **options)  # a warm-up
         profiled, counted = DecodeStats(profile=True), DecodeStats()
         generate_greedy(model, prompt, new, lmtp_tree=tree, lmtp_stats=profiled, **options)
+        with synchronisations(settings.device) as of_prompt:
+            generate_greedy(model, prompt, 1, lmtp_tree=tree, **options)
         with synchronisations(settings.device) as waits:
             generate_greedy(model, prompt, new, lmtp_tree=tree, lmtp_stats=counted, **options)
+        waits_of_steps = len(waits) - len(of_prompt)
         found[name] = {
             "ms a step": {phase: 1e3 * profiled.seconds[phase] / max(profiled.steps, 1) for phase in PHASES},
-            "synchronisations a step": len(waits) / max(counted.steps, 1) if settings.device.type == "cuda" else None,
+            "synchronisations a step": waits_of_steps / max(counted.steps, 1)
+            if settings.device.type == "cuda"
+            else None,
         }
     return {"nodes": nodes, **found}
 
 
 @contextmanager
 def synchronisations(device: torch.device) -> Iterator[list]:
-    """Collect the warnings of torch about operations that wait for the GPU; stays empty on a CPU."""
+    """Collect the warnings of torch about operations that wait for the GPU; stays empty on a CPU.
+
+    Those of the prompt's forward are among them.
+    """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         waits: list = []
@@ -109,7 +117,7 @@ def synchronisations(device: torch.device) -> Iterator[list]:
         finally:
             if device.type == "cuda":
                 torch.cuda.set_sync_debug_mode("default")
-            waits += [warning for warning in caught if "synchroniz" in str(warning.message)]
+            waits += [warning for warning in caught if "called a synchronizing" in str(warning.message)]
 
 
 @torch.no_grad()

@@ -39,9 +39,9 @@ def parts(settings: Settings) -> dict[str, Callable[[], dict]]:
 
 def results(settings: Settings, passes: int) -> dict:
     """Train, replay held-out answers and keep the heads if they are the best so far."""
-    before = _tau_of(settings, passes // 2)
-    if passes > 2 and before < LEAST_GAIN * _tau_of(settings, passes // 4):
-        return {"open": f"tau had stopped rising: {before:.3f} after {passes // 2} passes"}
+    before = _earlier(settings, passes)
+    if len(before) > 1 and before[-1] < LEAST_GAIN * before[-2]:
+        return {"open": f"tau had stopped rising before {passes} passes: {', '.join(f'{tau:.3f}' for tau in before)}"}
     model, rows = with_heads(settings), settings.training_rows()
     states = states_of(model, rows)
     started = time.perf_counter()
@@ -52,7 +52,7 @@ def results(settings: Settings, passes: int) -> dict:
     model.leap_heads.to(settings.dtype)
     observed = observe_answers(model, settings.heldout_rows(), DEFAULT_WIDTH)
     dynamic = tau_of_dynamic(observed, SIZES)
-    if dynamic[16] > before:
+    if dynamic[16] > max(before, default=0):
         save_heads(model.leap_heads, settings.folder / "heads" / HEADS_FOLDER)
     tokens = passes * sum(len(answer) for _, answer in rows)
     found = {
@@ -68,11 +68,14 @@ def results(settings: Settings, passes: int) -> dict:
     return found
 
 
-def _tau_of(settings: Settings, passes: int) -> float:
-    """Return the tau of an earlier part; 0 if it has none."""
-    path = settings.folder / f"heads-{passes:02}-passes.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found.get("dynamic", {}).get("16", 0.0)
+def _earlier(settings: Settings, passes: int) -> list[float]:
+    """Return tau of the dynamic tree of 16 nodes after fewer passes, for those parts that trained."""
+    parts = [
+        json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(settings.folder.glob("heads-*-passes.json"))
+        if int(path.name.split("-")[1]) < passes
+    ]
+    return [part["dynamic"]["16"] for part in parts if "open" not in part]
 
 
 def with_heads(settings: Settings) -> nn.Module:
@@ -87,11 +90,17 @@ def with_heads(settings: Settings) -> nn.Module:
 
 @torch.no_grad()
 def states_of(model: nn.Module, rows: list[Row]) -> list[Tensor]:
-    """Return the (length, hidden) final hidden states of every row, on the device."""
-    return [
-        model.final_hidden_states(input_ids=torch.tensor([prompt + answer], device=model.device))[0]
-        for prompt, answer in rows
-    ]
+    """Return the (length, hidden) final hidden states of every row, on the device.
+
+    Rows are padded on the right, which causal attention does not see.
+    """
+    states: dict[int, Tensor] = {}
+    ids = [torch.tensor(prompt + answer) for prompt, answer in rows]
+    for batch in torch.tensor([len(row) for row in ids]).argsort().split(BATCH):
+        padded = nn.utils.rnn.pad_sequence([ids[row] for row in batch], batch_first=True).to(model.device)
+        hidden = model.final_hidden_states(input_ids=padded)
+        states |= {row: hidden[place, : len(ids[row])] for place, row in enumerate(batch.tolist())}
+    return [states[row] for row in range(len(rows))]
 
 
 def train(model: nn.Module, rows: list[Row], states: list[Tensor], passes: int) -> None:

@@ -33,7 +33,7 @@ def results(settings: Settings, attention: str, batch: int) -> dict:
     )  # fmt: skip
     arms = ["stage 1", "stage 1, cached", "stage 2"] if settings.toy else list(ARMS)
     options = argparse.Namespace(
-        arms=arms, rounds=1 if settings.toy else 3, steps=1 if settings.toy else 10, rows=str(settings.rows),
+        arms=arms, rounds=1, steps=1 if settings.toy else 10, rows=str(settings.rows),
         cutoff=32 if settings.toy else 1024,
     )  # fmt: skip
     rows = compare(setting, options)

@@ -66,7 +66,7 @@ def command_of(model: str, options: list[str]) -> list[str]:
     check_base_files(heads, model)
     speculative = {"model": "lmtp_factory.serving.vllm.LeapProposer", "num_speculative_tokens": length}
     return [
-        sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model,
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model,
         "--speculative-config", json.dumps(speculative), *passed,
     ]  # fmt: skip
 

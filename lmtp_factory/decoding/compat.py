@@ -1,7 +1,7 @@
 """Names of transformers that decoding uses beyond its documented interface, and a check that they exist.
 
 Such names may change in any version of transformers. A version that lacks one is refused before heads attach. Only
-`GenerationConfig._pad_token_tensor`, which `generate` sets, is checked when it is read.
+`_pad_token_tensor` and `_mask_length` of `GenerationConfig`, which `generate` sets, are checked when they are read.
 """
 
 import inspect
@@ -111,9 +111,16 @@ def mask_length(mask: Tensor | None, config: GenerationConfig, length: int) -> i
     Args:
         mask: (batch, columns) attention mask, or None if it masks nothing.
         config: Prepared generation config, where transformers 5.24 notes the length of a mask that it leaves out.
-        length: Number of prompt tokens, for the case that there never was a mask.
+        length: Number of prompt tokens, for versions that leave no mask out.
+
+    Raises:
+        LMTPError: The mask was left out, and its length is not noted.
     """
-    return mask.shape[1] if mask is not None else getattr(config, "_mask_length", length)
+    if mask is not None:
+        return mask.shape[1]
+    if CACHE == "cache" and not hasattr(config, "_mask_length"):
+        raise _unsupported(["GenerationConfig._mask_length"])
+    return getattr(config, "_mask_length", length)
 
 
 def compiles(model: nn.Module, model_kwargs: dict, config: GenerationConfig) -> bool:

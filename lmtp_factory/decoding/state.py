@@ -65,10 +65,12 @@ class DecodeState:
         mask = kwargs.get("attention_mask")
         length = prompt_length(input_ids, kwargs)
         # If the mask is longer than input_ids, the user has passed only the tokens that are not in the cache.
-        whole = kwargs.get("inputs_embeds") is not None or compat.mask_length(mask, config, length) == length
+        whole = known and (
+            kwargs.get("inputs_embeds") is not None or compat.mask_length(mask, config, length) == length
+        )
         inputs = model.prepare_inputs_for_generation(
             input_ids,
-            next_sequence_length=length - known if known and whole else None,
+            next_sequence_length=length - known if whole else None,
             is_first_iteration=True,
             **kwargs,
         )

@@ -1,8 +1,8 @@
 """Comparison of decoding methods with the same model, prompts, dtype, device and process, interleaved per prompt."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -106,34 +106,42 @@ def run_arms(
     model: nn.Module, arms: Mapping[str, Arm], prompts: Sequence[Sequence[int]], max_new_tokens: int, repeats: int
 ) -> None:
     """Run every arm on every prompt and store the measurements in the arms."""
-    forwards = 0
-
-    def count(*_) -> None:
-        nonlocal forwards
-        forwards += 1
-
-    hook = model.base_model.register_forward_hook(count)
-    try:
-        for arm in arms.values():  # warm-up: kernels, prepacked weights, caches
-            with arm.around():
-                generate_greedy(model, prompts[0], 8, **always_drafting(arm.options))
-        for ids in tqdm(prompts, desc="benchmark", unit="prompt"):
-            times: dict[str, list[float]] = {name: [] for name in arms}
-            for repeat in range(repeats):
-                for name, arm in arms.items():
-                    forwards = 0
-                    stats = arm.stats if not repeat else DecodeStats()
-                    with arm.around():
-                        started = time.perf_counter()
-                        output = generate_greedy(model, ids, max_new_tokens, lmtp_stats=stats, **arm.options)
-                        if model.device.type == "cuda":
-                            torch.cuda.synchronize()
-                        times[name].append(time.perf_counter() - started)
-                    if not repeat:
-                        arm.outputs.append(output.cpu())
-                        arm.forwards += forwards
+    for arm in arms.values():  # warm-up: kernels, prepacked weights, caches
+        with arm.around():
+            generate_greedy(model, prompts[0], 8, **always_drafting(arm.options))
+    for ids in tqdm(prompts, desc="benchmark", unit="prompt"):
+        times: dict[str, list[float]] = {name: [] for name in arms}
+        for repeat in range(repeats):
             for name, arm in arms.items():
-                arm.seconds.append(min(times[name]))
+                stats, steps = arm.stats if not repeat else DecodeStats(), arm.stats.steps
+                with arm.around(), _counted_forwards(model, arm) as forwards:
+                    started = time.perf_counter()
+                    output = generate_greedy(model, ids, max_new_tokens, lmtp_stats=stats, **arm.options)
+                    if model.device.type == "cuda":
+                        torch.cuda.synchronize()
+                    times[name].append(time.perf_counter() - started)
+                if not repeat:
+                    arm.outputs.append(output.cpu())
+                    if forwards is not None:
+                        arm.forwards += len(forwards)
+                    elif stats.rows:
+                        arm.forwards += 1 + stats.steps - steps
+                    else:
+                        arm.forwards += output.shape[1] - len(ids)
+        for name, arm in arms.items():
+            arm.seconds.append(min(times[name]))
+
+
+@contextmanager
+def _counted_forwards(model: nn.Module, arm: Arm) -> Iterator[list | None]:
+    """Collect one entry for each forward of the backbone; None for a compiled arm, which a hook would compile again."""
+    if "cache_implementation" in arm.options:
+        yield None
+        return
+    forwards: list[None] = []
+    hook = model.base_model.register_forward_hook(lambda *_: forwards.append(None))
+    try:
+        yield forwards
     finally:
         hook.remove()
 

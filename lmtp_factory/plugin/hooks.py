@@ -65,7 +65,7 @@ BOARD_SEAMS = (
 _seams = {seam.name: seam for seam in (*SEAMS, *BOARD_SEAMS)}
 _attached: set[str] = set()
 _failures: dict[str, str] = {}
-_warned: set[str] = set()  # untried versions that a run has been warned of
+_warned: set[str] = set()  # versions that a run has been warned of
 _waiting: list[Seam] = []  # seams whose modules were being imported when the hooks were installed
 
 

@@ -115,6 +115,11 @@ def check_inference_keys(model_args, finetuning_args, exports: bool) -> None:
     """
     if not exports:
         _check_strategy(model_args, finetuning_args)
+    elif finetuning_args.lmtp_export != "ntp" and model_args.quantization_bit is not None:
+        raise LMTPError(
+            "An export with leap heads holds the model in full precision, whatever stage 1 has read: leave quantization_bit "
+            "out."
+        )
     elif finetuning_args.lmtp_export == "ntp" and os.path.isdir(os.path.join(model_args.export_dir, HEADS_FOLDER)):
         raise LMTPError(
             f"export_dir {model_args.export_dir} already holds leap heads, which an export without heads would leave "
@@ -243,6 +248,11 @@ def _check_frozen(model_args, training_args, finetuning_args) -> None:
         raise LMTPError(
             "Stage 1 on a quantised backbone (quantization_bit) does not run under ZeRO-3: use ZeRO-2, or leave "
             "quantization_bit out."
+        )
+    if model_args.quantization_bit is not None and model_args.quantization_method != "bnb":
+        raise LMTPError(
+            f"Stage 1 quantises its backbone with bitsandbytes only, not with {model_args.quantization_method}: leave "
+            "quantization_method out."
         )
     for key in ("resize_vocab", "add_tokens", "add_special_tokens"):
         if getattr(model_args, key):

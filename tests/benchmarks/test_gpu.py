@@ -1,4 +1,4 @@
-"""`make gpu` at toy size, with the packages of a machine that has torch and transformers only."""
+"""`make gpu` at toy size, without the packages that a machine with torch and transformers may lack."""
 
 import json
 import os

@@ -6,6 +6,7 @@ import torch
 from llamafactory.extras.misc import get_current_device
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils.quantization_config import QuantizationMethod
 
 from ...decoding import attach_heads
 from ...modeling import load_heads
@@ -16,6 +17,9 @@ from ...modeling.model import base_of
 from .. import log
 from ..heads_source import HeadsSource
 from ..vocabulary import fit_heads, saved_fingerprint
+
+
+_ORDINARY_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def attach_for_training(
@@ -61,13 +65,18 @@ def cast_backbone(model: nn.Module, model_args, frozen: bool) -> None:
     """Cast the backbone to the dtype that it computes in, unless its weights are sharded.
 
     Only a frozen backbone loses nothing by it. On a CPU a trained one is cast to fp32 too: a bf16 backward takes minutes a
-    step there. Of a quantised backbone only embeddings, norms and LM head are cast, if it is frozen.
+    step there. Of a frozen backbone that bitsandbytes has quantised, what is not quantised is cast; of others nothing.
     """
     if is_deepspeed_zero3_enabled():
         return
-    if getattr(model, "quantization_method", None) is not None:
-        plain = (p for p in model.parameters() if type(p) is nn.Parameter and p.is_floating_point())
-        for parameter in plain if frozen else ():
+    method = getattr(model, "quantization_method", None)
+    if method is not None:
+        casts = frozen and method == QuantizationMethod.BITS_AND_BYTES
+        for parameter in model.parameters() if casts else ():
+            if type(parameter) is not nn.Parameter or parameter.dtype not in _ORDINARY_DTYPES:
+                continue  # quantised numbers, whatever their dtype
+            if model_args.upcast_layernorm and parameter.dtype == torch.float32 and parameter.dim() == 1:
+                continue  # a norm that upstream has cast
             parameter.data = parameter.data.to(model_args.compute_dtype)
     elif frozen or (model.device.type == "cpu" and model_args.compute_dtype == torch.float32):
         model.to(model_args.compute_dtype)

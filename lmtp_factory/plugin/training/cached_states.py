@@ -132,6 +132,8 @@ class FillCache(TrainerCallback):
 
     def _computes_in(self) -> torch.dtype:
         args = self.trainer.args
+        if getattr(self.trainer.leap_model, "quantization_method", None) is not None:
+            return torch.bfloat16  # on some CPUs bitsandbytes multiplies in it, whatever it is asked for
         autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
         return max(autocast, self.trainer.leap_model.dtype, key=lambda dtype: torch.finfo(dtype).eps)
 

@@ -13,6 +13,7 @@ from torch.nn.utils import clip_grad_norm_
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.utils.quantization_config import QuantizationMethod
 
 from ...errors import LMTPError
 from ...files import HEADS_FOLDER
@@ -36,9 +37,10 @@ PISSA_CONVERTED = "pissa_converted"
 
 @contextmanager
 def _frozen_may_be_quantised(model: nn.Module) -> Iterator[None]:
-    """Hide from the Trainer's own check that a frozen backbone is quantised: only what is trained may not be."""
+    """Hide from the Trainer's own check that bitsandbytes has quantised a frozen backbone: the trained heads are not."""
     base = base_of(model)
-    hides = getattr(base, "is_quantized", False) and getattr(base, "trains_heads_only", False)
+    is_quantised = getattr(base, "quantization_method", None) == QuantizationMethod.BITS_AND_BYTES
+    hides = is_quantised and getattr(base, "is_quantized", False) and getattr(base, "trains_heads_only", False)
     if hides:
         base.is_quantized = False
     try:

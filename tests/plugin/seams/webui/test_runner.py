@@ -168,7 +168,7 @@ def test_a_refusal_of_an_earlier_run_is_not_shown_first(board, tmp_path, monkeyp
     """LLaMA-Factory 0.9.6 appends the output of each run in a directory to one log, and shows its end."""
     monkeypatch.chdir(tmp_path)
     runner, refusal = board.engine.runner, "lmtp_factory.errors.LMTPError: Write this.\n"
-    data = board.data("L-MTP: Head Warm-up")
+    data = board.data(STAGE1)
     log = runner._log(data, do_train=True)
     log.parent.mkdir(parents=True)
     log.write_text(refusal)
