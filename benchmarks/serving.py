@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -26,6 +27,7 @@ import torch
 from lmtp_factory import load_model
 from lmtp_factory.cli.serve import command_of
 from lmtp_factory.decoding.tree import chain_paths
+from lmtp_factory.distill.chat import stop_token_ids
 from lmtp_factory.distill.engine import Generation, Request, Sampling
 from lmtp_factory.distill.server_engine import ServerEngine
 from lmtp_factory.evaluation.machine import describe
@@ -42,15 +44,16 @@ def main() -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     tokenizer, prompts = read_prompts(args.model, args.prompts, args.limit)
     answers: dict[tuple[int, int], dict[int, Generation]] = {}
+    sampling = Sampling(args.max_new_tokens, stop_ids=stop_token_ids(args.model, tokenizer))
     rows = []
     for length in (0, *args.lengths):
         with server(args, length):
             engine = ServerEngine([url(args)], tokenizer, model=args.model)
-            ask(engine, prompts[: max(args.concurrency)], 8)  # a warm-up
+            ask(engine, prompts[: max(args.concurrency)], replace(sampling, max_new_tokens=8))  # a warm-up
             for concurrency in args.concurrency:
                 engine.concurrency = concurrency
                 before, started = counters(args), time.perf_counter()
-                answers[length, concurrency] = ask(engine, prompts, args.max_new_tokens)
+                answers[length, concurrency] = ask(engine, prompts, sampling)
                 rows.append(
                     row_of(args, length, concurrency, answers, time.perf_counter() - started, before, counters(args))
                 )
@@ -137,12 +140,12 @@ def answers_at(args: argparse.Namespace) -> bool:
         return False
 
 
-def ask(engine: ServerEngine, prompts: list[list[int]], max_new_tokens: int) -> dict[int, Generation]:
+def ask(engine: ServerEngine, prompts: list[list[int]], sampling: Sampling) -> dict[int, Generation]:
     """Return the greedy answers by number of the prompt."""
     answers: dict[int, Generation] = {}
     engine.generate(
         [Request(number, tuple(ids)) for number, ids in enumerate(prompts)],
-        Sampling(max_new_tokens),
+        sampling,
         done=(),
         on_finished=lambda finished: answers.update({answer.id: answer for answer in finished}),
     )
