@@ -60,7 +60,7 @@ def main() -> None:
                 print(line(rows[-1]), flush=True)
     found = {
         "machine": describe(torch.device("cpu" if not torch.cuda.is_available() else "cuda")),
-        "arguments": {key: str(value) for key, value in vars(args).items()},
+        "arguments": {key: value for key, value in vars(args).items() if key not in ("model", "prompts", "output_dir")},
         "head parameters": sum(tensor.numel() for tensor in load_heads(args.model).parameters()),
         "prompts": len(prompts),
         "rows": rows,
