@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from inspect import signature
 
 import pytest
 from helpers import chat_models, tiny_data
@@ -55,6 +56,7 @@ def test_webchat_answers(ending, expected, streamed, lines, tmp_path, monkeypatc
     args = {"model_name_or_path": str(ending), "template": "qwen", "do_sample": False}
     monkeypatch.setattr(sys, "argv", ["webchat", runs.write_yaml(tmp_path / "chat.yaml", args)])
     import gradio_client
+    from llamafactory.webui.chatter import WebChatModel
     from llamafactory.webui.interface import create_web_demo
 
     demo = create_web_demo().queue()
@@ -63,6 +65,8 @@ def test_webchat_answers(ending, expected, streamed, lines, tmp_path, monkeypatc
         client = gradio_client.Client(url, verbose=False)
         chatbot, _ = client.predict([], "user", FIRST, False, api_name="/append")
         settings = {"max_new_tokens": 60, "top_p": 0.7, "temperature": 0.95}
+        if "seed" in signature(WebChatModel.__base__.stream).parameters:  # LLaMA-Factory 0.9.6
+            settings["seed"] = -1
         media = dict.fromkeys(("image", "video", "audio"))
         chatbot = client.predict(
             chatbot, "en", "", "", *media.values(), *settings.values(), True, False, True, api_name="/stream"

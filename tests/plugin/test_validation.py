@@ -13,6 +13,7 @@ from helpers import tiny_models
 
 from lmtp_factory import LMTPError
 from lmtp_factory.plugin.seams.hparams.parser import extend
+from lmtp_factory.plugin.versions import pads_packed_positions
 
 
 CONFIGURATION = [
@@ -152,6 +153,8 @@ CONFIGURATION = [
 
 @pytest.mark.parametrize(("overrides", "message"), CONFIGURATION, ids=[str(c[0]) for c in CONFIGURATION])
 def test_keys_that_do_not_work_are_refused_in_one_sentence(overrides, message, llama, data, tmp_path, no_model_loads):
+    if "packing" in overrides and pads_packed_positions():
+        pytest.skip("this LLaMA-Factory pads packed rows whole, so every cutoff_len goes with packing")
     with pytest.raises(LMTPError, match=re.escape(message)) as caught:
         runs.train(llama, data, tmp_path, **overrides)
     sentence = str(caught.value)
