@@ -60,7 +60,7 @@ def _seeds(arm: dict, value: Callable[[dict], float]) -> list[float]:
 def _introduction(found: dict) -> list[str]:
     settings, seeds = found["settings"], found["settings"]["seeds"]
     return [
-        "# Results",
+        f"# {settings['title']}",
         "",
         f"Written by `{COMMAND}` for {found['model']} on {found['machine']}. Settings: "
         f"[{found['settings file']}](../experiments/{found['settings file']}).",
