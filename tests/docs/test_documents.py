@@ -159,7 +159,10 @@ def test_commands_are_accepted(command, workplace, monkeypatch, capsys):
         assert set(arguments) <= make_targets()
     elif program == "python" and arguments[:2] == ["-m", "venv"]:
         assert len(arguments) == 3
-    elif program == "python" and arguments[:2] == ["-m", "vllm.entrypoints.openai.api_server"]:  # in another environment
+    elif program == "python" and arguments[:2] == [
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+    ]:  # in another environment
         speculative = json.loads(arguments[arguments.index("--speculative-config") + 1])
         assert f'"{speculative["model"]}"' in (ROOT / "lmtp_factory/cli/serve.py").read_text("utf-8")
     elif program == "python" and arguments[0] == "-c":
