@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from heads_runs import add_test_options
+from heads_runs import HEADS, add_test_options
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
@@ -34,7 +34,6 @@ from lmtp_factory.modeling.draft_vocabulary import most_frequent
 from lmtp_factory.tuning.replay import observe_answers, tau_of_dynamic, tau_of_paths
 
 
-HEADS = {"head_inputs": "state_token", "head_kind": "own", "draft_vocab_size": 8192}
 OFFSETS = (1, 2, 3, 6)
 NODES = 16
 BATCH = 4  # rows

@@ -23,6 +23,8 @@ from lmtp_factory.tuning.replay import observe_answers, tau_of_dynamic, tau_of_p
 from lmtp_factory.tuning.tree_search import rank_trees
 
 
+# The heads of the experiments that do not compare kinds of heads.
+HEADS = {"head_inputs": "state_token", "head_kind": "own", "draft_vocab_size": 8192}
 MOST_NODES = 16
 CONFIG = Path(__file__).with_name("heads_stage1.yaml")
 

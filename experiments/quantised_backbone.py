@@ -6,10 +6,9 @@
 
 import argparse
 
-from heads_runs import MOST_NODES, add_options, in_words, measure, report, train
+from heads_runs import HEADS, MOST_NODES, add_options, in_words, measure, report, train
 
 
-HEADS = {"head_inputs": "state_token", "head_kind": "own", "draft_vocab_size": 8192}
 ARMS = {"full precision": {}, "4 bits": {"quantization_bit": 4}}
 
 

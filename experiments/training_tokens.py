@@ -11,14 +11,13 @@ import argparse
 import math
 from pathlib import Path
 
-from heads_runs import MOST_NODES, add_options, in_words, measure, report, train
+from heads_runs import HEADS, MOST_NODES, add_options, in_words, measure, report, train
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from lmtp_factory.evaluation.scoring import read_rows
 
 
-HEADS = {"head_inputs": "state_token", "head_kind": "own", "draft_vocab_size": 8192}
 BATCH = 4  # rows, as in heads_stage1.yaml
 
 

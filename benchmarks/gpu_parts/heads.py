@@ -2,13 +2,13 @@
 
 import gc
 import json
-import math
 import time
 from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from transformers import get_cosine_schedule_with_warmup
 
 from gpu_parts.settings import Settings
 from lmtp_factory import LMTPConfig
@@ -110,14 +110,7 @@ def train(model: nn.Module, rows: list[Row], states: list[Tensor], passes: int) 
     optimizer = torch.optim.AdamW(heads.parameters(), lr=RATE, weight_decay=0.0, fused=True)
     generator = torch.Generator().manual_seed(42)
     batches = [batch for _ in range(passes) for batch in torch.randperm(len(rows), generator=generator).split(BATCH)]
-    warmup = max(1, len(batches) // 20)
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, len(batches) - warmup)))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    schedule = get_cosine_schedule_with_warmup(optimizer, max(1, len(batches) // 20), len(batches))
     documents = [
         {"input_ids": prompt + answer, "labels": [IGNORE_INDEX] * len(prompt) + answer} for prompt, answer in rows
     ]

@@ -92,3 +92,13 @@ def test_attributes_of_transformers_objects_are_listed():
     }
     own = {"move", "set_cursor", "__dict__", "cumulative_length_int"}  # our layers' own; asked for with hasattr
     assert read - own <= listed
+
+
+def test_a_mask_that_is_left_out_has_a_length(monkeypatch):
+    config = GenerationConfig()
+    assert compat.mask_length(torch.ones(1, 7), config, 3) == 7
+    monkeypatch.setattr(compat, "CACHE", "cache")  # as since transformers 5.24
+    with pytest.raises(LMTPError, match="_mask_length"):
+        compat.mask_length(None, config, 3)
+    config._mask_length = 5
+    assert compat.mask_length(None, config, 3) == 5

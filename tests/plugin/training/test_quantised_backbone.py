@@ -100,6 +100,26 @@ def test_zero3_is_refused(model, data, tmp_path, monkeypatch):
         runs.train(model, data, tmp_path, **QUANTISED)
 
 
+def test_other_methods_are_refused(model, data, tmp_path):
+    with pytest.raises(LMTPError, match="with bitsandbytes only, not with hqq: leave quantization_method out"):
+        runs.train(model, data, tmp_path, **QUANTISED, quantization_method="hqq")
+
+
+def test_an_export_with_heads_is_of_the_whole_model(model, stage1, tmp_path):
+    keys = {"stage1_pretrained_path": stage1, "lmtp_export": "heads", "export_dir": tmp_path / "export"}
+    with pytest.raises(LMTPError, match="holds the model in full precision.*: leave quantization_bit out"):
+        runs.export(model_name_or_path=model, quantization_bit=4, **keys)
+
+
+def test_norms_that_upstream_casts_stay(model, data, tmp_path, trainers):
+    runs.train(
+        model, data, tmp_path, **QUANTISED | {"max_steps": 1, "bf16": True, "use_cpu": True, "upcast_layernorm": True}
+    )
+    trained = trainers[0].model
+    assert trained.model.norm.weight.dtype == torch.float32
+    assert trained.get_input_embeddings().weight.dtype == torch.bfloat16
+
+
 def test_heads_of_a_quantised_stage_one_name_the_base(model, data, tmp_path):
     runs.train(model, data, tmp_path, **QUANTISED)
     assert load_heads(tmp_path).config.base_model == str(model)

@@ -60,7 +60,11 @@ def extend(module: ModuleType) -> None:
         def _written(self, data: dict, do_train: bool, shown: str) -> str:
             """What this run has written, of which `shown` has the end."""
             log = self._log(data, do_train)
-            return log.read_bytes()[self._log_start :].decode("utf-8", errors="replace") if log.is_file() else shown
+            if not log.is_file():
+                return shown
+            with log.open("rb") as file:
+                file.seek(self._log_start)
+                return file.read().decode("utf-8", errors="replace")
 
         def _refusal(self, data: dict, stage: int) -> str:
             from llamafactory.hparams import FinetuningArguments
@@ -107,7 +111,7 @@ def extend(module: ModuleType) -> None:
             data, do_train = self.running_data, self.do_train
             output_box = self.manager.get_elem_by_id(f"{'train' if do_train else 'eval'}.output_box")
             for update in super().monitor():
-                if isinstance(shown := update.get(output_box), str):
+                if isinstance(shown := update.get(output_box), str) and _REFUSAL.search(shown):
                     written = self._written(data, do_train, shown)
                     update[output_box] = refusal_first(shown, self._value(data, "top.lang"), written)
                 yield update
