@@ -76,8 +76,9 @@ def _introduction(found: dict) -> list[str]:
         "- tau (tokens per forward) is replayed on the model's own greedy answers. Tokens per second with a tree follow "
         "from tau, the time of a forward of so many tokens and the time of a draft on this machine. These are measured "
         "when everything is trained, with the heads of stage 1: a tuned model has the same shape when its adapter is "
-        "merged. The spread is that of the seeds; the times of an arm are measured once and vary on their own, by up to 15 % from "
-        "run to run on a machine of two cores. Static trees are built from the first half of the answers; tau is that of the second half.",
+        "merged. The spread is that of the seeds; the times of an arm are measured once and vary on their own, by up to "
+        "15 % from run to run on a machine of two cores. Static trees are built from the first half of the answers; tau is "
+        "that of the second half.",
         "- Training tokens per second and memory are those of stage 2, which other work on the machine may have disturbed.",
         "",
     ]
