@@ -1,8 +1,8 @@
 """Overhead of a look-back step over a plain forward.
 
-Baseline: the model's forward, including logits, of equally many tokens, with the same cache, weights and context
-    length. The
-phases of a step are timed inside `generate`. Rounds of both are interleaved.
+Baseline: the model's forward, including logits, of equally many tokens, with the same cache, weights and context length.
+The phases of a step are timed inside `generate`. Rounds of both are interleaved. `operators` counts the operators of torch,
+views aside, that a step calls outside the backbone: on a GPU each is a kernel, launched by the host.
 
     python benchmarks/decode_step.py demo_run/export_heads
 """
@@ -14,6 +14,7 @@ import time
 from contextlib import nullcontext
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from lmtp_factory.decoding.cache import TreeCache
@@ -40,7 +41,10 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(model.config.get_text_config().vocab_size, (args.prompt,), generator=generator).tolist()
     print(describe(model.device))
-    print(f"{'nodes':>5} {'forward':>9} {'step':>9} {'ratio':>6}   phases in ms: {' '.join(f'{p:>7}' for p in PHASES)}")
+    print(
+        f"{'nodes':>5} {'forward':>9} {'step':>9} {'ratio':>6} {'operators':>9}   "
+        f"phases in ms: {' '.join(f'{p:>7}' for p in PHASES)}"
+    )
     rows = []
     for nodes in args.nodes:
         rounds = [one_round(model, prompt, nodes, args.new_tokens) for _ in range(args.rounds + 1)][1:]
@@ -48,9 +52,11 @@ def main() -> None:
         phases = {phase: statistics.median(times[phase] for _, times in rounds) for phase in PHASES}
         step = statistics.median(sum(times.values()) for _, times in rounds)
         ratio = statistics.median(sum(times.values()) / seconds for seconds, times in rounds)
-        rows.append({"nodes": nodes, "forward_ms": 1e3 * forward, "step_ms": 1e3 * step, "ratio": ratio})
+        count = operators_a_step(model, prompt, nodes, args.new_tokens)
+        row = {"nodes": nodes, "forward_ms": 1e3 * forward, "step_ms": 1e3 * step, "ratio": ratio, "operators": count}
+        rows.append(row)
         parts = " ".join(f"{1e3 * phases[phase]:>7.2f}" for phase in PHASES)
-        print(f"{nodes:>5} {1e3 * forward:>6.1f} ms {1e3 * step:>6.1f} ms {ratio:>6.2f}   {'':<13} {parts}")
+        print(f"{nodes:>5} {1e3 * forward:>6.1f} ms {1e3 * step:>6.1f} ms {ratio:>6.2f} {count:>9.1f}   {'':<13} {parts}")
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
             json.dump({"machine": describe(model.device), "rows": rows}, file, indent=1)
@@ -59,12 +65,52 @@ def main() -> None:
 def one_round(model, prompt: list[int], nodes: int, new_tokens: int) -> tuple[float, dict[str, float]]:
     """Return the seconds of a plain forward and of each phase of a step."""
     stats = DecodeStats(profile=True)
-    tree_config = TreeConfig("dynamic", nodes, always=True) if nodes > 1 else TreeConfig("chain", 1)
-    # Without an end-of-sequence token all rounds have equal length.
-    generate_greedy(model, prompt, new_tokens, lmtp_tree=tree_config, lmtp_stats=stats, eos_token_id=None)
+    decode(model, prompt, nodes, new_tokens, stats)
     steps = max(stats.steps, 1)
     times = {phase: stats.seconds[phase] / steps for phase in PHASES}
     return bare_forward(model, prompt, nodes, len(prompt) + new_tokens // 2, steps), times
+
+
+def decode(model, prompt: list[int], nodes: int, new_tokens: int, stats: DecodeStats) -> None:
+    """Generate with a dynamic tree. Without an end-of-sequence token all rounds have equal length."""
+    tree_config = TreeConfig("dynamic", nodes, always=True) if nodes > 1 else TreeConfig("chain", 1)
+    generate_greedy(model, prompt, new_tokens, lmtp_tree=tree_config, lmtp_stats=stats, eos_token_id=None)
+
+
+class OperatorCount(TorchDispatchMode):
+    """Counts the operators of torch that are no views, except inside the backbone's forward."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.count, self.inside, self.hooks = 0, False, ()
+        self.backbone = model.base_model
+
+    def __enter__(self):
+        self.hooks = (
+            self.backbone.register_forward_pre_hook(lambda *_: setattr(self, "inside", True)),
+            self.backbone.register_forward_hook(lambda *_: setattr(self, "inside", False)),
+        )
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        for hook in self.hooks:
+            hook.remove()
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not self.inside and not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+def operators_a_step(model, prompt: list[int], nodes: int, new_tokens: int) -> float:
+    """Return the mean number of operators a step: those of a generation, less those of its first token."""
+    counts, stats = [], DecodeStats()
+    decode(model, prompt, nodes, 1, stats)  # what is done once a model
+    for length in (1, new_tokens):
+        with OperatorCount(model) as counted:
+            decode(model, prompt, nodes, length, stats)
+        counts.append(counted.count)
+    return (counts[1] - counts[0]) / max(stats.steps, 1)
 
 
 @torch.no_grad()

@@ -14,7 +14,9 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation import EosTokenCriteria
 
+from .branches import Branches, follow
 from .row_safety import is_known
+from .tree import Tree
 
 
 @dataclass
@@ -41,8 +43,9 @@ class Row:
 class Acceptor:
     """Chooses tokens, appends them to the sequences and applies stopping criteria.
 
-    All rows walk down their trees in parallel. The host waits for the device once per walk if tokens are the argmax of
-    the logits, and once per token of the longest branch if tokens are sampled or logits are processed.
+    All rows walk down their trees in parallel. If tokens are the argmax of the logits, the device walks, and the host reads
+    the result once. If tokens are sampled, logits are processed or criteria are the user's, the host walks, and waits for the
+    device once per token of the longest branch.
 
     Args:
         input_ids: (batch, prompt length) token ids on the model's device.
@@ -80,6 +83,7 @@ class Acceptor:
         self.host_criteria = StoppingCriteriaList(c for c in others if is_known(c))
         self.custom_criteria = StoppingCriteriaList(c for c in others if not is_known(c))
         self.sequences = torch.cat([input_ids.cpu(), torch.zeros(batch, 64, dtype=torch.long)], dim=1)
+        self._active: Tensor | None = None  # (batch, 1) bool on the device of the logits; None until a row ends
         self.on_device = None
         if processors or self.custom_criteria:
             self.on_device = self.sequences.to(self.device)  # on a CPU it is the same tensor
@@ -89,8 +93,46 @@ class Acceptor:
         """Whether tokens are the argmax of unprocessed logits, and scores and logits are not returned."""
         return not (self.do_sample or self.processors or self.keep_scores or self.keep_logits)
 
-    def walk(self, logits: Tensor, tokens: Tensor, parents: Tensor) -> list[list[int]]:
+    def accept(self, logits: Tensor, tokens: Tensor, tree: Tree) -> Branches:
         """Append the accepted tokens, and one more chosen token, to every row that has not ended.
+
+        As many tokens are appended as a branch has nodes: the root's token was in the sequence before, and the last appended
+        token is not yet in the cache.
+
+        Args:
+            logits: (batch, nodes, vocabulary) logits of the tree's nodes.
+            tokens: (batch, nodes) token ids of the nodes.
+            tree: The tree.
+        """
+        if self.only_argmax and not self.custom_criteria:
+            return self._follow(logits.argmax(-1), tokens, tree)
+        branches = self._walk(logits, tokens, tree.parents)
+        return Branches.sent(branches, [row.last for row in self.rows], logits.device)
+
+    def _follow(self, chosen: Tensor, tokens: Tensor, tree: Tree) -> Branches:
+        """Let the device walk along the (batch, nodes) chosen tokens, and read what it has accepted."""
+        nodes, appended, counts = follow(chosen, tokens, tree)
+        roots = appended.gather(1, counts - 1)[:, 0]  # (batch,)
+        if self._active is not None:
+            counts = counts * self._active
+        # Each read from the device waits for it, so there is one.
+        rows = torch.cat([counts, nodes, appended], dim=1).tolist()  # (batch, 1 + 2 (height + 1))
+        branches, width = [], nodes.shape[1]
+        for b, (count, *numbers) in enumerate(rows):
+            branch, new = numbers[:count], numbers[width : width + count]
+            for place, token in enumerate(new):
+                self._make_room()
+                self._append(b, token, ends=False)
+                if self.rows[b].done:
+                    branch = branch[: place + 1]
+                    break
+            branches.append(branch)
+        if any(branch and row.done for branch, row in zip(branches, self.rows)) and not self.finished():
+            self._active = torch.tensor([[not row.done] for row in self.rows]).to(chosen.device, non_blocking=True)
+        return Branches(branches, nodes, counts, roots)
+
+    def _walk(self, logits: Tensor, tokens: Tensor, parents: Tensor) -> list[list[int]]:
+        """Walk on the host, see `accept`.
 
         Args:
             logits: (batch, nodes, vocabulary) logits of the tree's nodes.
@@ -98,33 +140,26 @@ class Acceptor:
             parents: (batch, nodes) indices of the nodes' parents.
 
         Returns:
-            For each row the indices of the root and of the accepted nodes below it, as many as tokens were appended:
-            the root's token was in the sequence before, and the last appended token is not yet in the cache. Empty for
-            rows that had ended before.
+            Indices of each row's accepted nodes, root first. Empty for rows that had ended before.
         """
         branches = [[] if row.done else [0] for row in self.rows]
-        tree_tensors = [tokens, parents.expand_as(tokens)]  # (batch, nodes) each
+        tree_tensors, best = (tokens, parents.expand_as(tokens)), None  # (batch, nodes) each
         if self.only_argmax:
-            tree_tensors.append(logits.argmax(-1))  # (batch, nodes)
-        # Each read from the device waits for it, so the tree is read together with the first tokens.
-        tree_lists = torch.stack(tree_tensors).tolist() if self.only_argmax and not self.custom_criteria else None
-        is_read_once, children = tree_lists is not None, None
+            best = logits.argmax(-1)  # (batch, nodes)
+        children: list[dict[tuple[int, int], int]] | None = None
         walking = [(b, 0) for b, row in enumerate(self.rows) if not row.done]  # (row, node that it has reached)
         while walking:
             self._make_room()
             ends = [False] * len(walking)
-            if is_read_once:
-                chosen = [tree_lists[2][b][node] for b, node in walking]
-            else:
-                results = [self._choose(logits, tree_tensors[2] if self.only_argmax else None, walking)]
-                if self.custom_criteria:
-                    results.append(self._apply_custom_criteria(walking))
-                chosen, *results = _lists(*results, *(tree_tensors if tree_lists is None else ()))
-                if self.custom_criteria:
-                    ends, *results = results
-                tree_lists = tree_lists or results
+            results = [self._choose(logits, best, walking)]
+            if self.custom_criteria:
+                results.append(self._apply_custom_criteria(walking))
+            # Each read from the device waits for it, so the tree is read together with the first tokens.
+            chosen, *results = _lists(*results, *(tree_tensors if children is None else ()))
+            if self.custom_criteria:
+                ends, *results = results
             if children is None:
-                children = [_children(*row) for row in zip(*tree_lists[:2])]
+                children = [_children(*row) for row in zip(*results)]
             still_walking = []
             for (b, node), token, end in zip(walking, chosen, ends):
                 self._append(b, token, bool(end))

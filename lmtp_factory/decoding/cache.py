@@ -13,6 +13,7 @@ copied to the end of the row, in place:
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import (
@@ -24,6 +25,8 @@ from transformers.cache_utils import (
     StaticCache,
     StaticLayer,
 )
+
+from .branches import Branches
 
 
 class _Movable:
@@ -46,11 +49,13 @@ class _Moves:
     """Source and target columns of a step as index tensors, computed once for all layers of the same layout.
 
     Args:
-        columns: (batch, 2 n) source columns, then target columns.
+        sources: (batch, n) columns that are copied.
+        targets: (batch, n) columns that they are copied to, in the same order.
     """
 
-    def __init__(self, columns: Tensor):
-        self.on, self.made = {columns.device: columns}, {}  # columns by device; indices by device and layout
+    def __init__(self, sources: Tensor, targets: Tensor):
+        # Columns by device; indices by device and layout.
+        self.on, self.made = {sources.device: (sources, targets)}, {}
 
     def of(self, buffer: Tensor, first: int) -> tuple[Tensor, Tensor]:
         """Return the source and target indices for a (batch, heads, columns, head size) buffer.
@@ -62,9 +67,10 @@ class _Moves:
         key = device, first, heads, size
         if key not in self.made:
             if device not in self.on:
-                self.on[device] = next(iter(self.on.values())).to(device)
-            columns = self.on[device] - first if first else self.on[device]  # (batch, 2 n)
-            both = columns.chunk(2, dim=1)  # two of (batch, n)
+                self.on[device] = tuple(part.to(device) for part in next(iter(self.on.values())))
+            both = self.on[device]  # two of (batch, n)
+            if first:
+                both = tuple(part - first for part in both)
             if len(buffer) == 1:
                 self.made[key] = tuple(part[0] for part in both)
             else:
@@ -208,42 +214,31 @@ class TreeCache(Cache):
         """Whether the buffers have a fixed size."""
         return isinstance(self.layers[0], FixedLayer)
 
-    def moves(self, branches: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[list[int]]:
-        """Return the source and target columns of the copies that `keep` makes.
-
-        Args:
-            branches: Columns of each row's accepted branch, root first. Empty for rows that had ended.
-            lengths: Columns that each row owned before the step. The step's nodes begin at the largest.
-
-        Returns:
-            (batch, 2 n) source columns, then target columns; n is 0 if every branch is already in place.
-        """
-        # A branch is in place if its last node is at the row's new end, because the columns of a branch increase.
-        if not any(branch and branch[-1] != length + len(branch) - 1 for branch, length in zip(branches, lengths)):
-            return [[] for _ in branches]
-        longest, somewhere = max(map(len, branches)), max(lengths)
-        moves = []
-        for branch, length in zip(branches, lengths):
-            source, target = list(branch) or [somewhere], list(range(length, length + len(branch))) or [somewhere]
-            # Rows need equally many moves: short branches repeat their last one, ended rows copy a column to itself.
-            more = longest - len(source)
-            moves.append([*source, *source[-1:] * more, *target, *target[-1:] * more])
-        return moves
-
-    def keep(self, branches: Sequence[Sequence[int]], lengths: Sequence[int], moves: Tensor) -> None:
+    def keep(self, branches: Branches, lengths: Sequence[int], columns: Tensor) -> None:
         """Append one branch of the step's tree to each row and discard the other nodes.
 
         Args:
-            branches: Columns of each row's accepted branch, as in `moves`.
-            lengths: Columns that each row owned before the step.
-            moves: (batch, 2 n) result of `moves`, on a device.
+            branches: The accepted branches.
+            lengths: Columns that each row owned before the step. The step's nodes begin at the largest.
+            columns: (batch, 1) the same on the device.
         """
-        if moves.shape[1]:  # a host-side shape, so the check does not wait for the device
-            shared = _Moves(moves)
+        start = max(lengths)
+        # A branch is in place if its last node is at the row's new end, because the columns of a branch increase.
+        if any(
+            branch and start + branch[-1] != length + len(branch) - 1
+            for branch, length in zip(branches.on_host, lengths)
+        ):
+            nodes = branches.nodes[:, : max(map(len, branches.on_host))]  # (batch, longest)
+            sources = start + nodes
+            # What fills up a short branch is copied to columns beyond the row's end, which the next step overwrites.
+            targets = columns + torch.arange(nodes.shape[1], device=columns.device)
+            if len(lengths) > 1:  # rows that have ended copy columns to themselves
+                targets = targets.where(branches.counts > 0, sources)
+            shared = _Moves(sources, targets)
             for layer in self.layers:
                 layer.move(shared)
-        grown = [length + len(branch) for branch, length in zip(branches, lengths)]
-        self.set_cursor(max(grown), min(length for length, branch in zip(grown, branches) if branch))
+        grown = [length + len(branch) for branch, length in zip(branches.on_host, lengths)]
+        self.set_cursor(max(grown), min(length for length, branch in zip(grown, branches.on_host) if branch))
 
     def set_cursor(self, cursor: int, shortest: int) -> None:
         """Set, in every layer, the next step's first column and the length of the shortest row that still generates."""

@@ -13,6 +13,7 @@ from ..modeling.blocks import KnownToken, unchanged
 from ..modeling.dtypes import cast_like
 from ..modeling.heads import LeapHead, LeapHeads, softcap_of
 from ..modeling.losses.softmax import softcapped
+from .branches import Branches
 from .cpu_prepacked import int8_linear
 
 
@@ -71,28 +72,18 @@ class Window:
         filled = is_real.sum(1).tolist()
         return cls(states, filled, None if bool(is_real.all()) else is_real.to(states.device), roots)
 
-    def places(self, branches: list[list[int]]) -> list[list[int]]:
-        """Return the indices of the next window's states in the concatenation of window and tree.
-
-        Args:
-            branches: Indices of each row's accepted nodes, root first. Empty for rows that had ended.
-
-        Returns:
-            (batch, size) indices.
-        """
-        size = self.states.shape[1]
-        return [[*range(size), *(size + node for node in branch)][-size:] for branch in branches]
-
-    def push(self, hidden: Tensor, branches: list[list[int]], places: Tensor) -> None:
-        """Append the states of each row's accepted nodes and drop the oldest states.
+    def push(self, hidden: Tensor, branches: Branches) -> None:
+        """Append the states of each row's accepted nodes, drop the oldest states and take the new roots.
 
         Args:
             hidden: (batch, nodes, hidden) or (batch, nodes, heads, hidden) states of the step's tree.
-            branches: Indices of each row's accepted nodes, root first.
-            places: (batch, size) result of `places`, on a device.
+            branches: The accepted branches.
         """
         batch, size = self.states.shape[:2]
-        places = places.to(hidden.device)
+        # Indices in the concatenation of window and tree: the row's states in their order, of which the last stay.
+        own = torch.arange(size, device=hidden.device).expand(batch, -1)  # (batch, size)
+        order = torch.cat([own, size + branches.nodes.to(hidden.device)], dim=1)  # (batch, size + longest)
+        places = order.gather(1, own + branches.counts.to(hidden.device))  # (batch, size)
         states = torch.cat([self.states, hidden], dim=1)  # (batch, size + nodes, ...)
         if batch == 1:
             self.states = states.index_select(1, places[0])
@@ -100,10 +91,11 @@ class Window:
             flat = states.flatten(2)  # (batch, size + nodes, hidden), of all heads where each has its own
             chosen = flat.gather(1, places[:, :, None].expand(-1, -1, flat.shape[2]))
             self.states = chosen.unflatten(2, states.shape[2:])
-        self.filled = [min(size, filled + len(branch)) for filled, branch in zip(self.filled, branches)]
+        self.filled = [min(size, filled + len(branch)) for filled, branch in zip(self.filled, branches.on_host)]
         if self.real is not None:
             new = self.real.new_ones(batch, hidden.shape[1])
             self.real = torch.cat([self.real, new], dim=1).gather(1, places) if min(self.filled) < size else None
+        self.roots = branches.roots
 
 
 def propose_candidates(model: nn.Module, window: Window, levels: int, width: int) -> Candidates:

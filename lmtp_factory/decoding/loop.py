@@ -114,9 +114,9 @@ def run(
             hidden = verify(tokens, tree, state)  # (batch, nodes, hidden)
             logits = lm_logits(model, hidden)  # (batch, nodes, vocabulary)
         with stats.timed("accept", state.device):
-            branches = state.acceptor.walk(logits, tokens, tree.parents)  # accepted nodes of each row, root first
-        stats.count(tree.nodes, branches)
+            branches = state.acceptor.accept(logits, tokens, tree)  # accepted nodes of each row, root first
+        stats.count(tree.nodes, branches.on_host)
         with stats.timed("commit", state.device):
             state.advance(model.leap_heads.inputs(hidden, layers), branches)
-        builder.learn(tree, branches, time.perf_counter() - started)
+        builder.learn(tree, branches.on_host, time.perf_counter() - started)
         stream.flush()

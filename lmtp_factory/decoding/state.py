@@ -10,8 +10,10 @@ from ..modeling.heads import lm_logits
 from ..modeling.layer_states import recorded
 from . import compat
 from .accept import Acceptor
+from .branches import Branches
 from .cache import TreeCache
 from .draft import Window
+from .tree import fixed
 
 
 # Inputs that generate() prepares for `*ForCausalLM.forward` and that the backbone does not accept.
@@ -30,9 +32,8 @@ class DecodeState:
     Attributes:
         acceptor: The sequences, and which of them have ended.
         cache: Keys and values of all accepted tokens except the roots.
-        window: The last hidden states of each row, input of the next draft.
-        roots: (batch,) newest token of each row, on `device`.
-        columns: (batch, 1) number of cache columns that each row owns, on `device`.
+        window: The last hidden states of each row and its newest token, input of the next draft.
+        columns: (batch, 1) number of cache columns that each row owns, on `device`. Of rows that have ended it may be more.
         shift: (..., batch, 1) position of a row's root minus its number of columns. It is not 0 if the row is padded or
             the user passes positions. Leading axes are those of models with several position axes.
         prompt_mask: (batch, prompt) bool, False for padding; None without padding.
@@ -41,7 +42,6 @@ class DecodeState:
     """
 
     window: Window
-    roots: Tensor
     columns: Tensor
     shift: Tensor
     prompt_mask: Tensor | None
@@ -94,44 +94,32 @@ class DecodeState:
         self.shift = (positions + 1 - start).to(self.device)  # (..., batch, 1)
         self.prompt_mask = mask.bool().to(self.device) if padded else None
         self.last_position = int(positions.max()) + self.acceptor.remaining_tokens()
+        self.columns = torch.full((len(input_ids), 1), start, device=self.device)
         # A tree of one node, whose token is not read, makes the acceptor choose the first token.
         root = torch.zeros(len(input_ids), 1, dtype=torch.long, device=self.device)
-        self.acceptor.walk(logits, root, root)
-        self._upload()
-        self.window.roots = self.roots
+        self.window.roots = self.acceptor.accept(logits, root, fixed([()], self.device)).roots
 
     def lengths(self) -> list[int]:
         """Return the number of cache columns that each row owns, on the host."""
         return [row.columns for row in self.acceptor.rows]
 
-    def advance(self, hidden: Tensor, branches: list[list[int]]) -> None:
+    def advance(self, hidden: Tensor, branches: Branches) -> None:
         """Commit the accepted branch of each row to the cache, the window and the positions.
 
         Args:
             hidden: (batch, nodes, ...) states of the tree, as the heads read them.
-            branches: Indices of each row's accepted nodes, root first. Empty for rows that had ended before.
+            branches: The accepted branches.
         """
-        lengths = self.lengths()
-        cursor = max(lengths)  # first column of the step's nodes
-        kept = [[cursor + node for node in branch] for branch in branches]
-        for row, branch in zip(self.acceptor.rows, branches):
+        self.cache.keep(branches, self.lengths(), self.columns)
+        self.window.push(hidden, branches)
+        self.columns = self.columns + branches.counts
+        for row, branch in zip(self.acceptor.rows, branches.on_host):
             row.columns += len(branch)
-        places, moves = self._upload(self.window.places(branches), self.cache.moves(kept, lengths))
-        self.cache.keep(kept, lengths, moves)
-        self.window.push(hidden, branches, places)
-        self.window.roots = self.roots
 
-    def _upload(self, *numbers: list[list[int]]) -> list[Tensor]:
-        """Copy the roots, the columns and (batch, n) lists of `numbers` to the device in one transfer."""
-        rows = self.acceptor.rows
-        parts = [[[row.last] for row in rows], [[row.columns] for row in rows], *numbers]
-        widths = [len(part[0]) for part in parts]
-        # One flat tensor, because each transfer has a fixed cost.
-        flat = [number for part in parts for row in part for number in row]
-        sent = torch.tensor(flat).to(self.device, non_blocking=True).split([len(rows) * width for width in widths])
-        roots, self.columns, *sent = (part.view(len(rows), width) for part, width in zip(sent, widths))
-        self.roots = roots[:, 0]
-        return sent
+    @property
+    def roots(self) -> Tensor:
+        """(batch,) newest token of each row, on `device`."""
+        return self.window.roots
 
     def output(self, given, config: GenerationConfig, pad_token: int | None) -> GenerateDecoderOnlyOutput | Tensor:
         """Build the return value of `_sample`; copy the cache's contents to `given`, the cache of the caller."""

@@ -31,7 +31,8 @@ def says(tokens) -> torch.Tensor:
 
 
 def walk(accept: Acceptor, next_tokens, drafted, tree: Tree = TREE) -> list[list[int]]:
-    return accept.walk(says(next_tokens), torch.tensor(drafted), tree.parents)
+    """The branches of a step."""
+    return accept.accept(says(next_tokens), torch.tensor(drafted), tree).on_host
 
 
 def tokens_of(accept: Acceptor, row: int = 0) -> list[int]:
@@ -53,7 +54,8 @@ def test_a_step_without_an_accepted_draft_adds_the_models_own_token():
 
 
 def test_of_equal_siblings_the_first_is_taken():
-    accept = acceptor([[1]])
+    """Where the host walks. A draft has no equal siblings."""
+    accept = acceptor([[1]], criteria=[EndsAt(-1)])
     assert walk(accept, [[4, 8, 9, 0, 0, 0]], [[3, 4, 4, 6, 7, 8]]) == [[0, 1]]
     assert tokens_of(accept) == [1, 4, 8]
 
@@ -102,7 +104,7 @@ def test_processors_are_shown_every_prefix_once_and_decide():
     seen, logits = Seen(), says([[4, 0, 7, 0, 0, 0]])
     logits[0, 0, 5] = 1.0  # the second best at the root
     accept = acceptor([[1, 2]], [seen])
-    assert accept.walk(logits, torch.tensor([[3, 4, 5, 6, 7, 8]]), TREE.parents) == [[0, 2]]
+    assert accept.accept(logits, torch.tensor([[3, 4, 5, 6, 7, 8]]), TREE).on_host == [[0, 2]]
     assert seen.prefixes == [[1, 2], [1, 2, 5]]
     assert tokens_of(accept) == [1, 2, 5, 7]
 
@@ -134,7 +136,7 @@ def test_tokens_are_drawn_from_the_distribution_at_their_own_node():
     drawn = []
     for _ in range(40):
         accept = acceptor([[1]], do_sample=True)
-        branches = accept.walk(logits, drafted, tree.parents)
+        branches = accept.accept(logits, drafted, tree).on_host
         drawn.append((branches[0], tokens_of(accept)[1:]))
     assert sorted(set(map(str, drawn))) == ["([0, 1], [4, 8])", "([0, 2], [5, 9])"]
 

@@ -9,6 +9,7 @@ from helpers.decoding import TREES, assert_as_stock, decoded, oracle, padded, pr
 from transformers import DynamicCache, GPT2Config, MistralConfig, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from lmtp_factory.decoding.branches import Branches
 from lmtp_factory.decoding.cache import GrowingLayer, TreeCache, _Moves
 from lmtp_factory.decoding.stats import DecodeStats
 
@@ -90,9 +91,8 @@ class Plain:
         for held, new in zip(self.held, written):
             for row, branch in enumerate(branches):
                 held[row] = [torch.cat([old, part[row][:, branch]], dim=1) for old, part in zip(held[row], new)]
-        columns = [[max(lengths) + node for node in branch] for branch in branches]
-        moves = torch.tensor(self.cache.moves(columns, lengths), dtype=torch.long)
-        self.cache.keep(columns, lengths, moves)
+        sent = Branches.sent(branches, [0] * self.rows, torch.device("cpu"))
+        self.cache.keep(sent, lengths, torch.tensor(lengths)[:, None])
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -121,8 +121,7 @@ def test_layers_on_several_devices_share_what_a_step_sends(rows):
     states = torch.arange(rows * HEADS * 8.0 * SIZE).view(rows, HEADS, 8, SIZE)
     for number, device in enumerate(devices):
         cache.update(states.to(device), states.to(device), number)
-    lengths, branches = [5] * rows, [[5, 7]] * rows
-    sent = _Moves(torch.tensor(cache.moves(branches, lengths)))
+    sent = _Moves(sources=torch.tensor([[5, 7]] * rows), targets=torch.tensor([[5, 6]] * rows))
     for layer in cache.layers:
         layer.move(sent)
     assert set(sent.on) == {torch.device("cpu"), torch.device("meta")} and len(sent.made) == 2

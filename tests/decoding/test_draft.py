@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from lmtp_factory.decoding import draft as draft_module
 from lmtp_factory.decoding import tree_builder
+from lmtp_factory.decoding.branches import Branches
 from lmtp_factory.decoding.draft import Window, propose_candidates
 from lmtp_factory.modeling.layer_states import recorded as recorded_layers
 
@@ -54,7 +55,7 @@ def test_the_window_is_the_last_states(size, prompts, seed):
         branches = [
             [] if done else [0, *sorted(rng.sample(range(1, nodes), rng.randint(0, nodes - 1)))] for done in finished
         ]
-        window.push(tree, branches, torch.tensor(window.places(branches)))
+        window.push(tree, Branches.sent(branches, [0] * len(branches), tree.device))
         for row, branch in enumerate(branches):
             expected[row].extend(tree[row, branch].clone())
         tree.zero_()

@@ -164,19 +164,22 @@ HEADS = {"offsets": (2, 3, 6)}
 @pytest.mark.parametrize("plan", ["chain", "static", "dynamic"])
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3-text"])
 @pytest.mark.parametrize("rows", [1, 3])
-def test_a_greedy_step_crosses_once_in_each_direction(leap, architecture, plan, rows):
-    """Whatever the depth, the number of layers and of rows, and however many kinds of layers."""
+def test_a_greedy_step_crosses_once_in_one_direction(leap, architecture, plan, rows):
+    """Whatever the depth, the number of layers and of rows, and however many kinds of layers.
+
+    Only that a row has ended, and others have not, is told to the device.
+    """
     more = {"layer_types": ["sliding_attention", "full_attention"] * 3} if architecture == "gemma3-text" else {}
     model = leap(architecture, num_hidden_layers=6, heads=HEADS, **more)
     _, *steps, last = counted(model, padded([9, 2, 4][:rows]), TREES[plan], **GREEDY)[0]
-    assert {(step.uploads, step.downloads) for step in steps} == {(1, 1)} and last.downloads == 1
+    assert {step.downloads for step in (*steps, last)} == {1} and sum(step.uploads for step in steps) < rows
 
 
 def test_prompts_shorter_than_the_window_cross_no_more(leap):
     model = leap("llama", heads={"num_heads": 2, "stride": 5})
     for inputs in ({"input_ids": prompt(1, 1)}, padded([2, 9])):
         _, *steps, _ = counted(model, inputs, TREES["dynamic"], **GREEDY)[0]
-        assert {(step.uploads, step.downloads) for step in steps} == {(1, 1)}
+        assert {step.downloads for step in steps} == {1} and sum(step.uploads for step in steps) < len(inputs["input_ids"])
 
 
 @pytest.mark.parametrize(
