@@ -56,7 +56,9 @@ def main() -> None:
         row = {"nodes": nodes, "forward_ms": 1e3 * forward, "step_ms": 1e3 * step, "ratio": ratio, "operators": count}
         rows.append(row)
         parts = " ".join(f"{1e3 * phases[phase]:>7.2f}" for phase in PHASES)
-        print(f"{nodes:>5} {1e3 * forward:>6.1f} ms {1e3 * step:>6.1f} ms {ratio:>6.2f} {count:>9.1f}   {'':<13} {parts}")
+        print(
+            f"{nodes:>5} {1e3 * forward:>6.1f} ms {1e3 * step:>6.1f} ms {ratio:>6.2f} {count:>9.1f}   {'':<13} {parts}"
+        )
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
             json.dump({"machine": describe(model.device), "rows": rows}, file, indent=1)

@@ -17,7 +17,6 @@ depth  stride 2: head @ state      stride 3: head @ state
 ====== =========================== ===========================
 """
 
-from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from operator import index
 
@@ -91,7 +90,7 @@ def lookback(depth: int, offsets: Sequence[int]) -> tuple[int, int]:
         raise ValueError(
             f"The depth is {depth}, but it is outside 1..{reach(offsets)}: draft no deeper than the last head."
         )
-    head = bisect_left(offsets, depth)
+    head = next(number for number, offset in enumerate(offsets) if offset >= depth)
     return head, offsets[head] - depth
 
 

@@ -44,8 +44,8 @@ class Acceptor:
     """Chooses tokens, appends them to the sequences and applies stopping criteria.
 
     All rows walk down their trees in parallel. If tokens are the argmax of the logits, the device walks, and the host reads
-    the result once. If tokens are sampled, logits are processed or criteria are the user's, the host walks, and waits for the
-    device once per token of the longest branch.
+    the result once. If tokens are sampled, logits are processed or criteria are the user's, the host walks, and waits for
+    the device once per token of the longest branch.
 
     Args:
         input_ids: (batch, prompt length) token ids on the model's device.
@@ -83,7 +83,6 @@ class Acceptor:
         self.host_criteria = StoppingCriteriaList(c for c in others if is_known(c))
         self.custom_criteria = StoppingCriteriaList(c for c in others if not is_known(c))
         self.sequences = torch.cat([input_ids.cpu(), torch.zeros(batch, 64, dtype=torch.long)], dim=1)
-        self._active: Tensor | None = None  # (batch, 1) bool on the device of the logits; None until a row ends
         self.on_device = None
         if processors or self.custom_criteria:
             self.on_device = self.sequences.to(self.device)  # on a CPU it is the same tensor
@@ -93,7 +92,14 @@ class Acceptor:
         """Whether tokens are the argmax of unprocessed logits, and scores and logits are not returned."""
         return not (self.do_sample or self.processors or self.keep_scores or self.keep_logits)
 
-    def accept(self, logits: Tensor, tokens: Tensor, tree: Tree) -> Branches:
+    @property
+    def follows_argmax(self) -> bool:
+        """Whether the device can walk down a tree alone, see `branches.follow`."""
+        return self.only_argmax and not self.custom_criteria
+
+    def accept(
+        self, logits: Tensor, tokens: Tensor, tree: Tree, goes_on: Tensor | None = None
+    ) -> tuple[Branches, list[list[int]]]:
         """Append the accepted tokens, and one more chosen token, to every row that has not ended.
 
         As many tokens are appended as a branch has nodes: the root's token was in the sequence before, and the last appended
@@ -103,33 +109,39 @@ class Acceptor:
             logits: (batch, nodes, vocabulary) logits of the tree's nodes.
             tokens: (batch, nodes) token ids of the nodes.
             tree: The tree.
-        """
-        if self.only_argmax and not self.custom_criteria:
-            return self._follow(logits.argmax(-1), tokens, tree)
-        branches = self._walk(logits, tokens, tree.parents)
-        return Branches.sent(branches, [row.last for row in self.rows], logits.device)
+            goes_on: (batch, 1) bool, False for rows that have ended; None if there are none.
 
-    def _follow(self, chosen: Tensor, tokens: Tensor, tree: Tree) -> Branches:
-        """Let the device walk along the (batch, nodes) chosen tokens, and read what it has accepted."""
-        nodes, appended, counts = follow(chosen, tokens, tree)
-        roots = appended.gather(1, counts - 1)[:, 0]  # (batch,)
-        if self._active is not None:
-            counts = counts * self._active
+        Returns:
+            The accepted branches on the device and, as indices, on the host: empty for rows that had ended before, and only
+            as long as the tokens that were appended.
+        """
+        if self.follows_argmax:
+            branches, read = follow(logits.argmax(-1), tokens, tree, goes_on)
+            return branches, self.append(read)
+        walked = self._walk(logits, tokens, tree.parents)
+        return Branches.sent(walked, [row.last for row in self.rows], logits.device), walked
+
+    def append(self, read: Tensor) -> list[list[int]]:
+        """Append what the device has accepted.
+
+        Args:
+            read: (batch, 1 + 2 (height + 1)) second result of `branches.follow`.
+
+        Returns:
+            The accepted branches, as in `accept`.
+        """
+        branches, width = [], read.shape[1] // 2
         # Each read from the device waits for it, so there is one.
-        rows = torch.cat([counts, nodes, appended], dim=1).tolist()  # (batch, 1 + 2 (height + 1))
-        branches, width = [], nodes.shape[1]
-        for b, (count, *numbers) in enumerate(rows):
-            branch, new = numbers[:count], numbers[width : width + count]
-            for place, token in enumerate(new):
+        for b, (count, *numbers) in enumerate(read.tolist()):
+            branch, tokens = numbers[:count], numbers[width : width + count]
+            for place, token in enumerate(tokens):
                 self._make_room()
                 self._append(b, token, ends=False)
                 if self.rows[b].done:
                     branch = branch[: place + 1]
                     break
             branches.append(branch)
-        if any(branch and row.done for branch, row in zip(branches, self.rows)) and not self.finished():
-            self._active = torch.tensor([[not row.done] for row in self.rows]).to(chosen.device, non_blocking=True)
-        return Branches(branches, nodes, counts, roots)
+        return branches
 
     def _walk(self, logits: Tensor, tokens: Tensor, parents: Tensor) -> list[list[int]]:
         """Walk on the host, see `accept`.

@@ -1,4 +1,4 @@
-"""The branches that a step accepts, on the device, where the next step needs them, and on the host."""
+"""The branches that a step accepts, on the device, where the next step needs them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,25 +11,21 @@ from .tree import Tree
 
 @dataclass(frozen=True)
 class Branches:
-    """The accepted branch of each row, root first.
+    """The accepted branch of each row on the device, root first.
 
     Attributes:
-        on_host: Indices of each row's accepted nodes. Empty for rows that had ended before. Of a row that ends in this step
-            they stop where it ends.
-        nodes: (batch, longest or more) the same on the device, each row filled up with node 0. Here a row that ends in this
-            step goes on: the host decides where rows end.
-        counts: (batch, 1) number of nodes of each row's branch on the device.
-        roots: (batch,) newest token of each row, root of the next step, on the device.
+        nodes: (batch, longest or more) indices of each row's accepted nodes, filled up with node 0.
+        counts: (batch, 1) number of accepted nodes; 0 for rows that had ended before.
+        roots: (batch,) newest token of each row, root of the next step.
     """
 
-    on_host: list[list[int]]
     nodes: Tensor
     counts: Tensor
     roots: Tensor
 
     @classmethod
-    def sent(cls, branches: list[list[int]], roots: Sequence[int], device: torch.device) -> "Branches":
-        """Copy branches and roots that the host has chosen to a device, in one transfer.
+    def sent(cls, branches: Sequence[Sequence[int]], roots: Sequence[int], device: torch.device) -> "Branches":
+        """Copy what the host has accepted to a device, in one transfer.
 
         Args:
             branches: Indices of each row's accepted nodes, root first. Empty for rows that had ended before.
@@ -37,35 +33,39 @@ class Branches:
             device: Where they go.
         """
         longest = max(map(len, branches))
-        rows = [
-            [root, len(branch), *branch, *[0] * (longest - len(branch))] for root, branch in zip(roots, branches)
-        ]
+        rows = [[root, len(branch), *branch, *[0] * (longest - len(branch))] for root, branch in zip(roots, branches)]
         sent = torch.tensor(rows).to(device, non_blocking=True)  # (batch, 2 + longest)
-        return cls(branches, sent[:, 2:], sent[:, 1:2], sent[:, 0])
+        return cls(sent[:, 2:], sent[:, 1:2], sent[:, 0])
 
 
-def follow(chosen: Tensor, tokens: Tensor, tree: Tree) -> tuple[Tensor, Tensor, Tensor]:
+def follow(chosen: Tensor, tokens: Tensor, tree: Tree, goes_on: Tensor | None = None) -> tuple[Branches, Tensor]:
     """Walk down a tree along the tokens that the model chooses at its nodes, without the host.
 
     Siblings have different tokens, because a level's candidates are different tokens. So at most one node of each level is
-    reached.
+    reached. The branch of a row that ends in this step may go on behind its end, which only the host knows.
 
     Args:
         chosen: (batch, nodes) token that the model chooses at each node.
         tokens: (batch, nodes) token of each node.
         tree: The tree.
+        goes_on: (batch, 1) bool, False for rows that had ended before; None if there are none.
 
     Returns:
-        (batch, height + 1) indices of the accepted nodes, root first, filled up with 0; (batch, height + 1) tokens that the
-        model chooses at these; (batch, 1) number of accepted nodes, at least 1 for the root.
+        The branches, and all that the host has to read: (batch, 1 + 2 (height + 1)) the count, the branch's nodes and the
+        tokens that the model chose at these.
     """
     if tree.nodes == 1:
-        return torch.zeros_like(chosen), chosen, torch.ones_like(chosen)
-    parents = tree.parents.expand_as(tokens)  # (batch, nodes)
-    differs = tokens != chosen.gather(1, parents)  # (batch, nodes)
-    # A node is accepted if it and all of its ancestors agree with the model. The root was accepted in the step before.
-    accepted = ~(tree.ancestors() & differs[:, None, :])[:, :, 1:].any(-1)  # (batch, nodes)
-    indices = torch.arange(tree.nodes, device=tokens.device) * accepted  # (batch, nodes), 0 for rejected nodes
-    branch = indices.new_zeros(len(tokens), tree.height + 1)
-    branch = branch.scatter_reduce_(1, tree.levels.expand_as(tokens), indices, "amax")  # (batch, height + 1)
-    return branch, chosen.gather(1, branch), accepted.sum(1, keepdim=True)
+        nodes, appended, counts, roots = torch.zeros_like(chosen), chosen, torch.ones_like(chosen), chosen[:, 0]
+    else:
+        differs = tokens != chosen.gather(1, tree.parents.expand_as(tokens))  # (batch, nodes)
+        # A node is accepted if it and all of its ancestors agree with the model; the root was in the step before.
+        accepted = ~(tree.ancestors() & differs[:, None, :])[:, :, 1:].any(-1)  # (batch, nodes)
+        indices = torch.arange(tree.nodes, device=tokens.device) * accepted  # (batch, nodes), 0 for rejected nodes
+        nodes = indices.new_zeros(len(tokens), tree.height + 1)
+        nodes.scatter_reduce_(1, tree.levels.expand_as(tokens), indices, "amax")  # (batch, height + 1)
+        counts = accepted.sum(1, keepdim=True)  # (batch, 1)
+        appended = chosen.gather(1, nodes)  # (batch, height + 1)
+        roots = appended.gather(1, counts - 1)[:, 0]  # (batch,)
+    if goes_on is not None:
+        counts = counts * goes_on
+    return Branches(nodes, counts, roots), torch.cat([counts, nodes, appended], dim=1)

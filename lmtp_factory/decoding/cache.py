@@ -11,8 +11,6 @@ copied to the end of the row, in place:
     after     k   k   k   n0  n2  .   .   .   .
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
@@ -164,7 +162,7 @@ class FixedLayer(_Movable, StaticLayer):
     It keeps all columns; the attention mask applies sliding windows.
     """
 
-    def set_cursor(self, cursor: int, shortest: int) -> None:
+    def set_cursor(self, cursor: int | Tensor, shortest: int | None = None) -> None:
         """Set the column where the next step writes."""
         self.cumulative_length.fill_(cursor)
 
@@ -214,34 +212,28 @@ class TreeCache(Cache):
         """Whether the buffers have a fixed size."""
         return isinstance(self.layers[0], FixedLayer)
 
-    def keep(self, branches: Branches, lengths: Sequence[int], columns: Tensor) -> None:
-        """Append one branch of the step's tree to each row and discard the other nodes.
+    def move(self, branches: Branches, cursor: int | Tensor, columns: Tensor) -> None:
+        """Copy the columns of each row's branch to the end of the row.
 
         Args:
             branches: The accepted branches.
-            lengths: Columns that each row owned before the step. The step's nodes begin at the largest.
-            columns: (batch, 1) the same on the device.
+            cursor: First column of the step's nodes; an integer tensor of one number does too.
+            columns: (batch, 1) number of columns that each row owned before the step.
         """
-        start = max(lengths)
-        # A branch is in place if its last node is at the row's new end, because the columns of a branch increase.
-        if any(
-            branch and start + branch[-1] != length + len(branch) - 1
-            for branch, length in zip(branches.on_host, lengths)
-        ):
-            nodes = branches.nodes[:, : max(map(len, branches.on_host))]  # (batch, longest)
-            sources = start + nodes
-            # What fills up a short branch is copied to columns beyond the row's end, which the next step overwrites.
-            targets = columns + torch.arange(nodes.shape[1], device=columns.device)
-            if len(lengths) > 1:  # rows that have ended copy columns to themselves
-                targets = targets.where(branches.counts > 0, sources)
-            shared = _Moves(sources, targets)
-            for layer in self.layers:
-                layer.move(shared)
-        grown = [length + len(branch) for branch, length in zip(branches.on_host, lengths)]
-        self.set_cursor(max(grown), min(length for length, branch in zip(grown, branches.on_host) if branch))
+        sources = cursor + branches.nodes  # (batch, longest)
+        # What fills up a short branch is copied to columns beyond the row's end, which the next step overwrites.
+        targets = columns + torch.arange(sources.shape[1], device=columns.device)  # (batch, longest)
+        if len(columns) > 1:  # rows that have ended copy columns to themselves
+            targets = targets.where(branches.counts > 0, sources)
+        shared = _Moves(sources, targets)
+        for layer in self.layers:
+            layer.move(shared)
 
-    def set_cursor(self, cursor: int, shortest: int) -> None:
-        """Set, in every layer, the next step's first column and the length of the shortest row that still generates."""
+    def set_cursor(self, cursor: int | Tensor, shortest: int | None) -> None:
+        """Set, in every layer, the next step's first column and the length of the shortest row that still generates.
+
+        Layers of fixed size need no `shortest` and take a tensor of one number as the cursor.
+        """
         for layer in self.layers:
             layer.set_cursor(cursor, shortest)
 
@@ -256,6 +248,7 @@ class TreeCache(Cache):
         """
         for ours, theirs in zip(self.layers, cache.layers):
             if isinstance(ours, FixedLayer):
+                ours.set_cursor(length)
                 theirs.__dict__.update(ours.__dict__)  # shares the buffers
                 if hasattr(theirs, "cumulative_length_int"):
                     theirs.cumulative_length_int = length

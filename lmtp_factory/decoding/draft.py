@@ -64,7 +64,7 @@ class Window:
         if min(filled) < size:
             missing = size - torch.tensor(filled, device=hidden.device)  # (batch,)
             real = torch.arange(size, device=hidden.device) >= missing[:, None]  # (batch, size)
-        return cls(states.clone(), filled, real)
+        return cls(states.clone(memory_format=torch.contiguous_format), filled, real)
 
     @classmethod
     def of_states(cls, states: Tensor, is_real: Tensor, roots: Tensor) -> "Window":
@@ -80,10 +80,12 @@ class Window:
             branches: The accepted branches.
         """
         batch, size = self.states.shape[:2]
+        nodes, counts = branches.nodes.to(hidden.device), branches.counts.to(hidden.device)
         # Indices in the concatenation of window and tree: the row's states in their order, of which the last stay.
         own = torch.arange(size, device=hidden.device).expand(batch, -1)  # (batch, size)
-        order = torch.cat([own, size + branches.nodes.to(hidden.device)], dim=1)  # (batch, size + longest)
-        places = order.gather(1, own + branches.counts.to(hidden.device))  # (batch, size)
+        places = own + counts  # (batch, size), which needs no more if there are only roots
+        if nodes.shape[1] > 1:
+            places = torch.cat([own, size + nodes], dim=1).gather(1, places)  # (batch, size)
         states = torch.cat([self.states, hidden], dim=1)  # (batch, size + nodes, ...)
         if batch == 1:
             self.states = states.index_select(1, places[0])
@@ -91,14 +93,26 @@ class Window:
             flat = states.flatten(2)  # (batch, size + nodes, hidden), of all heads where each has its own
             chosen = flat.gather(1, places[:, :, None].expand(-1, -1, flat.shape[2]))
             self.states = chosen.unflatten(2, states.shape[2:])
-        self.filled = [min(size, filled + len(branch)) for filled, branch in zip(self.filled, branches.on_host)]
         if self.real is not None:
             new = self.real.new_ones(batch, hidden.shape[1])
-            self.real = torch.cat([self.real, new], dim=1).gather(1, places) if min(self.filled) < size else None
+            self.real = torch.cat([self.real, new], dim=1).gather(1, places)
         self.roots = branches.roots
 
+    def count(self, branches: list[list[int]]) -> None:
+        """Count the states that were appended; the mask is dropped when all are valid.
 
-def propose_candidates(model: nn.Module, window: Window, levels: int, width: int) -> Candidates:
+        Args:
+            branches: Indices of each row's accepted nodes. Empty for rows that had ended.
+        """
+        size = self.states.shape[1]
+        self.filled = [min(size, filled + len(branch)) for filled, branch in zip(self.filled, branches)]
+        if min(self.filled) == size:
+            self.real = None
+
+
+def propose_candidates(
+    model: nn.Module, window: Window, levels: int, width: int, unembeddings: Sequence[nn.Module] | None = None
+) -> Candidates:
     """Compute the candidates of levels 1 to `levels` from the window.
 
     Level `l` has depth `d = l + 1`. Its head is the first head `i` with `offsets[i] >= d`, applied to the state
@@ -109,11 +123,19 @@ def propose_candidates(model: nn.Module, window: Window, levels: int, width: int
         window: The last hidden states.
         levels: Number of levels.
         width: Number of candidates per level.
+        unembeddings: See `candidates_of`.
     """
-    return candidates_of(model, window, geometry.lookback_pairs(model.leap_heads.config.offsets, levels), width)
+    pairs = geometry.lookback_pairs(model.leap_heads.config.offsets, levels)
+    return candidates_of(model, window, pairs, width, unembeddings)
 
 
-def candidates_of(model: nn.Module, window: Window, pairs: Sequence[tuple[int, int]], width: int) -> Candidates:
+def candidates_of(
+    model: nn.Module,
+    window: Window,
+    pairs: Sequence[tuple[int, int]],
+    width: int,
+    unembeddings: Sequence[nn.Module] | None = None,
+) -> Candidates:
     """Compute the candidates of pairs `(head, back)`: the head reads the state `back` positions before the last one.
 
     Args:
@@ -121,6 +143,7 @@ def candidates_of(model: nn.Module, window: Window, pairs: Sequence[tuple[int, i
         window: The last hidden states.
         pairs: One pair per level. The pairs of one head are neighbours, and their `back` falls by 1 from pair to pair.
         width: Number of candidates per pair.
+        unembeddings: Result of `unembeddings_of`, for torch.compile, which knows no context variables.
 
     Returns:
         Candidates whose levels are the pairs. If a pair's state is missing, its probabilities are 0.
@@ -139,9 +162,9 @@ def candidates_of(model: nn.Module, window: Window, pairs: Sequence[tuple[int, i
         _features(heads[head - 1], _read_by(head, window.states), places, root) for head, places in by_head.items()
     ]
     if model.leap_heads.config.head_kind == "shared":  # one matmul, so the matrix is read only once
-        logits = _unembed(model, torch.cat(features, dim=1), head=1)
+        logits = _unembed(model, torch.cat(features, dim=1), 1, unembeddings)
     else:
-        own = [_unembed(model, part, head) for head, part in zip(by_head, features)]
+        own = [_unembed(model, part, head, unembeddings) for head, part in zip(by_head, features)]
         logits = torch.cat(own, dim=1)  # (batch, levels, draft vocabulary)
     best, tokens = logits.topk(min(width, logits.shape[-1]), dim=-1)  # (batch, levels, width)
     if model.leap_heads.d2t is not None:
@@ -195,15 +218,16 @@ def unembeddings_kept(kept: dict[LeapHeads, list[nn.Module]] | None = None) -> I
         _kept.reset(token)
 
 
-def _unembedding(model: nn.Module, head: int) -> nn.Module:
+def unembeddings_of(model: nn.Module) -> list[nn.Module]:
+    """Return the unembedding of each head: inside `unembeddings_kept` the same ones in every call."""
     heads, kept = model.leap_heads, _kept.get()
     kept = {} if kept is None else kept
     if heads not in kept:
         kept[heads] = heads.unembeddings(model.get_output_embeddings())
-    return kept[heads][head - 1]
+    return kept[heads]
 
 
-def _unembed(model: nn.Module, features: Tensor, head: int) -> Tensor:
+def _unembed(model: nn.Module, features: Tensor, head: int, unembeddings: Sequence[nn.Module] | None) -> Tensor:
     """Map (batch, levels, hidden) features of a head to (batch, levels, draft vocabulary) fp32 logits."""
     layer, own = None, model.leap_heads.heads[head - 1].unembed
     if _is_packable(features) and own is not None:
@@ -211,7 +235,7 @@ def _unembed(model: nn.Module, features: Tensor, head: int) -> Tensor:
     elif _is_packable(features):
         layer = int8_linear(model.get_output_embeddings(), model.leap_heads.draft_tokens)
     if layer is None:
-        unembedding = _unembedding(model, head)
+        unembedding = (unembeddings_of(model) if unembeddings is None else unembeddings)[head - 1]
         features, layer = cast_like(features, unembedding), unembedding
     return softcapped(layer(features), softcap_of(model)).float()
 

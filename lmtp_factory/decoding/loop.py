@@ -17,6 +17,7 @@ from ..modeling.layer_states import recorded
 from . import compat
 from .accept import Acceptor
 from .cache import TreeCache
+from .compiled import Compiled, compiled_for
 from .cpu_prepacked import prepacked_if_possible
 from .draft import unembeddings_kept
 from .request import current_request
@@ -26,7 +27,7 @@ from .stream import Stream
 from .support import fall_back, unsupported_reason
 from .tree_builder import TreeBuilder
 from .tree_config import TreeConfig
-from .verify import Verifier
+from .verify import verify
 
 
 def decode(
@@ -64,8 +65,8 @@ def decode(
     reason = unsupported_reason(model, input_ids, processors, criteria, config, synced_gpus, model_kwargs)
     cache = None
     if reason is None:
-        compiled = compat.compiles(model, model_kwargs, config)
-        tree = request.tree or model.tree_config(compiled)
+        compiles = compat.compiles(model, model_kwargs, config)
+        tree = request.tree or model.tree_config(compiles)
         given = model_kwargs[compat.CACHE]
         new = config.max_length - input_ids.shape[1]
         columns = prompt_length(input_ids, model_kwargs) + new + tree.nodes
@@ -77,16 +78,16 @@ def decode(
     tree.check_ranks(model.leap_heads.config.draft_vocab_size or model.config.get_text_config().vocab_size)
     stats.strategy, stats.stock_reason = "backward" if request.strategy == "auto" else request.strategy, None
 
-    forward = model.compiled_backbone(config.compile_config) if compiled else None
     pad_token = compat.pad_token(config)
     state = DecodeState(Acceptor(input_ids, processors, criteria, config), cache)
     stream = Stream(streamer, state.acceptor, pad_token)
-    weights = prepacked_if_possible(model, compiled)
+    weights = prepacked_if_possible(model, compiles)
+    compiled = compiled_for(model, config.compile_config) if compiles else None
     with weights, unembeddings_kept(), stats.timed("total", input_ids.device):
         with stats.timed("prefill", input_ids.device):
             state.prefill(model, input_ids, config, model_kwargs)
         stream.flush()
-        run(model, state, tree, stats, stream, Verifier(model, forward))
+        run(model, state, tree, stats, stream, compiled)
         stream.end()
     stats.rows += len(input_ids)
     stats.tokens += sum(row.length - input_ids.shape[1] for row in state.acceptor.rows)
@@ -94,29 +95,39 @@ def decode(
 
 
 def run(
-    model: nn.Module, state: DecodeState, tree_config: TreeConfig, stats: DecodeStats, stream: Stream, verify: Verifier
+    model: nn.Module,
+    state: DecodeState,
+    tree_config: TreeConfig,
+    stats: DecodeStats,
+    stream: Stream,
+    compiled: Compiled | None,
 ) -> None:
     """Run the loop from the first token after the prefill to the end of the last row."""
-    offsets = model.leap_heads.config.offsets
+    offsets, acceptor = model.leap_heads.config.offsets, state.acceptor
     builder = TreeBuilder(model, tree_config, constant=state.cache.is_fixed, device=state.device)
     # F-MTP (the paper's appendix) takes plain steps to fill the window instead of reusing past states.
     plain_before_draft = geometry.window(offsets) - 1 if stats.strategy == "forward" else 0
     plain_steps = 0
-    while not state.acceptor.finished():
-        started = time.perf_counter()
-        with stats.timed("draft", state.device):
-            if plain_steps < plain_before_draft:
-                tree, tokens = builder.plain(state.roots)
-            else:
-                tree, tokens = builder.build(state)  # tokens: (batch, nodes)
+    while not acceptor.finished():
+        started, plain = time.perf_counter(), plain_steps < plain_before_draft
+        if compiled is not None and acceptor.follows_argmax:
+            with stats.timed("verify", state.device):  # of this step all phases that the device computes
+                tree, read = compiled.step(model, state, builder, builder.nodes(plain))
+            with stats.timed("accept", state.device):
+                on_host = acceptor.append(read)
+            with stats.timed("commit", state.device):
+                state.record(on_host)
+        else:
+            with stats.timed("draft", state.device):
+                tree, tokens = builder.build(state, plain)  # tokens: (batch, nodes)
+            with stats.timed("verify", state.device), recorded(model) as layers:
+                hidden = (compiled.verify if compiled else verify)(model, tokens, tree, state)  # (batch, nodes, hidden)
+                logits = lm_logits(model, hidden)  # (batch, nodes, vocabulary)
+            with stats.timed("accept", state.device):
+                branches, on_host = acceptor.accept(logits, tokens, tree, state.goes_on)
+            with stats.timed("commit", state.device):
+                state.advance(model.leap_heads.inputs(hidden, layers), branches, on_host)
         plain_steps = plain_steps + 1 if tree.nodes == 1 else 0
-        with stats.timed("verify", state.device), recorded(model) as layers:
-            hidden = verify(tokens, tree, state)  # (batch, nodes, hidden)
-            logits = lm_logits(model, hidden)  # (batch, nodes, vocabulary)
-        with stats.timed("accept", state.device):
-            branches = state.acceptor.accept(logits, tokens, tree)  # accepted nodes of each row, root first
-        stats.count(tree.nodes, branches.on_host)
-        with stats.timed("commit", state.device):
-            state.advance(model.leap_heads.inputs(hidden, layers), branches)
-        builder.learn(tree, branches.on_host, time.perf_counter() - started)
+        stats.count(tree.nodes, on_host)
+        builder.learn(tree.nodes, on_host, time.perf_counter() - started)
         stream.flush()

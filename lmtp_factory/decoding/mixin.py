@@ -1,10 +1,6 @@
 """`generate` for models with leap heads."""
 
-from collections.abc import Callable
-
-import torch
-from transformers import CompileConfig
-
+from .compiled import Compiled
 from .loop import decode
 from .request import DecodeRequest, requested
 from .stats import DecodeStats
@@ -16,10 +12,11 @@ class LookBackDecoding:
 
     Attributes:
         decode_strategy: Default strategy of `generate`, one of `options.STRATEGIES`.
+        compiled_functions: What earlier calls have compiled.
     """
 
     decode_strategy: str = "auto"
-    _compiled_backbone: tuple | None = None
+    compiled_functions: Compiled | None = None
 
     def generate(
         self,
@@ -74,13 +71,6 @@ class LookBackDecoding:
         """
         return tree_config_for(self, compiled)
 
-    def compiled_backbone(self, options: CompileConfig | None) -> Callable:
-        """Return the compiled forward of the backbone, cached for later calls with the same options."""
-        options = options or CompileConfig()
-        if self._compiled_backbone is None or self._compiled_backbone[0] != options:
-            self._compiled_backbone = options, torch.compile(self.base_model.__call__, **options.to_dict())
-        return self._compiled_backbone[1]
-
     def __getstate__(self) -> dict:
-        """Omit the compiled backbone: it cannot be pickled, and a copy would share the original's weights."""
-        return {name: value for name, value in super().__getstate__().items() if name != "_compiled_backbone"}
+        """Omit compiled functions: they cannot be pickled, and a copy would share the original's weights."""
+        return {name: value for name, value in super().__getstate__().items() if name != "compiled_functions"}

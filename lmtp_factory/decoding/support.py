@@ -25,7 +25,7 @@ from .row_safety import WHOLE_BATCH_CRITERIA, WHOLE_BATCH_PROCESSORS, is_known
 from .state import one_row_state
 from .stats import DecodeStats
 from .tree import fixed
-from .verify import MASKED_ATTENTION, Verifier
+from .verify import MASKED_ATTENTION, verify
 
 
 logger = logging.getLogger(__name__)
@@ -187,7 +187,7 @@ def _agrees_on_a_tree(model: nn.Module) -> bool:
     positions = torch.arange(3, device=model.device)[None]
     model.base_model(input_ids=prompt, position_ids=positions, use_cache=True, **{CACHE: cache})
     state = one_row_state(cache, length=3, last_position=9, device=model.device)
-    hidden = Verifier(model)(tokens, fixed([(), (0,), (1,), (1, 0)], model.device), state)  # (1, 4, hidden)
+    hidden = verify(model, tokens, fixed([(), (0,), (1,), (1, 0)], model.device), state)  # (1, 4, hidden)
     for leaf, branch in ((1, [0, 1]), (3, [0, 2, 3])):
         sequence = torch.cat([prompt, tokens[:, branch]], dim=1)  # (1, 3 + branch)
         expected = model(input_ids=sequence, use_cache=False).logits[0, -1].float()  # (vocabulary,)

@@ -65,12 +65,20 @@ class Tree:
         """
         if self.nodes == 1:
             return root[:, None]
-        batch, levels, width = candidates.shape
-        # Index of each node's candidate in the flattened (levels * width) candidates; the root has none.
-        if ("index", width) not in self._cached:
-            self._cached["index", width] = ((self.levels - 1) * width + self.ranks)[:, 1:]
-        index = self._cached["index", width].expand(batch, -1)  # (batch, nodes - 1)
+        index = self._index(candidates.shape[2]).expand(len(candidates), -1)  # (batch, nodes - 1)
         return torch.cat([root[:, None], candidates.flatten(1).gather(1, index)], dim=1)
+
+    def _index(self, width: int) -> Tensor:
+        """Return the (batch, nodes - 1) indices of the nodes' tokens in flattened (levels * width) candidates."""
+        if ("index", width) not in self._cached:
+            self._cached["index", width] = ((self.levels - 1) * width + self.ranks)[:, 1:]  # the root has none
+        return self._cached["index", width]
+
+    def prepare(self, width: int, window: int | None) -> None:
+        """Compute what `tokens` and `ancestors` keep, before the first step needs it."""
+        self._index(width)
+        for size in (None, window):
+            self.ancestors(size)
 
     def ancestors(self, window: int | None = None) -> Tensor:
         """Return the tree's attention mask.

@@ -78,10 +78,10 @@ def _allowed(state: "DecodeState", tree: Tree, layer: int, window: int | None) -
         layer: Index of a layer of the type in question.
         window: Sliding window of the layer; None for full attention.
     """
-    nodes, lengths, own = tree.nodes, state.lengths(), state.columns  # own: (batch, 1)
+    nodes, own = tree.nodes, state.columns  # own: (batch, 1)
     count, first = state.cache.layers[layer].get_mask_sizes(nodes)  # number and first index of the visible columns
     is_visible = window is None or count <= window  # a user's cache may hold more columns than the window
-    if nodes == 1 and len(lengths) == 1 and state.prompt_mask is None and is_visible and not state.cache.is_fixed:
+    if nodes == 1 and len(own) == 1 and state.prompt_mask is None and is_visible and not state.cache.is_fixed:
         return None
     columns = torch.arange(first, first + count, device=own.device)  # (count,)
     past = columns < own  # (batch, count)
@@ -92,46 +92,39 @@ def _allowed(state: "DecodeState", tree: Tree, layer: int, window: int | None) -
     if window is not None:
         # A node of level l is token number own + l of its row, which may differ from its column.
         allowed &= columns > (own + tree.levels - window)[:, :, None]  # (batch, nodes, count)
-    start = max(lengths) - first  # index of the tree's first column in the mask
+    start = state.cursor() - first  # index of the tree's first column in the mask
+    if isinstance(start, Tensor):
+        places = start + torch.arange(nodes, device=own.device)
+        return allowed.index_copy_(2, places, tree.ancestors(window).expand(len(own), -1, -1))
     allowed[:, :, start : start + nodes] = tree.ancestors(window)  # (batch, nodes, nodes)
     return allowed
 
 
-class Verifier:
-    """Runs the backbone on the trees of one generation.
+def verify(
+    model: nn.Module, tokens: Tensor, tree: Tree, state: "DecodeState", forward: Callable | None = None
+) -> Tensor:
+    """Compute the final hidden states of all nodes and write their keys and values to the cache.
 
     Args:
         model: A model with leap heads.
+        tokens: (batch, nodes) token ids.
+        tree: The tree.
+        state: The state of the generation.
         forward: The backbone's compiled forward; None uses the backbone itself.
+
+    Returns:
+        (batch, nodes, hidden) final hidden states.
     """
-
-    def __init__(self, model: nn.Module, forward: Callable | None = None):
-        self.model, self.compiled = model, forward is not None
-        self.forward = forward or model.base_model
-
-    def __call__(self, tokens: Tensor, tree: Tree, state: "DecodeState") -> Tensor:
-        """Compute the final hidden states of all nodes and write their keys and values to the cache.
-
-        Args:
-            tokens: (batch, nodes) token ids.
-            tree: The tree.
-            state: The state of the generation.
-
-        Returns:
-            (batch, nodes, hidden) final hidden states.
-        """
-        masks = tree_masks(self.model.config.get_text_config(), tree, state, self.model.dtype)
-        # Clamp positions of nodes beyond the maximum length: such nodes are never accepted, and a table of learned
-        # position embeddings may end there.
-        positions = (state.shift + state.columns + tree.levels).clamp(max=state.last_position)  # (..., batch, nodes)
-        if self.compiled:
-            torch.compiler.cudagraph_mark_step_begin()
-        outputs = self.forward(
-            input_ids=tokens,
-            position_ids=positions,
-            attention_mask=masks,
-            use_cache=True,
-            **{CACHE: state.cache},
-        )
-        hidden = outputs.last_hidden_state
-        return hidden.clone() if self.compiled else hidden  # CUDA graphs overwrite their outputs in the next step
+    state.place_cursor()
+    masks = tree_masks(model.config.get_text_config(), tree, state, model.dtype)
+    # Clamp positions of nodes beyond the maximum length: such nodes are never accepted, and a table of learned position
+    # embeddings may end there.
+    positions = (state.shift + state.columns + tree.levels).clamp(max=state.last_position)  # (..., batch, nodes)
+    outputs = (forward or model.base_model)(
+        input_ids=tokens,
+        position_ids=positions,
+        attention_mask=masks,
+        use_cache=True,
+        **{CACHE: state.cache},
+    )
+    return outputs.last_hidden_state

@@ -19,7 +19,7 @@ from ..decoding.draft import Window, candidates_of, unembeddings_kept
 from ..decoding.state import one_row_state
 from ..decoding.tree import chain_paths, fixed, grow
 from ..decoding.tree_config import DEFAULT_WIDTH, CostCurve
-from ..decoding.verify import Verifier
+from ..decoding.verify import verify
 from ..modeling.heads import lm_logits
 from ..modeling.layer_states import recorded
 
@@ -78,12 +78,10 @@ def measure_drafts(
         window = Window.of_prompt(model.leap_heads.inputs(hidden, layers), [context], window_size)
         window.roots = ids[:, 0]
         state = one_row_state(cache, context, last_position=1 << 30, device=device)
-        forward = Verifier(model)
 
-        def verify(tree, tokens) -> None:
-            cache.set_cursor(context, context)
+        def forward(tree, tokens) -> None:
             with recorded(model) as layers:
-                hidden = forward(tokens, tree, state)
+                hidden = verify(model, tokens, tree, state)
             lm_logits(model, hidden)
             model.leap_heads.inputs(hidden, layers)
 
@@ -97,7 +95,7 @@ def measure_drafts(
             jobs["draft", number] = partial(propose, pairs)
         for size in sizes:
             tree, tokens = fixed(chain_paths(size), device), ids[:, :1].expand(1, size)
-            jobs["verify", size] = partial(verify, tree, tokens)
+            jobs["verify", size] = partial(forward, tree, tokens)
         seconds = _medians(jobs, repeats, device)
     verify_seconds = CostCurve({size: seconds["verify", size] for size in sizes})
     return [StepCosts(verify_seconds, seconds["draft", number]) for number in range(len(drafts))]

@@ -30,9 +30,13 @@ def says(tokens) -> torch.Tensor:
     return 8.0 * torch.nn.functional.one_hot(torch.tensor(tokens), WORDS).float()
 
 
+def goes_on(accept: Acceptor) -> torch.Tensor:
+    return torch.tensor([[not row.done] for row in accept.rows])
+
+
 def walk(accept: Acceptor, next_tokens, drafted, tree: Tree = TREE) -> list[list[int]]:
     """The branches of a step."""
-    return accept.accept(says(next_tokens), torch.tensor(drafted), tree).on_host
+    return accept.accept(says(next_tokens), torch.tensor(drafted), tree, goes_on(accept))[1]
 
 
 def tokens_of(accept: Acceptor, row: int = 0) -> list[int]:
@@ -104,7 +108,7 @@ def test_processors_are_shown_every_prefix_once_and_decide():
     seen, logits = Seen(), says([[4, 0, 7, 0, 0, 0]])
     logits[0, 0, 5] = 1.0  # the second best at the root
     accept = acceptor([[1, 2]], [seen])
-    assert accept.accept(logits, torch.tensor([[3, 4, 5, 6, 7, 8]]), TREE).on_host == [[0, 2]]
+    assert accept.accept(logits, torch.tensor([[3, 4, 5, 6, 7, 8]]), TREE)[1] == [[0, 2]]
     assert seen.prefixes == [[1, 2], [1, 2, 5]]
     assert tokens_of(accept) == [1, 2, 5, 7]
 
@@ -136,7 +140,7 @@ def test_tokens_are_drawn_from_the_distribution_at_their_own_node():
     drawn = []
     for _ in range(40):
         accept = acceptor([[1]], do_sample=True)
-        branches = accept.accept(logits, drafted, tree).on_host
+        branches = accept.accept(logits, drafted, tree)[1]
         drawn.append((branches[0], tokens_of(accept)[1:]))
     assert sorted(set(map(str, drawn))) == ["([0, 1], [4, 8])", "([0, 2], [5, 9])"]
 

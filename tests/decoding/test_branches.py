@@ -15,9 +15,7 @@ def plain_walk(chosen: list[int], tokens: list[int], parents: list[int]) -> list
     branch = [0]
     while True:
         right = [
-            node
-            for node in range(1, len(tokens))
-            if parents[node] == branch[-1] and tokens[node] == chosen[branch[-1]]
+            node for node in range(1, len(tokens)) if parents[node] == branch[-1] and tokens[node] == chosen[branch[-1]]
         ]
         if not right:
             return branch
@@ -32,14 +30,20 @@ def check(tree: Tree, batch: int, seed: int) -> int:
     roots = torch.randint(WORDS, (batch,), generator=generator)
     tokens = tree.tokens(roots, candidates)
     chosen = torch.randint(WORDS, (batch, tree.nodes), generator=generator)
-    nodes, appended, counts = follow(chosen, tokens, tree)
+    branches, read = follow(chosen, tokens, tree)
+    nodes, counts, appended = branches.nodes, branches.counts, read[:, tree.height + 2 :]
     assert nodes.shape == appended.shape == (batch, tree.height + 1)
+    assert torch.equal(read[:, : tree.height + 2], torch.cat([counts, nodes], dim=1))
     parents = tree.parents.expand(batch, -1).tolist()
     for b in range(batch):
         branch = plain_walk(chosen[b].tolist(), tokens[b].tolist(), parents[b])
         assert int(counts[b]) == len(branch)
         assert nodes[b].tolist() == branch + [0] * (tree.height + 1 - len(branch))
         assert appended[b, : len(branch)].tolist() == chosen[b, branch].tolist()
+        assert int(branches.roots[b]) == int(chosen[b, branch[-1]])
+    rows = torch.arange(batch)[:, None] > 0  # the first has ended
+    _, read = follow(chosen, tokens, tree, rows)
+    assert torch.equal(read[:, :1], counts * rows)
     return int(counts.max())
 
 
@@ -57,7 +61,11 @@ def test_the_device_follows_the_model_down_a_tree_of_each_row_s_own(batch, heigh
 
 
 def test_and_down_trees_that_all_rows_share():
-    trees = [fixed([()]), fixed([(0,) * level for level in range(5)]), fixed([(), (1,), (0,), (1, 2), (0, 0), (1, 2, 3)])]
+    trees = [
+        fixed([()]),
+        fixed([(0,) * level for level in range(5)]),
+        fixed([(), (1,), (0,), (1, 2), (0, 0), (1, 2, 3)]),
+    ]
     longest = [max(check(tree, 3, seed) for seed in range(60)) for tree in trees]
     assert longest[0] == 1 and min(longest[1:]) > 2
 

@@ -92,7 +92,10 @@ class Plain:
             for row, branch in enumerate(branches):
                 held[row] = [torch.cat([old, part[row][:, branch]], dim=1) for old, part in zip(held[row], new)]
         sent = Branches.sent(branches, [0] * self.rows, torch.device("cpu"))
-        self.cache.keep(sent, lengths, torch.tensor(lengths)[:, None])
+        self.cache.move(sent, max(lengths), torch.tensor(lengths)[:, None])
+        lengths = self.lengths()
+        unfinished = [length for length, done in zip(lengths, self.finished) if not done]
+        self.cache.set_cursor(max(lengths), min(unfinished))
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -56,6 +56,7 @@ def test_the_window_is_the_last_states(size, prompts, seed):
             [] if done else [0, *sorted(rng.sample(range(1, nodes), rng.randint(0, nodes - 1)))] for done in finished
         ]
         window.push(tree, Branches.sent(branches, [0] * len(branches), tree.device))
+        window.count(branches)
         for row, branch in enumerate(branches):
             expected[row].extend(tree[row, branch].clone())
         tree.zero_()
@@ -120,7 +121,7 @@ def check_drafts(model, inputs, plan, monkeypatch, seed=0, new=16):
     with oracle(expected, lambda row, place: ranks[row, place]) as acceptors:
         foretold = tree_builder.propose_candidates
 
-        def recorded(model, window, levels, width):
+        def recorded(model, window, levels, width, *_):
             lengths = [row.length for row in acceptors[-1].rows if not row.done]
             unfinished = [b for b, row in enumerate(acceptors[-1].rows) if not row.done]
             seen.append((dict(zip(unfinished, lengths)), propose_candidates(model, window, levels, width)))
@@ -214,7 +215,7 @@ def test_int8_heads_propose_nearly_the_same(leap, heads, monkeypatch):
     """On a CPU the heads' matrices are read as int8, which may change near ties and nothing else."""
     model, drafts = leap(heads=HEADS[heads]), []
 
-    def recorded(model, window, levels, width):
+    def recorded(model, window, levels, width, *_):
         quick = propose_candidates(model, window, levels, width)
         with monkeypatch.context() as patch:
             patch.setattr(draft_module, "int8_linear", lambda *_: None)

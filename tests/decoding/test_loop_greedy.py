@@ -279,25 +279,6 @@ def geometry_reach(model) -> int:
     return model.leap_heads.config.offsets[-1]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["llama", "mistral"])
-def test_compiled_forwards(leap, architecture):
-    """torch.compile for real; later calls find the code of the first."""
-    options = CompileConfig(mode="default", fullgraph=False)
-    options._compile_all_devices = True
-    model = leap(architecture)
-    kwargs = {"cache_implementation": "static", "compile_config": options, "max_new_tokens": 24} | GREEDY
-    expected = stock(model, **padded([7, 4]), max_new_tokens=24, **GREEDY)
-    torch._dynamo.reset()
-    counters, graphs = torch._dynamo.utils.counters["stats"], []
-    for seed in range(3):
-        with oracle(expected, mixed_ranks, seed):
-            ours, stats = decoded(model, **padded([7, 4]), lmtp_tree=TREES["dynamic"], **kwargs)
-        assert ours.tolist() == expected.tolist() and stats.tau > 1.3
-        graphs.append(counters["unique_graphs"])
-    assert graphs[0] > 0 and graphs[2] == graphs[1]
-
-
 @pytest.mark.parametrize("kind", ["own", "shared"])
 def test_ranks_beyond_the_draft_vocabulary_are_refused(kind, leap):
     model = leap(heads={"head_kind": kind, "draft_vocab_size": 4})

@@ -179,7 +179,9 @@ def test_prompts_shorter_than_the_window_cross_no_more(leap):
     model = leap("llama", heads={"num_heads": 2, "stride": 5})
     for inputs in ({"input_ids": prompt(1, 1)}, padded([2, 9])):
         _, *steps, _ = counted(model, inputs, TREES["dynamic"], **GREEDY)[0]
-        assert {step.downloads for step in steps} == {1} and sum(step.uploads for step in steps) < len(inputs["input_ids"])
+        assert {step.downloads for step in steps} == {1} and sum(step.uploads for step in steps) < len(
+            inputs["input_ids"]
+        )
 
 
 @pytest.mark.parametrize(

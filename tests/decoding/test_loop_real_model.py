@@ -44,7 +44,7 @@ def good_drafts(monkeypatch, model, inputs):
         known = model.base_model(input_ids=texts, attention_mask=mask, position_ids=positions).last_hidden_state
     generator = torch.Generator().manual_seed(0)
 
-    def propose(model, window, levels, width):
+    def propose(model, window, levels, width, *_):
         tokens = torch.randint(model.config.vocab_size, (len(texts), levels, width), generator=generator)
         for row, state in enumerate(window.states[:, -1]):
             place = int((known[row] - state).norm(dim=-1).argmin())  # the state that the step starts from

@@ -81,7 +81,7 @@ def propose(proposals):
             super().__init__(*args)
             acceptors.append(self)
 
-    def propose(model, window, levels, width):
+    def propose(model, window, levels, width, *_):
         acceptor = acceptors[-1]
         tokens = [proposals(acceptor.sequences[b, : row.length].tolist()) for b, row in enumerate(acceptor.rows)]
         tokens = torch.tensor(tokens)[:, :levels, :width]

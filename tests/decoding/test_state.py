@@ -10,7 +10,7 @@ from lmtp_factory.decoding.accept import Acceptor
 from lmtp_factory.decoding.cache import TreeCache
 from lmtp_factory.decoding.state import DecodeState
 from lmtp_factory.decoding.tree import fixed
-from lmtp_factory.decoding.verify import Verifier
+from lmtp_factory.decoding.verify import verify
 from lmtp_factory.modeling.heads import lm_logits
 
 
@@ -56,7 +56,7 @@ def assert_agrees(model, state, inputs) -> None:
 def test_all_of_it_agrees_after_every_step(leap, architecture, lengths):
     model = leap(architecture, heads={"num_heads": 2, "stride": 3})
     inputs = padded(lengths) if len(lengths) > 1 else {"input_ids": prompt(length=lengths[0])}
-    state, tree, verify = prefilled(model, inputs), fixed([(), (0,), (1,), (0, 0)]), Verifier(model)
+    state, tree = prefilled(model, inputs), fixed([(), (0,), (1,), (0, 0)])
     assert_agrees(model, state, inputs)
     for step in range(6):
         # Drafts that are right to a depth of 0, 1 or 2, each row at its own pace.
@@ -67,8 +67,8 @@ def test_all_of_it_agrees_after_every_step(leap, architecture, lengths):
                 known = torch.cat([known, model(input_ids=known).logits[:, -1].argmax(-1, keepdim=True)], 1)
                 tokens[row, node] = known[0, -1]
             tokens[row, 2] = (tokens[row, 1] + 1) % model.config.get_text_config().vocab_size  # siblings differ
-        hidden = verify(tokens, tree, state)
-        branches = state.acceptor.accept(lm_logits(model, hidden), tokens, tree)
-        assert [len(branch) >= 1 + (step + row) % 3 for row, branch in enumerate(branches.on_host)] == [True] * len(lengths)
-        state.advance(hidden, branches)
+        hidden = verify(model, tokens, tree, state)
+        branches, on_host = state.acceptor.accept(lm_logits(model, hidden), tokens, tree)
+        assert [len(branch) >= 1 + (step + row) % 3 for row, branch in enumerate(on_host)] == [True] * len(lengths)
+        state.advance(hidden, branches, on_host)
         assert_agrees(model, state, inputs)

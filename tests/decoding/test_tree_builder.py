@@ -30,14 +30,14 @@ from lmtp_factory.decoding.tree_config import CostCurve, TreeConfig
 )
 def test_every_kind_of_tree_stops_where_nothing_is_accepted(leap, plan, monkeypatch):
     """A real generation whose drafts are always wrong, on a clock on which a draft costs half a plain step more."""
-    now, decode_step = 0.0, loop.Verifier.__call__
+    now, forward = 0.0, loop.verify
 
-    def verify(self, tokens, *args):
+    def verify(model, tokens, *args):
         nonlocal now
         now += 1.0 if tokens.shape[1] == 1 else 1.5
-        return decode_step(self, tokens, *args)
+        return forward(model, tokens, *args)
 
-    monkeypatch.setattr(loop.Verifier, "__call__", verify)
+    monkeypatch.setattr(loop, "verify", verify)
     monkeypatch.setattr(loop.time, "perf_counter", lambda: now)
     model = leap()
     kwargs = {"max_new_tokens": 80} | GREEDY
@@ -76,7 +76,7 @@ def test_the_first_step_is_plain_because_a_draft_has_nothing_to_be_compared_with
     )
     tree, tokens = builder.build(state)
     assert shape(tree) == (1, 0) and tokens.tolist() == state.roots[:, None].tolist() and not builder.drafted
-    builder.learn(tree, [[0], [0]], seconds=1.0)
+    builder.learn(tree.nodes, [[0], [0]], seconds=1.0)
     tree, tokens = builder.build(state)
     assert shape(tree) == (4, 3) and tokens.shape == (2, 4) and builder.drafted
 
@@ -88,7 +88,7 @@ def test_a_tree_with_a_measured_gain_survives_a_failed_probe(leap):
         builder = TreeBuilder(model, config, constant=False, device=torch.device("cpu"))
         for seconds in (1.0, 1.1):  # a plain step, then a probe that brings nothing
             tree, _ = builder.build(state)
-            builder.learn(tree, [[0]], seconds)
+            builder.learn(tree.nodes, [[0]], seconds)
         builder.build(state)
         drafted[gain] = builder.drafted
     assert drafted == {0.0: False, 0.2: True}
@@ -106,7 +106,7 @@ def test_a_probe_is_the_best_part_of_the_tree(config, constant, leap):
         TreeBuilder(model, config, constant=constant, device=torch.device("cpu")),
     )
     tree, _ = builder.build(state)
-    builder.learn(tree, [[0]], seconds=1.0)
+    builder.learn(tree.nodes, [[0]], seconds=1.0)
     probe, tokens = builder.build(state)
     builder.budget.balance = 3.0
     whole, all_tokens = builder.build(state)
@@ -123,7 +123,7 @@ def test_only_candidates_that_the_tree_takes_are_computed(leap, monkeypatch):
         model, TreeConfig("static", 5, paths, always=True), constant=False, device=torch.device("cpu")
     )
 
-    def propose(model, window, levels, width):
+    def propose(model, window, levels, width, *_):
         widths.append((levels, width))
         return propose_candidates(model, window, levels, width)
 
@@ -164,7 +164,7 @@ def test_what_was_accepted_calibrates_the_size_of_dynamic_trees(leap):
     builder = TreeBuilder(model, config, constant=False, device=torch.device("cpu"))
     with torch.no_grad():
         tree, _ = builder.build(state)
-        builder.learn(tree, [[0]], seconds=1.0)
+        builder.learn(tree.nodes, [[0]], seconds=1.0)
     assert tree.nodes == 9 and builder.calibration.ratio < 1
     promised = sum(tree.values[0, 1:].tolist())
     assert builder.calibration.predicted == pytest.approx(promised) and builder.calibration.accepted == 0

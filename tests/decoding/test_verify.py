@@ -8,7 +8,7 @@ from transformers import DynamicCache
 from lmtp_factory.decoding.cache import TreeCache
 from lmtp_factory.decoding.state import one_row_state
 from lmtp_factory.decoding.tree import fixed
-from lmtp_factory.decoding.verify import Verifier, tree_masks
+from lmtp_factory.decoding.verify import tree_masks, verify
 
 
 PATHS = [(), (0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (1, 0, 0)]
@@ -30,7 +30,7 @@ def test_every_node_sees_the_past_and_its_own_branch(leap, architecture, attenti
     model, ids, tree = leap(architecture, attention), prompt(length=CONTEXT), fixed(PATHS)
     tokens = prompt(length=tree.nodes, seed=1)
     with torch.no_grad():
-        hidden = Verifier(model)(tokens, tree, state_behind(model, ids))
+        hidden = verify(model, tokens, tree, state_behind(model, ids))
         for node, path in enumerate(PATHS):
             branch = [PATHS.index(path[:level]) for level in range(len(path) + 1)]
             alone = model.base_model(input_ids=torch.cat([ids, tokens[:, branch]], 1)).last_hidden_state[:, -1]
@@ -47,7 +47,7 @@ def test_positions_past_the_last_one_are_not_asked_for(leap):
     """A table of learned positions ends there: GPT-2's has 48 here."""
     model = leap("gpt2")
     state, tree = state_behind(model, prompt(length=46)), fixed([(0,) * level for level in range(6)])
-    state.last_position = 47
+    state.last_position = torch.tensor(47)
     with torch.no_grad():
-        hidden = Verifier(model)(prompt(length=6, seed=1), tree, state)
+        hidden = verify(model, prompt(length=6, seed=1), tree, state)
     assert hidden.isfinite().all()

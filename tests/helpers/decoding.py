@@ -94,7 +94,7 @@ def oracle(continuations: Tensor, rank: Callable[[int, int], int | None] = lambd
 
     generator = torch.Generator().manual_seed(seed)
 
-    def propose(model, window, levels: int, width: int) -> Candidates:
+    def propose(model, window, levels: int, width: int, *_) -> Candidates:
         rows, vocabulary = acceptors[-1].rows, model.config.get_text_config().vocab_size
         tokens = torch.empty(len(rows), levels, width, dtype=torch.long)
         for b, row in enumerate(rows):

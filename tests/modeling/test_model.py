@@ -65,11 +65,11 @@ def test_copies_keep_heads_and_losses(how, stage):
     with torch.no_grad():
         for parameter in model.leap_heads.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
-    model._compiled_backbone = ("options", lambda: None)  # which pickle cannot write
+    model.compiled_functions = ("options", lambda: None)  # which pickle cannot write
     other = COPIES[how](model)
     assert isinstance(other, LeapModel) and type(other) is type(model)
     assert (other.objective, other.training) == (model.objective, model.training)
-    assert other._compiled_backbone is None and model._compiled_backbone is not None
+    assert other.compiled_functions is None and model.compiled_functions is not None
     inputs = whole_batch()
     assert torch.equal(other(**inputs).loss, model(**inputs).loss)
     ids = inputs["input_ids"]

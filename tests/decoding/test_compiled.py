@@ -1,0 +1,126 @@
+"""Compiled decoding against stock's own, by torch.compile itself; only the slow tests let it write machine code."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from helpers.decoding import GREEDY, TREES, decoded, mixed_ranks, oracle, padded, prompt, stock
+from transformers import CompileConfig, set_seed
+
+from lmtp_factory.decoding import tree_builder
+from lmtp_factory.decoding.draft import Candidates
+from lmtp_factory.decoding.tree_config import TreeConfig
+
+
+def options(backend: str = "eager", fullgraph: bool = True) -> CompileConfig:
+    config = CompileConfig(mode="default" if backend == "inductor" else None, backend=backend, fullgraph=fullgraph)
+    config._compile_all_devices = True
+    return config
+
+
+def compiled(backend: str = "eager", fullgraph: bool = True, new: int = 24) -> dict:
+    config = options(backend, fullgraph)
+    return {"cache_implementation": "static", "compile_config": config, "max_new_tokens": new}
+
+
+@contextmanager
+def drafts_by_token(continuations: torch.Tensor, vocabulary: int, width: int):
+    """Inside, drafts say what follows the root in `continuations`, at ranks that change; looked up on the device."""
+    table = torch.randint(vocabulary, (vocabulary, 12, width), generator=torch.Generator().manual_seed(0))
+    for row in continuations.tolist():
+        for place, token in enumerate(row):
+            for level, right in enumerate(row[place + 1 : place + 13]):
+                table[token, level] = (right + 1 + torch.arange(width)) % vocabulary
+                if level < (3, 0, 5)[place % 3]:
+                    table[token, level, place % 3 // 2] = right
+
+    def propose(model, window, levels, width, *_):
+        tokens = table[window.roots, :levels, :width]  # (batch, levels, width)
+        return Candidates(tokens, torch.full(tokens.shape, 0.5) ** torch.arange(1, width + 1))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tree_builder, "propose_candidates", propose)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def forget_graphs():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("plan", ["chain", "static", "dynamic"])
+@pytest.mark.parametrize("lengths", [[9], [7, 2, 4]], ids=["one row", "padded rows"])
+def test_a_whole_step_is_one_graph(leap, lengths, plan):
+    """Nothing of a step is left out of it (`fullgraph`), and a later call of the same length finds the graphs."""
+    model, inputs = leap("llama"), padded(lengths)
+    expected = stock(model, **inputs, max_new_tokens=24, **GREEDY)
+    found = []
+    for _ in range(3):
+        with drafts_by_token(expected, model.config.vocab_size, 3):
+            ours, stats = decoded(model, **inputs, lmtp_tree=TREES[plan], **compiled(), **GREEDY)
+        assert ours.tolist() == expected.tolist() and stats.tau > 1.3
+        assert stats.nodes == stats.steps * TREES[plan].nodes
+        found.append(graphs())
+    assert found[0] > 0 and found[2] == found[1]
+
+
+HEADS = {
+    "the newest token": {"head_kind": "own", "head_inputs": "state_token", "head_block": "mlp"},
+    "own, few tokens": {"head_kind": "own", "head_inputs": "state_token", "draft_vocab_size": 40},
+    "the LM head's": {"head_kind": "shared", "stride": 3, "num_heads": 2},
+}
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("architecture", ["llama", "gemma3-text"])
+def test_the_heads_draft_in_the_graph(leap, heads, architecture):
+    model, inputs = leap(architecture, heads=HEADS[heads]), padded([9, 2])
+    expected = stock(model, **inputs, max_new_tokens=12, **GREEDY)
+    ours, stats = decoded(model, **inputs, lmtp_tree=TREES["dynamic"], **compiled(new=12), **GREEDY)
+    assert ours.tolist() == expected.tolist() and stats.nodes > stats.steps
+
+
+def test_rows_that_end_early_and_plain_steps(leap):
+    model, inputs = leap("mistral"), padded([9, 5, 7])
+    whole = stock(model, **inputs, max_new_tokens=30, **GREEDY)
+    ends = {"eos_token_id": [int(whole[0, 15]), int(whole[1, 21])], "pad_token_id": 0}
+    expected = stock(model, **inputs, max_new_tokens=30, **ends, **GREEDY)
+    with drafts_by_token(whole, model.config.vocab_size, 3):
+        tree = TreeConfig("dynamic", 9, width=3)  # without `always`: the budget mixes plain steps in
+        ours, stats = decoded(model, **inputs, lmtp_tree=tree, **compiled(new=30), **ends, **GREEDY)
+    assert ours.tolist() == expected.tolist() and stats.steps < stats.nodes < 9 * stats.steps
+
+
+def test_a_draft_vocabulary_of_the_lm_head(leap):
+    model = leap("llama", heads={"head_kind": "shared", "draft_vocab_size": 40})
+    expected = stock(model, prompt(), max_new_tokens=12, **GREEDY)
+    ours, _ = decoded(model, prompt(), lmtp_tree=TREES["static"], **compiled(new=12), **GREEDY)
+    assert ours.tolist() == expected.tolist()
+
+
+def test_sampling_compiles_the_backbone(leap):
+    """The host walks down the tree where tokens are drawn."""
+    model, settings = leap("llama"), {"do_sample": True, "temperature": 1e-3, "top_k": 0}
+    set_seed(0)
+    expected = stock(model, prompt(), max_new_tokens=24, **settings)
+    with oracle(expected, mixed_ranks):
+        set_seed(0)
+        ours, stats = decoded(model, prompt(), lmtp_tree=TREES["dynamic"], **compiled(fullgraph=False), **settings)
+    assert ours.tolist() == expected.tolist() and stats.tau > 1.3 and graphs() > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["llama", "mistral"])
+def test_machine_code(leap, architecture):
+    model, inputs = leap(architecture), padded([7, 4])
+    expected = stock(model, **inputs, max_new_tokens=24, **GREEDY)
+    for _ in range(2):
+        with drafts_by_token(expected, model.config.vocab_size, 3):
+            ours, stats = decoded(model, **inputs, lmtp_tree=TREES["dynamic"], **compiled("inductor"), **GREEDY)
+        assert ours.tolist() == expected.tolist() and stats.tau > 1.3
