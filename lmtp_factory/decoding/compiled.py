@@ -16,23 +16,23 @@ from .tree_builder import TreeBuilder
 from .verify import verify
 
 
-def whole_step(model: nn.Module, state: DecodeState, builder: TreeBuilder, nodes: int) -> tuple[Tree, Tensor]:
+def whole_step(model: nn.Module, state: DecodeState, builder: TreeBuilder, nodes: int) -> tuple[Tensor, int]:
     """Draft, verify, accept and commit, without the host.
 
     Args:
         model: A model with leap heads.
         state: The state of the generation, with a cache of fixed size.
         builder: Drafts the trees.
-        nodes: Number of nodes of the tree, including the root.
+        nodes: Largest number of nodes of the tree, including the root.
 
     Returns:
-        The tree and what the host has to read, see `branches.follow`.
+        What the host has to read, see `branches.follow`, and the number of nodes.
     """
     tree, tokens = builder.draft(state.window, nodes)
     hidden = verify(model, tokens, tree, state)
     branches, read = follow(lm_logits(model, hidden).argmax(-1), tokens, tree, state.goes_on)
     state.commit(hidden, branches)
-    return tree, read
+    return read, tree.nodes
 
 
 class Compiled:
@@ -53,7 +53,7 @@ class Compiled:
         torch.compiler.cudagraph_mark_step_begin()
         return verify(model, tokens, tree, state, self._backbone).clone()  # a CUDA graph overwrites what it returned
 
-    def step(self, model: nn.Module, state: DecodeState, builder: TreeBuilder, nodes: int) -> tuple[Tree, Tensor]:
+    def step(self, model: nn.Module, state: DecodeState, builder: TreeBuilder, nodes: int) -> tuple[Tensor, int]:
         """Call `whole_step`, compiled."""
         torch.compiler.cudagraph_mark_step_begin()
         results = self._step(model, state, builder, nodes)

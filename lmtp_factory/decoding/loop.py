@@ -112,7 +112,7 @@ def run(
         started, plain = time.perf_counter(), plain_steps < plain_before_draft
         if compiled is not None and acceptor.follows_argmax:
             with stats.timed("verify", state.device):  # of this step all phases that the device computes
-                tree, read = compiled.step(model, state, builder, builder.nodes(plain))
+                read, nodes = compiled.step(model, state, builder, builder.nodes(plain))
             with stats.timed("accept", state.device):
                 on_host = acceptor.append(read)
             with stats.timed("commit", state.device):
@@ -120,6 +120,7 @@ def run(
         else:
             with stats.timed("draft", state.device):
                 tree, tokens = builder.build(state, plain)  # tokens: (batch, nodes)
+                nodes = tree.nodes
             with stats.timed("verify", state.device), recorded(model) as layers:
                 hidden = (compiled.verify if compiled else verify)(model, tokens, tree, state)  # (batch, nodes, hidden)
                 logits = lm_logits(model, hidden)  # (batch, nodes, vocabulary)
@@ -127,7 +128,7 @@ def run(
                 branches, on_host = acceptor.accept(logits, tokens, tree, state.goes_on)
             with stats.timed("commit", state.device):
                 state.advance(model.leap_heads.inputs(hidden, layers), branches, on_host)
-        plain_steps = plain_steps + 1 if tree.nodes == 1 else 0
-        stats.count(tree.nodes, on_host)
-        builder.learn(tree.nodes, on_host, time.perf_counter() - started)
+        plain_steps = plain_steps + 1 if nodes == 1 else 0
+        stats.count(nodes, on_host)
+        builder.learn(nodes, on_host, time.perf_counter() - started)
         stream.flush()

@@ -25,7 +25,8 @@ class DecodeStats:
         drafts: Number of steps that verified a draft. A draft budget leaves it out of others.
         accepted: For each level, the number of steps that accepted a node of the level.
         advances: For each step, the number of tokens that it added. All but the last of them were drafted.
-        seconds: Seconds of the whole generation and of each phase.
+        seconds: Seconds of the whole generation and of each phase. A compiled greedy step is one graph: its draft and its
+            commit count as verification.
         profile: Synchronise the device at the end of each phase. Without it, the times of phases on a GPU are launch
             times.
         has_launch_times: Whether phases ran on a GPU without `profile`.

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import (
     AutoProcessor,
-    CompileConfig,
     DynamicCache,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
