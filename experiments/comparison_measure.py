@@ -16,7 +16,7 @@ from lmtp_factory.decoding.tree_config import DEFAULT_WIDTH, KINDS, TreeConfig
 from lmtp_factory.evaluation.bench import OWN_LOOP, STOCK, Arm, always_drafting, results, run_arms
 from lmtp_factory.evaluation.report import load_for_scoring
 from lmtp_factory.evaluation.scoring import Row, read_rows, score_heads
-from lmtp_factory.evaluation.self_generated import read_prompts
+from lmtp_factory.evaluation.self_generated import generate_greedy_batch, read_prompts
 from lmtp_factory.modeling.model import base_of
 from lmtp_factory.tuning.replay import Observed, accuracies, observe_answers, tau_of_dynamic, tau_of_paths
 
@@ -90,15 +90,9 @@ def answers_of(model: nn.Module, prompts: list[list[int]], max_new_tokens: int, 
         return [(prompt, answer) for prompt, answer in json.loads(kept.read_text(encoding="utf-8"))]
     ends = model.generation_config.eos_token_id
     ends = {ends} if isinstance(ends, int) else set(ends or ())
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=model.device)
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
-    written = model.generate(
-        ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, temperature=None, top_p=None, top_k=None,
-        repetition_penalty=1.0, lmtp_tree=TreeConfig("chain", 1),
-    )  # fmt: skip
+    written = generate_greedy_batch(model, prompts, max_new_tokens, lmtp_tree=TreeConfig("chain", 1))
     answers = []
-    for answer in written[:, longest:].tolist():
+    for answer in written[:, max(map(len, prompts)) :].tolist():
         end = next((place for place, token in enumerate(answer) if token in ends), len(answer))
         answers.append(answer[: end + 1])
     rows = list(zip(prompts, answers))

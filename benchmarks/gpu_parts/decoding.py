@@ -17,7 +17,7 @@ from lmtp_factory.decoding.stats import PHASES, DecodeStats
 from lmtp_factory.decoding.tree import best_first_paths
 from lmtp_factory.decoding.tree_config import DEFAULT_WIDTH, TreeConfig
 from lmtp_factory.evaluation.bench import OWN_LOOP, STOCK, Arm, always_drafting, margins, results, run_arms
-from lmtp_factory.evaluation.self_generated import generate_greedy
+from lmtp_factory.evaluation.self_generated import generate_greedy, generate_greedy_batch
 from lmtp_factory.modeling.checkpoint import load_heads
 from lmtp_factory.tuning.costs import measure_costs
 from lmtp_factory.tuning.replay import accuracies, observe_answers
@@ -125,11 +125,6 @@ def batch(settings: Settings, count: int) -> dict:
     """Decode a batch with a dynamic tree of each size, against stock generate."""
     model, rows = with_heads(settings), settings.heldout_rows()
     prompts = [rows[number % len(rows)][0] for number in range(count)]
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=settings.device)
-    mask = torch.tensor(
-        [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=settings.device
-    )
     ways = {STOCK: {"lmtp_decode": "off"}, OWN_LOOP: {"lmtp_tree": TreeConfig("chain", 1)}}
     for nodes in (4,) if settings.toy else (8, 16, 32, 64):
         ways[f"dynamic {nodes}"] = {"lmtp_tree": TreeConfig("dynamic", nodes, always=True)}
@@ -139,13 +134,11 @@ def batch(settings: Settings, count: int) -> dict:
             stats = DecodeStats()
             started = _now(settings.device)
             # All rows write equally many tokens, so that no way decodes fewer.
-            output = model.generate(
-                ids, attention_mask=mask, max_new_tokens=new, do_sample=False, temperature=None, top_p=None, top_k=None,
-                repetition_penalty=1.0, eos_token_id=None, lmtp_stats=stats, **options,
-            )  # fmt: skip
+            output = generate_greedy_batch(model, prompts, new, eos_token_id=None, lmtp_stats=stats, **options)
             seconds = _now(settings.device) - started
             if timed:
-                found[name] = {"tokens per second": count * (output.shape[1] - longest) / seconds, "tau": stats.tau}
+                tokens = count * (output.shape[1] - max(map(len, prompts)))
+                found[name] = {"tokens per second": tokens / seconds, "tau": stats.tau}
     for row in found.values():
         row["x stock"] = row["tokens per second"] / found[STOCK]["tokens per second"]
         row["x own loop"] = row["tokens per second"] / found[OWN_LOOP]["tokens per second"]

@@ -41,10 +41,23 @@ def generate_greedy(model: nn.Module, ids: Sequence[int], max_new_tokens: int, *
     Returns:
         (1, length) token ids of the prompt and the answer.
     """
-    prompt = torch.tensor([ids], device=model.device)
+    return generate_greedy_batch(model, [ids], max_new_tokens, **kwargs)
+
+
+def generate_greedy_batch(
+    model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int, **kwargs
+) -> torch.Tensor:
+    """Generate answers to several prompts at once, see `generate_greedy`.
+
+    Returns:
+        (batch, length) token ids of the prompts, padded with 0 on the left to the longest, and of the answers.
+    """
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
+    lengths = torch.tensor([[len(prompt)] for prompt in prompts], device=model.device)
+    mask = (torch.arange(longest, device=model.device) >= longest - lengths).long()  # (batch, longest)
     greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "repetition_penalty": 1.0}
-    mask = torch.ones_like(prompt)
-    return model.generate(prompt, attention_mask=mask, max_new_tokens=max_new_tokens, **greedy, **kwargs)
+    return model.generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens, **greedy, **kwargs)
 
 
 def self_generated_rows(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Iterator[Row]:
