@@ -2,7 +2,7 @@
 
 Baseline: the model's forward, including logits, of equally many tokens, with the same cache, weights and context length.
 The phases of a step are timed inside `generate`. Rounds of both are interleaved. `operators` counts the operators of torch,
-views aside, that a step calls outside the backbone: on a GPU each is a kernel, launched by the host.
+views aside, that a step calls outside the backbone: on a GPU most are a kernel each, launched by the host.
 
     python benchmarks/decode_step.py demo_run/export_heads
 """

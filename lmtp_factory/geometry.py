@@ -90,6 +90,7 @@ def lookback(depth: int, offsets: Sequence[int]) -> tuple[int, int]:
         raise ValueError(
             f"The depth is {depth}, but it is outside 1..{reach(offsets)}: draft no deeper than the last head."
         )
+    # Not by bisection, which torch.compile cannot trace.
     head = next(number for number, offset in enumerate(offsets) if offset >= depth)
     return head, offsets[head] - depth
 

@@ -11,7 +11,7 @@ from .tree import Tree
 
 @dataclass(frozen=True)
 class Branches:
-    """The accepted branch of each row on the device, root first.
+    """The accepted branch of each row on the device, root first. Of rows that had ended before only `counts` means anything.
 
     Attributes:
         nodes: (batch, longest or more) indices of each row's accepted nodes, filled up with node 0.
@@ -57,9 +57,10 @@ def follow(chosen: Tensor, tokens: Tensor, tree: Tree, goes_on: Tensor | None = 
     if tree.nodes == 1:
         nodes, appended, counts, roots = torch.zeros_like(chosen), chosen, torch.ones_like(chosen), chosen[:, 0]
     else:
-        differs = tokens != chosen.gather(1, tree.parents.expand_as(tokens))  # (batch, nodes)
-        # A node is accepted if it and all of its ancestors agree with the model; the root was in the step before.
-        accepted = ~(tree.ancestors() & differs[:, None, :])[:, :, 1:].any(-1)  # (batch, nodes)
+        agrees = tokens == chosen.gather(1, tree.parents.expand_as(tokens))  # (batch, nodes)
+        # A node is accepted if it and all of its ancestors agree with the model; the root was in the step before. Of bools
+        # `<=` is implication.
+        accepted = (tree.ancestors() <= agrees[:, None, :])[:, :, 1:].all(-1)  # (batch, nodes)
         indices = torch.arange(tree.nodes, device=tokens.device) * accepted  # (batch, nodes), 0 for rejected nodes
         nodes = indices.new_zeros(len(tokens), tree.height + 1)
         nodes.scatter_reduce_(1, tree.levels.expand_as(tokens), indices, "amax")  # (batch, height + 1)

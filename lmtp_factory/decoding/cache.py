@@ -164,7 +164,10 @@ class FixedLayer(_Movable, StaticLayer):
 
     def set_cursor(self, cursor: int | Tensor, shortest: int | None = None) -> None:
         """Set the column where the next step writes."""
-        self.cumulative_length.fill_(cursor)
+        if isinstance(cursor, Tensor):  # which may be on another device
+            self.cumulative_length.copy_(cursor)
+        else:
+            self.cumulative_length.fill_(cursor)
 
 
 class TreeCache(Cache):

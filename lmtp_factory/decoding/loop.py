@@ -104,15 +104,17 @@ def run(
 ) -> None:
     """Run the loop from the first token after the prefill to the end of the last row."""
     offsets, acceptor = model.leap_heads.config.offsets, state.acceptor
-    builder = TreeBuilder(model, tree_config, constant=state.cache.is_fixed, device=state.device)
+    is_compiled = compiled is not None and acceptor.follows_argmax  # the whole step
+    unembeddings = compiled.unembeddings(model) if is_compiled else None
+    builder = TreeBuilder(model, tree_config, state.cache.is_fixed, state.device, unembeddings)
     # F-MTP (the paper's appendix) takes plain steps to fill the window instead of reusing past states.
     plain_before_draft = geometry.window(offsets) - 1 if stats.strategy == "forward" else 0
     plain_steps = 0
     while not acceptor.finished():
         started, plain = time.perf_counter(), plain_steps < plain_before_draft
-        if compiled is not None and acceptor.follows_argmax:
+        if is_compiled:
             with stats.timed("verify", state.device):  # of this step all phases that the device computes
-                read, nodes = compiled.step(model, state, builder, builder.nodes(plain))
+                read, nodes = compiled.step(model, state, builder, drafts=builder.nodes(plain) > 1)
             with stats.timed("accept", state.device):
                 on_host = acceptor.append(read)
             with stats.timed("commit", state.device):

@@ -27,14 +27,14 @@ def prompt_length(input_ids: Tensor, model_kwargs: dict) -> int:
 
 
 class DecodeState:
-    """State between two steps. Its parts are consistent after `prefill` and after each `advance`.
+    """State between two steps. Its parts are consistent after `prefill` and after each `advance`, or `commit` and `record`.
 
     Attributes:
         acceptor: The sequences, and which of them have ended.
         cache: Keys and values of all accepted tokens except the roots.
         window: The last hidden states of each row and its newest token, input of the next draft.
         columns: (batch, 1) number of cache columns that each row owns, on `device`.
-        goes_on: (batch, 1) bool on `device`, False for rows that have ended; None while there are none.
+        goes_on: (batch, 1) bool on `device`, False for rows that have ended; None if no row has to be told apart.
         shift: (..., batch, 1) position of a row's root minus its number of columns. It is not 0 if the row is padded or
             the user passes positions. Leading axes are those of models with several position axes.
         prompt_mask: (batch, prompt) bool, False for padding; None without padding.
@@ -101,6 +101,8 @@ class DecodeState:
         root = torch.zeros(len(input_ids), 1, dtype=torch.long, device=self.device)
         branches, _ = self.acceptor.accept(logits, root, fixed([()], self.device))
         self.window.roots, self.goes_on = branches.roots, None
+        if self.cache.is_fixed and len(input_ids) > 1:  # from the start, or the end of a row would need another graph
+            self.goes_on = torch.ones(len(input_ids), 1, dtype=torch.bool, device=self.device)
         self._tell_which_go_on([[0] for _ in self.acceptor.rows])
 
     def lengths(self) -> list[int]:
@@ -131,7 +133,7 @@ class DecodeState:
         self.window.push(hidden, branches)
         self.columns = self.columns + branches.counts
 
-    def own(self) -> None:
+    def copy_outputs(self) -> None:
         """Copy what a compiled step has written: a CUDA graph overwrites its outputs in the next step."""
         window, self.columns = self.window, self.columns.clone()
         window.states, window.roots = window.states.clone(), window.roots.clone()
@@ -156,7 +158,7 @@ class DecodeState:
             return
         if any(branch and row.done for branch, row in zip(branches, rows)) and not self.acceptor.finished():
             facts = torch.tensor([[not row.done, row.columns] for row in rows]).to(self.device, non_blocking=True)
-            self.goes_on, self.columns = facts[:, :1].bool(), facts[:, 1:]
+            self.goes_on, self.columns = facts[:, :1].bool(), facts[:, 1:].clone()  # compiled code knows strides
 
     def advance(self, hidden: Tensor, branches: Branches, on_host: list[list[int]]) -> None:
         """Commit the accepted branch of each row to the cache, the window and the positions.

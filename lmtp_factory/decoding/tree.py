@@ -51,7 +51,8 @@ class Tree:
         if nodes == self.nodes:
             return self
         values = None if self.values is None else self.values[:, :nodes]
-        return Tree(self.parents[:, :nodes], self.levels[:, :nodes], self.ranks[:, :nodes], self.height, values)
+        height = min(self.height, nodes - 1)
+        return Tree(self.parents[:, :nodes], self.levels[:, :nodes], self.ranks[:, :nodes], height, values)
 
     def tokens(self, root: Tensor, candidates: Tensor) -> Tensor:
         """Look up the tokens of all nodes.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import geometry
-from .draft import Window, propose_candidates, unembeddings_of
+from .draft import Window, propose_candidates
 from .draft_budget import PROBE_NODES, DraftBudget
 from .state import DecodeState
 from .tree import Tree, fixed, grow
@@ -21,10 +21,18 @@ class TreeBuilder:
         config: Kind and size of the trees.
         constant: Give every draft tree the same number of nodes, for compiled forwards.
         device: Device of the roots.
+        unembeddings: See `draft.candidates_of`.
     """
 
-    def __init__(self, model: nn.Module, config: TreeConfig, constant: bool, device: torch.device):
-        self.model, self.config, self.constant = model, config, constant
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TreeConfig,
+        constant: bool,
+        device: torch.device,
+        unembeddings: Sequence[nn.Module] | None = None,
+    ):
+        self.model, self.config, self.constant, self.unembeddings = model, config, constant, unembeddings
         self.reach = geometry.reach(model.leap_heads.config.offsets) - 1  # number of levels that the heads can draft
         self.root = fixed([()], device)
         self.shape: Tree | None = None  # the static tree without the levels that the heads cannot draft
@@ -34,7 +42,6 @@ class TreeBuilder:
             kept = [path for path in paths if len(path) <= self.reach]
             self.shape, self.probe = fixed(kept, device), fixed(kept[:PROBE_NODES], device)
             self.width = max((path[-1] for path in kept if path), default=0) + 1
-        self.unembeddings = unembeddings_of(model) if constant else None
         if constant:  # what depends on the shape alone is computed here and not in a compiled step
             window = getattr(model.config.get_text_config(), "sliding_window", None)
             for tree in (self.root, self.shape, self.probe):

@@ -26,7 +26,8 @@ def tree_masks(
     Args:
         config: Configuration of the text model.
         tree: The tree.
-        state: The state whose cache receives the tree's keys and values, from the length of the longest row on.
+        state: The state whose cache receives the tree's keys and values, from the length of the longest row on. Its cursor
+            has been placed.
         dtype: Dtype of the additive masks of eager attention.
 
     Returns:
@@ -78,7 +79,7 @@ def _allowed(state: "DecodeState", tree: Tree, layer: int, window: int | None) -
         layer: Index of a layer of the type in question.
         window: Sliding window of the layer; None for full attention.
     """
-    nodes, own = tree.nodes, state.columns  # own: (batch, 1)
+    nodes, own = tree.nodes, state.columns  # own: (batch, 1) columns of each row
     count, first = state.cache.layers[layer].get_mask_sizes(nodes)  # number and first index of the visible columns
     is_visible = window is None or count <= window  # a user's cache may hold more columns than the window
     if nodes == 1 and len(own) == 1 and state.prompt_mask is None and is_visible and not state.cache.is_fixed:

@@ -42,8 +42,8 @@ def check(tree: Tree, batch: int, seed: int) -> int:
         assert appended[b, : len(branch)].tolist() == chosen[b, branch].tolist()
         assert int(branches.roots[b]) == int(chosen[b, branch[-1]])
     rows = torch.arange(batch)[:, None] > 0  # the first has ended
-    _, read = follow(chosen, tokens, tree, rows)
-    assert torch.equal(read[:, :1], counts * rows)
+    branches, read = follow(chosen, tokens, tree, rows)
+    assert torch.equal(read[:, :1], counts * rows) and torch.equal(branches.counts, counts * rows)
     return int(counts.max())
 
 

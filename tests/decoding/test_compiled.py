@@ -1,13 +1,13 @@
 """Compiled decoding against stock's own, by torch.compile itself; only the slow tests let it write machine code."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 from helpers.decoding import GREEDY, TREES, decoded, mixed_ranks, oracle, padded, prompt, stock
 from transformers import CompileConfig, set_seed
 
-from lmtp_factory.decoding import tree_builder
+from lmtp_factory.decoding import loop, tree_builder
 from lmtp_factory.decoding.draft import Candidates
 from lmtp_factory.decoding.tree_config import TreeConfig
 
@@ -46,6 +46,7 @@ def drafts_by_token(continuations: torch.Tensor, vocabulary: int, width: int):
 @pytest.fixture(autouse=True)
 def forget_graphs():
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     yield
     torch._dynamo.reset()
 
@@ -77,13 +78,46 @@ HEADS = {
 }
 
 
+def assert_drafts_as_uncompiled(model, inputs, tree, expected):
+    """The graph drafts the same tokens in every step."""
+    new, drafts, original = expected.shape[1] - inputs["input_ids"].shape[1], [], tree_builder.TreeBuilder.draft
+
+    def draft(self, *args):
+        drawn, tokens = original(self, *args)
+        remember(tokens)
+        return drawn, tokens
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tree_builder.TreeBuilder, "draft", draft)
+        patch.setattr(loop, "prepacked_if_possible", lambda *_: nullcontext())  # int8 heads draft a little otherwise
+        for is_compiled in (True, False):
+            verified.clear()
+            options = compiled(new=new) | {"disable_compile": not is_compiled}
+            before = graphs()
+            ours, stats = decoded(model, **inputs, lmtp_tree=tree, **options, **GREEDY)
+            assert ours.tolist() == expected.tolist() and stats.nodes > stats.steps
+            assert (graphs() > before) == is_compiled
+            drafts.append(list(verified))
+    assert len(drafts[0]) == len(drafts[1]) > 1 and all(map(torch.equal, *drafts))
+
+
+verified: list[torch.Tensor] = []  # (batch, nodes) tokens of every step
+
+
+@torch.library.custom_op("lmtp_tests::remember", mutates_args=())
+def remember(tokens: torch.Tensor) -> None:
+    verified.append(tokens.clone())
+
+
+remember.register_fake(lambda tokens: None)
+
+
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("architecture", ["llama", "gemma3-text"])
 def test_the_heads_draft_in_the_graph(leap, heads, architecture):
     model, inputs = leap(architecture, heads=HEADS[heads]), padded([9, 2])
     expected = stock(model, **inputs, max_new_tokens=12, **GREEDY)
-    ours, stats = decoded(model, **inputs, lmtp_tree=TREES["dynamic"], **compiled(new=12), **GREEDY)
-    assert ours.tolist() == expected.tolist() and stats.nodes > stats.steps
+    assert_drafts_as_uncompiled(model, inputs, TREES["dynamic"], expected)
 
 
 def test_rows_that_end_early_and_plain_steps(leap):
@@ -100,8 +134,36 @@ def test_rows_that_end_early_and_plain_steps(leap):
 def test_a_draft_vocabulary_of_the_lm_head(leap):
     model = leap("llama", heads={"head_kind": "shared", "draft_vocab_size": 40})
     expected = stock(model, prompt(), max_new_tokens=12, **GREEDY)
-    ours, _ = decoded(model, prompt(), lmtp_tree=TREES["static"], **compiled(new=12), **GREEDY)
-    assert ours.tolist() == expected.tolist()
+    assert_drafts_as_uncompiled(model, {"input_ids": prompt()}, TREES["static"], expected)
+    rows = model.compiled_functions.unembeddings(model)[0].weight
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.5)
+    try:
+        assert model.compiled_functions.unembeddings(model)[0].weight is rows  # where graphs expect it
+        assert torch.equal(rows, model.lm_head.weight[model.leap_heads.draft_tokens])
+    finally:
+        with torch.no_grad():
+            model.lm_head.weight.mul_(2.0)
+
+
+def test_looking_forward(leap):
+    """Plain steps and drafts in turns."""
+    model, inputs = leap("llama", heads={"num_heads": 2, "stride": 3}), padded([9, 2])
+    expected = stock(model, **inputs, max_new_tokens=20, **GREEDY)
+    with drafts_by_token(expected, model.config.vocab_size, 3):
+        ours, stats = decoded(
+            model, **inputs, lmtp_tree=TREES["chain"], lmtp_decode="forward", **compiled(new=20), **GREEDY
+        )
+    assert ours.tolist() == expected.tolist() and stats.strategy == "forward" and stats.steps < stats.nodes
+
+
+def test_processors_leave_the_walk_to_the_host(leap):
+    model, settings = leap("llama"), {"repetition_penalty": 1.3, "max_new_tokens": 20} | GREEDY
+    expected = stock(model, **padded([7, 4]), **settings)
+    with oracle(expected, mixed_ranks):
+        options = compiled(fullgraph=False) | settings
+        ours, stats = decoded(model, **padded([7, 4]), lmtp_tree=TREES["dynamic"], **options)
+    assert ours.tolist() == expected.tolist() and stats.tau > 1.3 and graphs() > 0
 
 
 def test_sampling_compiles_the_backbone(leap):
@@ -120,7 +182,10 @@ def test_sampling_compiles_the_backbone(leap):
 def test_machine_code(leap, architecture):
     model, inputs = leap(architecture), padded([7, 4])
     expected = stock(model, **inputs, max_new_tokens=24, **GREEDY)
-    for _ in range(2):
-        with drafts_by_token(expected, model.config.vocab_size, 3):
-            ours, stats = decoded(model, **inputs, lmtp_tree=TREES["dynamic"], **compiled("inductor"), **GREEDY)
-        assert ours.tolist() == expected.tolist() and stats.tau > 1.3
+    end = {"eos_token_id": int(expected[0, 20]), "pad_token_id": 0}
+    for tree in (TREES["dynamic"], TreeConfig("dynamic", 9, width=3)):  # the other begins with a plain step
+        for more in ({}, end):
+            whole = stock(model, **inputs, max_new_tokens=24, **more, **GREEDY)
+            with drafts_by_token(expected, model.config.vocab_size, 3):
+                ours, stats = decoded(model, **inputs, lmtp_tree=tree, **compiled("inductor"), **more, **GREEDY)
+            assert ours.tolist() == whole.tolist() and stats.nodes > stats.steps

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from lmtp_factory import LMTPError, attach_heads
-from lmtp_factory.decoding.tree_config import TreeConfig
+from lmtp_factory.decoding.tree_config import CostCurve, TreeConfig
 from lmtp_factory.modeling import heads_of
 
 
@@ -272,6 +272,17 @@ def test_any_mixture_of_right_and_wrong_tokens(leap, architecture, patterns, dat
         assert stats.accepted == [
             sum(added > level for added in counted) for level in range(1, max(counted, default=1))
         ]
+
+
+@pytest.mark.parametrize("lengths", [[9], [9, 4, 7]], ids=["one row", "padded rows"])
+def test_small_trees_at_the_end_of_a_buffer(leap, lengths):
+    """A branch of a tree that was cut is kept behind it: no column beyond those that the tree had is written."""
+    model, inputs = leap("llama"), padded(lengths)
+    # Cuts to 3 nodes, and the heads reach 6 levels.
+    steep = {nodes * len(lengths): cost for nodes, cost in ((1, 1.0), (2, 1.05), (3, 1.1), (4, 3.0), (64, 60.0))}
+    tree = TreeConfig("dynamic", 16, width=3, cost=CostCurve(steep), always=True)
+    stats = check_drafts(model, inputs, tree, rank=lambda row, place: (0, 1)[(place + row) % 3 == 1], new=230)
+    assert stats.tau > 1.3 and stats.nodes < 4 * stats.steps
 
 
 def geometry_reach(model) -> int:

@@ -72,3 +72,38 @@ def test_all_of_it_agrees_after_every_step(leap, architecture, lengths):
         assert [len(branch) >= 1 + (step + row) % 3 for row, branch in enumerate(on_host)] == [True] * len(lengths)
         state.advance(hidden, branches, on_host)
         assert_agrees(model, state, inputs)
+
+
+@torch.no_grad()
+def test_a_row_that_ends_inside_a_branch_stops_there(leap):
+    """The other row goes on; of the one that ended, columns and cache are those of its last token."""
+    model, inputs = leap("llama"), padded([9, 5])
+    state, tree = prefilled(model, inputs), fixed([(0,) * level for level in range(4)])
+    for step in range(3):
+        tokens = state.roots[:, None].repeat(1, tree.nodes)
+        for row in range(2):
+            known = whole_row(state, row, inputs)
+            for node in range(1, tree.nodes):
+                known = torch.cat([known, model(input_ids=known).logits[:, -1].argmax(-1, keepdim=True)], 1)
+                tokens[row, node] = known[0, -1]
+        if step == 1:  # as an end token would, behind the first drafted one
+            state.acceptor.eos = {int(tokens[1, 2])} - set(tokens[0].tolist())
+            assert state.acceptor.eos
+        hidden = verify(model, tokens, tree, state)
+        branches, on_host = state.acceptor.accept(lm_logits(model, hidden), tokens, tree, state.goes_on)
+        state.advance(hidden, branches, on_host)
+        lengths = [len(branch) for branch in on_host]
+        assert lengths == ([4, 4], [4, 2], [4, 0])[step]
+        for row, facts in enumerate(state.acceptor.rows):
+            assert int(state.columns[row]) == facts.columns == facts.length - 1
+    assert [row.done for row in state.acceptor.rows] == [False, True] and state.goes_on.tolist() == [[True], [False]]
+    layer = state.cache.layers[0]
+    for row in range(2):  # keys of the first layer depend on tokens and positions alone
+        tokens = whole_row(state, row, inputs)[:, :-1]
+        alone = DynamicCache(config=model.config)
+        model.base_model(input_ids=tokens, past_key_values=alone, use_cache=True)
+        first, last = (
+            inputs["input_ids"].shape[1] - len(inputs["attention_mask"][row].nonzero()),
+            int(state.columns[row]),
+        )
+        torch.testing.assert_close(layer.keys[row, :, first:last], alone.layers[0].keys[0], rtol=1e-3, atol=1e-3)

@@ -77,6 +77,7 @@ def test_the_first_nodes_of_a_tree_are_a_tree(rows, nodes, data):
     count = data.draw(st.integers(1, tree.nodes))
     small = tree.first(count)
     assert small.nodes == count and small.values.shape[1] == count
+    assert small.levels.max() <= small.height < count  # a branch has no more nodes than the tree
     for row in range(len(rows)):
         assert paths_of(small, row) == paths_of(tree, row)[:count]
 
