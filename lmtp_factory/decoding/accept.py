@@ -117,11 +117,11 @@ class Acceptor:
         """
         if self.follows_argmax:
             branches, read = follow(logits.argmax(-1), tokens, tree, goes_on)
-            return branches, self.append(read)
+            return branches, self.append_followed(read)
         walked = self._walk(logits, tokens, tree.parents)
         return Branches.sent(walked, [row.last for row in self.rows], logits.device), walked
 
-    def append(self, read: Tensor) -> list[list[int]]:
+    def append_followed(self, read: Tensor) -> list[list[int]]:
         """Append what the device has accepted.
 
         Args:

@@ -65,12 +65,12 @@ class Compiled:
         given = unembeddings_of(model)
         if model.leap_heads.config.head_kind == "own" or model.leap_heads.draft_tokens is None:
             return given
-        rows, kept = given[0], self._rows
-        if kept is None or (kept.weight.dtype, kept.weight.device) != (rows.weight.dtype, rows.weight.device):
-            kept = self._rows = rows
-        elif kept is not rows:
-            kept.load_state_dict(rows.state_dict())
-        return [kept] * len(given)
+        rows = given[0]
+        if self._rows is None or _layout(self._rows) != _layout(rows):  # other heads, or a model that was cast or moved
+            self._rows = rows
+        elif self._rows is not rows:
+            self._rows.load_state_dict(rows.state_dict())
+        return [self._rows] * len(given)
 
     def verify(self, model: nn.Module, tokens: Tensor, tree: Tree, state: DecodeState) -> Tensor:
         """Call `verify.verify` with the compiled backbone."""
@@ -84,6 +84,11 @@ class Compiled:
             results = self._step(model, state, builder, drafts)
         state.copy_outputs()
         return results
+
+
+def _layout(layer: nn.Module) -> tuple:
+    """Return the shape, dtype and device of a layer's parameters, and their names."""
+    return tuple((name, part.shape, part.dtype, part.device) for name, part in layer.state_dict().items())
 
 
 def compiled_for(model: nn.Module, options: CompileConfig | None) -> Compiled:

@@ -116,7 +116,7 @@ def run(
             with stats.timed("verify", state.device):  # of this step all phases that the device computes
                 read, nodes = compiled.step(model, state, builder, drafts=builder.nodes(plain) > 1)
             with stats.timed("accept", state.device):
-                on_host = acceptor.append(read)
+                on_host = acceptor.append_followed(read)
             with stats.timed("commit", state.device):
                 state.record(on_host)
         else:

@@ -177,11 +177,6 @@ class DecodeState:
         self.commit(hidden, branches, moves)
         self.record(on_host)
 
-    @property
-    def roots(self) -> Tensor:
-        """(batch,) newest token of each row, on `device`."""
-        return self.window.roots
-
     def output(self, given, config: GenerationConfig, pad_token: int | None) -> GenerateDecoderOnlyOutput | Tensor:
         """Build the return value of `_sample`; copy the cache's contents to `given`, the cache of the caller."""
         sequences = self.acceptor.padded(pad_token)

@@ -84,7 +84,7 @@ def assert_drafts_as_uncompiled(model, inputs, tree, expected):
 
     def draft(self, *args):
         drawn, tokens = original(self, *args)
-        remember(tokens)
+        collect(tokens)
         return drawn, tokens
 
     with pytest.MonkeyPatch.context() as patch:
@@ -104,12 +104,12 @@ def assert_drafts_as_uncompiled(model, inputs, tree, expected):
 verified: list[torch.Tensor] = []  # (batch, nodes) tokens of every step
 
 
-@torch.library.custom_op("lmtp_tests::remember", mutates_args=())
-def remember(tokens: torch.Tensor) -> None:
+@torch.library.custom_op("leap_tests::collect", mutates_args=())
+def collect(tokens: torch.Tensor) -> None:
     verified.append(tokens.clone())
 
 
-remember.register_fake(lambda tokens: None)
+collect.register_fake(lambda tokens: None)
 
 
 @pytest.mark.parametrize("heads", HEADS)
@@ -141,7 +141,10 @@ def test_a_draft_vocabulary_of_the_lm_head(leap):
     try:
         assert model.compiled_functions.unembeddings(model)[0].weight is rows  # where graphs expect it
         assert torch.equal(rows, model.lm_head.weight[model.leap_heads.draft_tokens])
+        model.double()
+        assert model.compiled_functions.unembeddings(model)[0].weight.dtype == torch.float64  # a cast takes new memory
     finally:
+        model.float()
         with torch.no_grad():
             model.lm_head.weight.mul_(2.0)
 

@@ -43,7 +43,7 @@ def assert_agrees(model, state, inputs) -> None:
     size = geometry.window(model.leap_heads.config.offsets)
     for row, facts in enumerate(state.acceptor.rows):
         tokens = whole_row(state, row, inputs)
-        assert int(state.roots[row]) == facts.last == int(tokens[0, -1])
+        assert int(state.window.roots[row]) == facts.last == int(tokens[0, -1])
         assert int(state.columns[row]) == facts.columns == facts.length - 1
         assert int((state.shift + state.columns).view(-1)[row]) == tokens.shape[1] - 1  # the root's position
         hidden = model.base_model(input_ids=tokens[:, :-1]).last_hidden_state[:, -size:]
@@ -60,7 +60,7 @@ def test_all_of_it_agrees_after_every_step(leap, architecture, lengths):
     assert_agrees(model, state, inputs)
     for step in range(6):
         # Drafts that are right to a depth of 0, 1 or 2, each row at its own pace.
-        tokens = state.roots[:, None].repeat(1, tree.nodes)
+        tokens = state.window.roots[:, None].repeat(1, tree.nodes)
         for row in range(len(lengths)):
             known = whole_row(state, row, inputs)
             for node in (1, 3)[: (step + row) % 3]:
@@ -80,7 +80,7 @@ def test_a_row_that_ends_inside_a_branch_stops_there(leap):
     model, inputs = leap("llama"), padded([9, 5])
     state, tree = prefilled(model, inputs), fixed([(0,) * level for level in range(4)])
     for step in range(3):
-        tokens = state.roots[:, None].repeat(1, tree.nodes)
+        tokens = state.window.roots[:, None].repeat(1, tree.nodes)
         for row in range(2):
             known = whole_row(state, row, inputs)
             for node in range(1, tree.nodes):

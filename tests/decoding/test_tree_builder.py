@@ -75,7 +75,7 @@ def test_the_first_step_is_plain_because_a_draft_has_nothing_to_be_compared_with
         TreeBuilder(model, TreeConfig("chain", 4), constant=False, device=torch.device("cpu")),
     )
     tree, tokens = builder.build(state)
-    assert shape(tree) == (1, 0) and tokens.tolist() == state.roots[:, None].tolist() and not builder.drafted
+    assert shape(tree) == (1, 0) and tokens.tolist() == state.window.roots[:, None].tolist() and not builder.drafted
     builder.learn(tree.nodes, [[0], [0]], seconds=1.0)
     tree, tokens = builder.build(state)
     assert shape(tree) == (4, 3) and tokens.shape == (2, 4) and builder.drafted
