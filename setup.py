@@ -29,7 +29,7 @@ setup(
         "torchaudio<=2.11.0",
         "torchvision<0.27",
         # The flash-attention path of 5.6.0 is broken.
-        "transformers>=5.4,!=5.6.0",
+        "transformers>=5.2,!=5.6.0",
         "accelerate",
         "peft>=0.18",
         "deepspeed>=0.16",

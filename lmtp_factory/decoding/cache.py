@@ -21,10 +21,11 @@ from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
     StaticCache,
-    StaticLayer,
 )
 
 from .branches import Branches
+from .compat import number_of
+from .counting_layer import CountingLayer
 
 
 class _Movable:
@@ -141,9 +142,9 @@ class GrowingLayer(_Movable, CacheLayerMixin):
         """Set the column where the next step writes, and the length of the shortest row that still generates."""
         self.cursor, self.shortest = cursor, shortest
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         """Return the number of columns that `update` will return, and the first of them."""
-        return self.cursor + query_length - self.visible_from(), self.visible_from()
+        return self.cursor + number_of(query_length) - self.visible_from(), self.visible_from()
 
     def get_seq_length(self) -> int:
         """Return the number of columns written."""
@@ -156,7 +157,7 @@ class GrowingLayer(_Movable, CacheLayerMixin):
     get_max_length = get_max_cache_shape  # renamed in transformers 5.17
 
 
-class FixedLayer(_Movable, StaticLayer):
+class FixedLayer(_Movable, CountingLayer):
     """A layer with buffers of fixed size and address, for `torch.compile` and CUDA graphs.
 
     It keeps all columns; the attention mask applies sliding windows.
@@ -190,7 +191,7 @@ class TreeCache(Cache):
             fixed = cls(layers=[FixedLayer(columns) for _ in cache.layers])
             if roomy:
                 for ours, theirs in zip(fixed.layers, cache.layers):
-                    ours.__dict__.update(theirs.__dict__)
+                    ours.take_buffers(theirs)
             return fixed
         if type(cache) is not DynamicCache or cache.offloading:
             return None
@@ -252,9 +253,7 @@ class TreeCache(Cache):
         for ours, theirs in zip(self.layers, cache.layers):
             if isinstance(ours, FixedLayer):
                 ours.set_cursor(length)
-                theirs.__dict__.update(ours.__dict__)  # shares the buffers
-                if hasattr(theirs, "cumulative_length_int"):
-                    theirs.cumulative_length_int = length
+                ours.give_buffers(theirs, length)
                 continue
             if not theirs.is_initialized:
                 theirs.lazy_initialization(ours.keys, ours.values)

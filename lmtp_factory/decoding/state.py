@@ -67,15 +67,10 @@ class DecodeState:
         mask = kwargs.get("attention_mask")
         length = prompt_length(input_ids, kwargs)
         # If the mask is longer than input_ids, the user has passed only the tokens that are not in the cache.
-        whole = known and (
+        is_whole = known > 0 and (
             kwargs.get("inputs_embeds") is not None or compat.mask_length(mask, config, length) == length
         )
-        inputs = model.prepare_inputs_for_generation(
-            input_ids,
-            next_sequence_length=length - known if whole else None,
-            is_first_iteration=True,
-            **kwargs,
-        )
+        inputs = compat.prompt_inputs(model, input_ids, known, is_whole, kwargs)
         inputs = {name: value for name, value in inputs.items() if name not in _WRAPPER_ONLY}
         size = geometry.window(model.leap_heads.config.offsets)
         with recorded(model, last=size) as layers:

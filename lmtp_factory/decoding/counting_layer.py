@@ -1,0 +1,73 @@
+"""A static cache layer that counts its columns in a tensor, on all supported versions of transformers.
+
+Its buffers can be shared with a layer of transformers' own, which persists from call to call.
+"""
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import StaticLayer
+
+from .compat import TAKES_COLUMNS
+
+
+class _CountingItself(StaticLayer):
+    """Since transformers 5.4: all static layers count.
+
+    Attributes:
+        cumulative_length: (1,) number of columns.
+    """
+
+    def take_buffers(self, layer: StaticLayer) -> None:
+        """Share the buffers and the count of an empty layer."""
+        vars(self).update(vars(layer))
+
+    def give_buffers(self, layer: StaticLayer, length: int) -> None:
+        """Let a layer share the buffers and the count of `length` columns."""
+        vars(layer).update(vars(self))
+        if hasattr(layer, "cumulative_length_int"):
+            layer.cumulative_length_int = length
+
+
+class _Told(StaticLayer):
+    """Until transformers 5.3: layers are told the columns of new tokens, and their length is the number of those not 0.
+
+    Attributes:
+        cumulative_length: (1,) number of columns.
+    """
+
+    def __init__(self, max_cache_len: int):
+        super().__init__(max_cache_len)
+        self.cumulative_length = torch.zeros(1, dtype=torch.long)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Create the buffers, and move the count to their device."""
+        super().lazy_initialization(key_states, value_states)
+        self.cumulative_length = self.cumulative_length.to(self.device)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Write (batch, heads, nodes, head size) states behind the counted columns; return all keys and values."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        nodes = key_states.shape[2]
+        columns = self.cumulative_length + torch.arange(nodes, device=self.device)  # (nodes,)
+        self.cumulative_length += nodes
+        return super().update(key_states, value_states, {"cache_position": columns})
+
+    def get_seq_length(self) -> Tensor:
+        """Return the number of columns, (1,)."""
+        return self.cumulative_length
+
+    def take_buffers(self, layer: StaticLayer) -> None:
+        """Share the buffers of an empty layer."""
+        count = self.cumulative_length.to(layer.device)
+        vars(self).update(vars(layer))
+        self.cumulative_length = count
+
+    def give_buffers(self, layer: StaticLayer, length: int) -> None:
+        """Let a layer share the buffers, and clear what lies behind the first `length` columns."""
+        for buffer in (self.keys, self.values):  # (batch, heads, columns, head size)
+            buffer[:, :, length:] = 0
+        vars(layer).update(vars(self))
+
+
+CountingLayer = _Told if TAKES_COLUMNS else _CountingItself
