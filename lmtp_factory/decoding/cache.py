@@ -24,7 +24,7 @@ from transformers.cache_utils import (
 )
 
 from .branches import Branches
-from .compat import number_of
+from .compat import query_length
 from .counting_layer import CountingLayer
 
 
@@ -142,9 +142,9 @@ class GrowingLayer(_Movable, CacheLayerMixin):
         """Set the column where the next step writes, and the length of the shortest row that still generates."""
         self.cursor, self.shortest = cursor, shortest
 
-    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+    def get_mask_sizes(self, query: int | Tensor) -> tuple[int, int]:
         """Return the number of columns that `update` will return, and the first of them."""
-        return self.cursor + number_of(query_length) - self.visible_from(), self.visible_from()
+        return self.cursor + query_length(query) - self.visible_from(), self.visible_from()
 
     def get_seq_length(self) -> int:
         """Return the number of columns written."""
@@ -188,6 +188,9 @@ class TreeCache(Cache):
                 return None
             # generate() reuses a static cache. Reuse its buffers too: compiled code depends on their addresses.
             roomy = all(layer.is_initialized and layer.max_cache_len >= columns for layer in cache.layers)
+            columns = max(
+                columns, *(layer.max_cache_len for layer in cache.layers)
+            )  # a later turn may need the caller's
             fixed = cls(layers=[FixedLayer(columns) for _ in cache.layers])
             if roomy:
                 for ours, theirs in zip(fixed.layers, cache.layers):

@@ -1,4 +1,4 @@
-"""Names of transformers that decoding uses beyond its documented interface, and a check that they exist.
+"""What decoding uses of transformers beyond its documented interface: a check that it exists, and where versions differ.
 
 Such names may change in any version of transformers. A version that lacks one is refused before heads attach. Only
 `_pad_token_tensor` and `_mask_length` of `GenerationConfig`, which `generate` sets, are checked when they are read.
@@ -19,11 +19,13 @@ from ..errors import LMTPError
 # The first version that has the names below.
 OLDEST = "5.2"
 _REMEDY = f'pip install "transformers>={OLDEST}"'
-# Name of the key-value cache among the arguments and outputs of a model. It is `cache` since transformers 5.24.
 _PREPARED = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+# Name of the key-value cache among the arguments and outputs of a model. It is `cache` since transformers 5.24.
 CACHE = "cache" if "cache" in _PREPARED else "past_key_values"
 # Until transformers 5.3 a forward and its cache are told the columns of the new tokens, since 5.4 only how many there are.
 TAKES_COLUMNS = "cache_position" in inspect.signature(DynamicLayer.get_mask_sizes).parameters
+# Since 5.3 the inputs of a forward are cut to a number of new tokens, until 5.2 to their columns.
+TAKES_LENGTH = "next_sequence_length" in _PREPARED
 
 # Attributes of classes.
 ATTRIBUTES = {
@@ -58,7 +60,8 @@ PARAMETERS = {
     ),
     (GenerationMixin, "prepare_inputs_for_generation"): (
         "input_ids",
-        "cache_position" if TAKES_COLUMNS else "next_sequence_length",
+        *(("cache_position",) if TAKES_COLUMNS else ()),
+        *(("next_sequence_length",) if TAKES_LENGTH or not TAKES_COLUMNS else ()),
         "is_first_iteration",
     ),
     (StaticLayer, "get_mask_sizes"): ("cache_position" if TAKES_COLUMNS else "query_length",),
@@ -123,21 +126,6 @@ def mask_length(mask: Tensor | None, config: GenerationConfig, length: int) -> i
     return getattr(config, "_mask_length", length)
 
 
-def with_positions(model: nn.Module, model_kwargs: dict) -> dict:
-    """Return a model's inputs with the `position_ids` that `generate` prepares itself since transformers 5.3.
-
-    Args:
-        model: A causal LM.
-        model_kwargs: The model's inputs as `generate` prepared them.
-    """
-    mask = model_kwargs.get("attention_mask")  # (batch, prompt length), which 5.2 always prepares
-    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-    if not TAKES_COLUMNS or mask is None or not takes_positions or model_kwargs.get("position_ids") is not None:
-        return model_kwargs
-    positions = (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)  # (batch, prompt length)
-    return model_kwargs | {"position_ids": positions}
-
-
 def prompt_inputs(model: nn.Module, input_ids: Tensor, known: int, is_whole: bool, model_kwargs: dict) -> dict:
     """Return the inputs of the prompt's forward.
 
@@ -145,31 +133,31 @@ def prompt_inputs(model: nn.Module, input_ids: Tensor, known: int, is_whole: boo
         model: A causal LM.
         input_ids: (batch, tokens).
         known: Number of tokens in the cache.
-        is_whole: Whether `input_ids`, or the embeddings in their place, hold the known tokens too.
+        is_whole: Whether `input_ids`, or the embeddings in their place, hold the known tokens too. False if there are none.
         model_kwargs: The model's inputs as `generate` prepared them.
     """
     embedded = model_kwargs.get("inputs_embeds")
     new = (input_ids if embedded is None else embedded).shape[1] - (known if is_whole else 0)
-    which = columns_of(known, new, input_ids.device)
-    if "next_sequence_length" in _PREPARED:  # since transformers 5.3
-        which["next_sequence_length"] = new if is_whole else None
-    return model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **(model_kwargs | which))
+    new_tokens = column_arguments(known, new, input_ids.device)
+    if TAKES_LENGTH:
+        new_tokens["next_sequence_length"] = new if is_whole else None
+    return model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **(model_kwargs | new_tokens))
 
 
-def columns_of(first: int | Tensor, nodes: int, device: torch.device) -> dict[str, Tensor]:
-    """Return how a forward is told the columns of its tokens: not at all since transformers 5.4, where the cache knows.
+def column_arguments(first: int | Tensor, tokens: int, device: torch.device) -> dict[str, Tensor]:
+    """Return the keyword arguments that tell a forward the columns of its tokens: none since transformers 5.4.
 
     Args:
-        first: Column of the first node; a tensor of one number does too.
-        nodes: Number of nodes.
+        first: Column of the first token; a tensor of one number does too.
+        tokens: Number of tokens.
         device: Device of the columns.
     """
-    return {"cache_position": first + torch.arange(nodes, device=device)} if TAKES_COLUMNS else {}
+    return {"cache_position": first + torch.arange(tokens, device=device)} if TAKES_COLUMNS else {}
 
 
-def number_of(query_length: int | Tensor) -> int:
-    """Return the number of new tokens that a cache is asked about, by their number or by their columns (tokens,)."""
-    return len(query_length) if isinstance(query_length, Tensor) else query_length
+def query_length(query: int | Tensor) -> int:
+    """Return the number of new tokens that a cache is asked about: the number itself, or the length of their columns."""
+    return len(query) if isinstance(query, Tensor) else query
 
 
 def compiles(model: nn.Module, model_kwargs: dict, config: GenerationConfig) -> bool:

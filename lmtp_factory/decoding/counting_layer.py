@@ -1,6 +1,6 @@
 """A static cache layer that counts its columns in a tensor, on all supported versions of transformers.
 
-Its buffers can be shared with a layer of transformers' own, which persists from call to call.
+Its buffers and its count can be shared with a layer of transformers' own, which persists from call to call.
 """
 
 import torch
@@ -10,8 +10,8 @@ from transformers.cache_utils import StaticLayer
 from .compat import TAKES_COLUMNS
 
 
-class _CountingItself(StaticLayer):
-    """Since transformers 5.4: all static layers count.
+class _Since54(StaticLayer):
+    """Since transformers 5.4 every static layer counts its columns.
 
     Attributes:
         cumulative_length: (1,) number of columns.
@@ -28,8 +28,8 @@ class _CountingItself(StaticLayer):
             layer.cumulative_length_int = length
 
 
-class _Told(StaticLayer):
-    """Until transformers 5.3: layers are told the columns of new tokens, and their length is the number of those not 0.
+class _Until53(StaticLayer):
+    """Until transformers 5.3 a static layer has no count: its length is the number of columns whose keys are not all zero.
 
     Attributes:
         cumulative_length: (1,) number of columns.
@@ -42,7 +42,11 @@ class _Told(StaticLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Create the buffers, and move the count to their device."""
         super().lazy_initialization(key_states, value_states)
+        self._place_count()
+
+    def _place_count(self) -> None:
         self.cumulative_length = self.cumulative_length.to(self.device)
+        torch._dynamo.mark_static_address(self.cumulative_length)  # or CUDA graphs would skip a step that changes it
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Write (batch, heads, nodes, head size) states behind the counted columns; return all keys and values."""
@@ -58,16 +62,22 @@ class _Told(StaticLayer):
         return self.cumulative_length
 
     def take_buffers(self, layer: StaticLayer) -> None:
-        """Share the buffers of an empty layer."""
-        count = self.cumulative_length.to(layer.device)
+        """Share the buffers of an empty layer, and the count that `give_buffers` left with it."""
+        fresh = self.cumulative_length
         vars(self).update(vars(layer))
-        self.cumulative_length = count
+        self.cumulative_length = vars(self).pop("count_of_ours", fresh)
+        self.cumulative_length.zero_()
+        self._place_count()
 
     def give_buffers(self, layer: StaticLayer, length: int) -> None:
-        """Let a layer share the buffers, and clear what lies behind the first `length` columns."""
+        """Let a layer share the buffers. What lies behind `length` columns is cleared, because the layer would count it."""
         for buffer in (self.keys, self.values):  # (batch, heads, columns, head size)
             buffer[:, :, length:] = 0
-        vars(layer).update(vars(self))
+        shared = vars(self) | {"count_of_ours": self.cumulative_length}
+        del shared["cumulative_length"]
+        vars(layer).update(shared)
+        if hasattr(layer, "cumulative_length"):  # of a layer with a sliding window
+            layer.cumulative_length = length
 
 
-CountingLayer = _Told if TAKES_COLUMNS else _CountingItself
+CountingLayer = _Until53 if TAKES_COLUMNS else _Since54

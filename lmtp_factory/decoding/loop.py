@@ -62,7 +62,6 @@ def decode(
     request.arrived, stats = True, request.stats
     if request.strategy == "off":
         return None
-    model_kwargs = compat.with_positions(model, model_kwargs)
     reason = unsupported_reason(model, input_ids, processors, criteria, config, synced_gpus, model_kwargs)
     cache = None
     if reason is None:

@@ -20,9 +20,9 @@ from transformers.generation import EosTokenCriteria
 from ..errors import first_line
 from ..modeling.heads import lm_logits
 from .cache import TreeCache
-from .compat import CACHE, attention_implementation, compiles
+from .compat import CACHE, TAKES_COLUMNS, attention_implementation, compiles, mask_length
 from .row_safety import WHOLE_BATCH_CRITERIA, WHOLE_BATCH_PROCESSORS, is_known
-from .state import one_row_state
+from .state import one_row_state, prompt_length
 from .stats import DecodeStats
 from .tree import fixed
 from .verify import MASKED_ATTENTION, verify
@@ -72,6 +72,8 @@ def _reasons(model, input_ids, processors, criteria, config, synced_gpus, model_
         yield "gradient checkpointing in train mode keeps no cache"
     if model.leap_heads.config.reads_layers and compiles(model, model_kwargs, config):
         yield "a compiled forward does not show the inner layers that these heads read"
+    if TAKES_COLUMNS and _holds_whole_prompt(model_kwargs, config, prompt_length(input_ids, model_kwargs)):
+        yield "the cache holds the whole prompt"
     if config.prefill_chunk_size is not None:
         yield "prefill_chunk_size is set"
     if config.output_attentions or config.output_hidden_states:
@@ -101,6 +103,8 @@ def _model_reasons(model: nn.Module) -> Iterator[str]:
         yield "its inputs are prepared by another library, as in prompt tuning"
     if getattr(text_config, "num_kv_shared_layers", 0):
         yield "layers share keys and values"
+    if TAKES_COLUMNS and "llama_4_scaling_beta" in (getattr(text_config, "rope_parameters", None) or {}):
+        yield "before transformers 5.4 this model scales queries by columns, which are not a tree's positions"
 
 
 def no_tree_forward_reason(model: nn.Module, length: int) -> str | None:
@@ -115,6 +119,13 @@ def no_tree_forward_reason(model: nn.Module, length: int) -> str | None:
     if _passes_rope_limit(model.config.get_text_config(), 0, torch.tensor(length - 1)):
         return "the text passes the length at which this model's rotary embedding changes"
     return trial_failure(model)
+
+
+def _holds_whole_prompt(model_kwargs: dict, config: GenerationConfig, length: int) -> bool:
+    """Return whether the cache holds all `length` tokens of the prompt, so that its forward would be empty."""
+    cache = model_kwargs.get(CACHE)
+    known = 0 if cache is None else int(cache.get_seq_length())
+    return 0 < known == length == mask_length(model_kwargs.get("attention_mask"), config, length)
 
 
 def _batch_reasons(

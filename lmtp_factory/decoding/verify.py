@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from .compat import CACHE, attention_implementation, columns_of
+from .compat import CACHE, attention_implementation, column_arguments
 from .tree import Tree
 
 
@@ -126,7 +126,7 @@ def verify(
         position_ids=positions,
         attention_mask=masks,
         use_cache=True,
-        **columns_of(state.cursor(), tree.nodes, tokens.device),
+        **column_arguments(state.cursor(), tree.nodes, tokens.device),
         **{CACHE: state.cache},
     )
     return outputs.last_hidden_state

@@ -24,6 +24,7 @@ def test_both_stages(tmp_path):
         "--rows",
         tmp_path / "rows.jsonl",
         "--batch",
+        "2",
         "4",
         "--steps",
         "1",
@@ -39,7 +40,7 @@ def test_both_stages(tmp_path):
         command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True
     )
     report = json.loads(numbers.read_text())
-    assert [entry["setting"]["batch"] for entry in report["batches"]] == [4]
+    assert [entry["setting"]["batch"] for entry in report["batches"]] == [2, 4]
     for entry in report["batches"]:
         arms = entry["arms"]
         assert set(arms) == set(ARMS) and all(row["tokens_per_second"] > 0 for row in arms.values())

@@ -2,6 +2,7 @@
 
 import copy
 import random
+from contextlib import suppress
 
 import pytest
 import torch
@@ -202,8 +203,7 @@ def test_buffers_of_a_static_cache_are_used_again():
     larger = TreeCache.replacing(given, None, columns=41)
     for ours, theirs, new in zip(first.layers, again.layers, larger.layers):
         assert ours.keys is theirs.keys
-        # Where layers are told the columns, the count is an input of what is compiled.
-        assert ours.cumulative_length is theirs.cumulative_length or compat.TAKES_COLUMNS
+        assert ours.cumulative_length is theirs.cumulative_length
         assert not new.is_initialized and new.max_cache_len == 41
     plain = Plain(again, 2, seed=1)
     plain.prefill(5)
@@ -254,7 +254,7 @@ def test_turns_of_a_conversation(leap, architecture, made_with):
         answer = turn(cache, second, torch.cat([answer, prompt(1, 5, seed=1)], dim=1))
         lengths.append(cache.get_seq_length())
         new = torch.cat([answer[:, -1:], prompt(1, 4, seed=2)], dim=1)
-        known = answer[:, :-1] if compat.TAKES_COLUMNS else answer[:, :0]  # transformers took new tokens alone later
+        known = answer[:, :0] if compat.TAKES_LENGTH else answer[:, :-1]  # until transformers 5.2 no new tokens alone
         mask = torch.ones(1, lengths[-1] + 5, dtype=torch.long)
         turn(cache, third, torch.cat([known, new], dim=1), attention_mask=mask)
         lengths.append(cache.get_seq_length())
@@ -282,6 +282,15 @@ def test_turns_of_a_batch_whose_rows_end_early(leap):
         seen.append((first.tolist(), length, second.tolist(), cache.get_seq_length()))
     assert len({row[9:].count(0) for row in seen[0][0]}) == 3  # the rows do end at different places
     assert seen[0] == seen[1]
+
+
+@pytest.mark.skipif(not compat.TAKES_COLUMNS, reason="concerns transformers that tell a forward its columns")
+def test_a_cache_that_holds_the_whole_prompt_is_left_to_stock(leap):
+    model, stats, cache = leap("llama"), DecodeStats(), DynamicCache()
+    model.model(prompt(), past_key_values=cache)
+    with suppress(IndexError, RuntimeError):  # which 5.2 itself raises
+        model.generate(prompt(), past_key_values=cache, max_new_tokens=4, do_sample=False, lmtp_stats=stats)
+    assert stats.stock_reason == "the cache holds the whole prompt"
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral"])
@@ -316,15 +325,19 @@ def test_a_static_cache_from_call_to_call(leap, architecture):
         assert stats.tau > 1.2
 
 
-def test_a_static_cache_of_the_caller_s(leap):
-    model, stats = leap("llama"), DecodeStats()
-    kwargs = {"max_new_tokens": 10, "do_sample": False, "lmtp_stats": stats}
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3-text"])
+def test_a_static_cache_of_the_caller_s(leap, architecture):
+    """It keeps its size, so that later turns find room and no shorter window."""
+    model, stats = leap(architecture), DecodeStats()
+    kwargs = {"do_sample": False, "lmtp_stats": stats}
     cache = StaticCache(model.config, max_cache_len=60)
-    first = model.generate(prompt(), past_key_values=cache, **kwargs)
+    ids = model.generate(prompt(), past_key_values=cache, max_new_tokens=10, **kwargs)
     assert stats.strategy == "backward" and int(cache.get_seq_length()) == 18
-    assert torch.equal(first, stock(model, prompt(), max_new_tokens=10, do_sample=False))
+    assert torch.equal(ids, stock(model, prompt(), max_new_tokens=10, do_sample=False))
     # Once in use it stays stock's.
-    ids = torch.cat([first, prompt(1, 4, seed=1)], dim=1)
-    second = model.generate(ids, past_key_values=cache, **kwargs)
-    assert stats.stock_reason == "a cache of type StaticCache cannot hold trees"
-    assert torch.equal(second, stock(model, ids, max_new_tokens=10, do_sample=False))
+    for new, seed in ((4, 1), (14, 2)):
+        ids = torch.cat([ids, prompt(1, new, seed=seed)], dim=1)
+        expected = stock(model, ids, max_new_tokens=10, do_sample=False)
+        ids = model.generate(ids, past_key_values=cache, max_new_tokens=10, **kwargs)
+        assert stats.stock_reason == "a cache of type StaticCache cannot hold trees"
+        assert torch.equal(ids, expected)

@@ -37,7 +37,7 @@ SMALL = {
 }
 # Questions of the tiny dataset, made different from each other: distill asks a prompt once.
 TEXTS = [(f"{question} {number}", answer) for number, (question, answer) in enumerate(tiny_data.texts(60))]
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("documents")]
 
 
 def teach(directory):

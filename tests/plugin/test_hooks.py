@@ -12,6 +12,9 @@ from lmtp_factory.plugin import hooks
 from lmtp_factory.plugin.versions import TRIED_SOURCES, TRIED_VERSIONS
 
 
+pytestmark = pytest.mark.xdist_group("hooks")  # its programs are started ahead, once
+
+
 def test_every_seam_attaches():
     import torch  # noqa: F401
 

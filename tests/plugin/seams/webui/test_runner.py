@@ -13,6 +13,9 @@ from lmtp_factory.plugin.stages import STAGE_LABELS
 from lmtp_factory.plugin.webui.fields import ALL_FIELDS
 
 
+pytestmark = pytest.mark.xdist_group("runner")  # its programs are started ahead, once
+
+
 STAGE1, STAGE2 = STAGE_LABELS
 SFT = "Supervised Fine-Tuning"
 
