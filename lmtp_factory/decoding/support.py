@@ -134,6 +134,9 @@ def _batch_reasons(
     """Yield reasons that concern batches: processors and criteria are called with one row at a time."""
     if any(type(p).__name__ in WHOLE_BATCH_PROCESSORS and is_known(p) for p in processors):
         yield "a logits processor wants the whole batch"
+    # Since transformers 5.24 a repetition penalty knows the padding of every row.
+    if any(isinstance(getattr(p, "prompt_ignore_length", None), Tensor) for p in processors):
+        yield "a logits processor wants the whole batch"
     if any(type(c).__name__ in WHOLE_BATCH_CRITERIA and is_known(c) for c in criteria):
         yield "a stopping criterion wants the whole batch"
     if any(type(c) is not MaxLengthCriteria for c in criteria):  # rows may end at different lengths

@@ -9,6 +9,7 @@ from transformers import CompileConfig, set_seed
 
 from lmtp_factory.decoding import loop, tree_builder
 from lmtp_factory.decoding.draft import Candidates
+from lmtp_factory.decoding.stats import DecodeStats
 from lmtp_factory.decoding.tree_config import TreeConfig
 
 
@@ -161,12 +162,21 @@ def test_looking_forward(leap):
 
 
 def test_processors_leave_the_walk_to_the_host(leap):
-    model, settings = leap("llama"), {"repetition_penalty": 1.3, "max_new_tokens": 20} | GREEDY
+    model, settings = leap("llama"), {"no_repeat_ngram_size": 2, "max_new_tokens": 20} | GREEDY
     expected = stock(model, **padded([7, 4]), **settings)
     with oracle(expected, mixed_ranks):
         options = compiled(fullgraph=False) | settings
         ours, stats = decoded(model, **padded([7, 4]), lmtp_tree=TREES["dynamic"], **options)
     assert ours.tolist() == expected.tolist() and stats.tau > 1.3 and graphs() > 0
+
+
+def test_a_penalty_of_padded_rows(leap):
+    """Since transformers 5.24 it knows the padding of the whole batch, and stock decodes."""
+    settings = {"repetition_penalty": 1.3, "max_new_tokens": 6} | GREEDY
+    model, stats = leap("llama"), DecodeStats()
+    ours = model.generate(**padded([7, 4]), lmtp_stats=stats, **settings)
+    assert torch.equal(ours, stock(model, **padded([7, 4]), **settings))
+    assert stats.stock_reason in (None, "a logits processor wants the whole batch")
 
 
 def test_sampling_compiles_the_backbone(leap):
