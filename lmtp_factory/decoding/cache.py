@@ -188,9 +188,8 @@ class TreeCache(Cache):
                 return None
             # generate() reuses a static cache. Reuse its buffers too: compiled code depends on their addresses.
             roomy = all(layer.is_initialized and layer.max_cache_len >= columns for layer in cache.layers)
-            columns = max(
-                columns, *(layer.max_cache_len for layer in cache.layers)
-            )  # a later turn may need the caller's
+            # A later turn may need all columns of a caller's own cache.
+            columns = max(columns, *(layer.max_cache_len for layer in cache.layers))
             fixed = cls(layers=[FixedLayer(columns) for _ in cache.layers])
             if roomy:
                 for ours, theirs in zip(fixed.layers, cache.layers):

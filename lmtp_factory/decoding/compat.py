@@ -60,8 +60,7 @@ PARAMETERS = {
     ),
     (GenerationMixin, "prepare_inputs_for_generation"): (
         "input_ids",
-        *(("cache_position",) if TAKES_COLUMNS else ()),
-        *(("next_sequence_length",) if TAKES_LENGTH or not TAKES_COLUMNS else ()),
+        "cache_position" if TAKES_COLUMNS else "next_sequence_length",
         "is_first_iteration",
     ),
     (StaticLayer, "get_mask_sizes"): ("cache_position" if TAKES_COLUMNS else "query_length",),
@@ -126,22 +125,19 @@ def mask_length(mask: Tensor | None, config: GenerationConfig, length: int) -> i
     return getattr(config, "_mask_length", length)
 
 
-def prompt_inputs(model: nn.Module, input_ids: Tensor, known: int, is_whole: bool, model_kwargs: dict) -> dict:
+def prompt_inputs(model: nn.Module, input_ids: Tensor, known: int, new: int, model_kwargs: dict) -> dict:
     """Return the inputs of the prompt's forward.
 
     Args:
         model: A causal LM.
-        input_ids: (batch, tokens).
+        input_ids: (batch, tokens). Its last `new` tokens, or those of the embeddings in their place, are not cached.
         known: Number of tokens in the cache.
-        is_whole: Whether `input_ids`, or the embeddings in their place, hold the known tokens too. False if there are none.
+        new: Number of tokens of the forward.
         model_kwargs: The model's inputs as `generate` prepared them.
     """
-    embedded = model_kwargs.get("inputs_embeds")
-    new = (input_ids if embedded is None else embedded).shape[1] - (known if is_whole else 0)
-    new_tokens = column_arguments(known, new, input_ids.device)
-    if TAKES_LENGTH:
-        new_tokens["next_sequence_length"] = new if is_whole else None
-    return model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **(model_kwargs | new_tokens))
+    length = {"next_sequence_length": new} if TAKES_LENGTH else {}
+    columns = column_arguments(known, new, input_ids.device)
+    return model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **(model_kwargs | length | columns))
 
 
 def column_arguments(first: int | Tensor, tokens: int, device: torch.device) -> dict[str, Tensor]:

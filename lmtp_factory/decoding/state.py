@@ -70,7 +70,7 @@ class DecodeState:
         is_whole = known > 0 and (
             kwargs.get("inputs_embeds") is not None or compat.mask_length(mask, config, length) == length
         )
-        inputs = compat.prompt_inputs(model, input_ids, known, is_whole, kwargs)
+        inputs = compat.prompt_inputs(model, input_ids, known, length - known if is_whole else length, kwargs)
         inputs = {name: value for name, value in inputs.items() if name not in _WRAPPER_ONLY}
         size = geometry.window(model.leap_heads.config.offsets)
         with recorded(model, last=size) as layers:

@@ -21,7 +21,7 @@ from ..errors import first_line
 from ..modeling.heads import lm_logits
 from .cache import TreeCache
 from .compat import CACHE, TAKES_COLUMNS, attention_implementation, compiles, mask_length
-from .row_safety import WHOLE_BATCH_CRITERIA, WHOLE_BATCH_PROCESSORS, is_known
+from .row_safety import is_known, wants_whole_batch
 from .state import one_row_state, prompt_length
 from .stats import DecodeStats
 from .tree import fixed
@@ -132,12 +132,9 @@ def _batch_reasons(
     processors: LogitsProcessorList, criteria: StoppingCriteriaList, config: GenerationConfig
 ) -> Iterator[str]:
     """Yield reasons that concern batches: processors and criteria are called with one row at a time."""
-    if any(type(p).__name__ in WHOLE_BATCH_PROCESSORS and is_known(p) for p in processors):
+    if any(map(wants_whole_batch, processors)):
         yield "a logits processor wants the whole batch"
-    # Since transformers 5.24 a repetition penalty knows the padding of every row.
-    if any(isinstance(getattr(p, "prompt_ignore_length", None), Tensor) for p in processors):
-        yield "a logits processor wants the whole batch"
-    if any(type(c).__name__ in WHOLE_BATCH_CRITERIA and is_known(c) for c in criteria):
+    if any(map(wants_whole_batch, criteria)):
         yield "a stopping criterion wants the whole batch"
     if any(type(c) is not MaxLengthCriteria for c in criteria):  # rows may end at different lengths
         if not any(isinstance(c, EosTokenCriteria) for c in criteria):

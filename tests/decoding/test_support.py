@@ -48,6 +48,16 @@ def test_beam_and_assisted_search_fall_back(leap, kwargs, caplog):
     assert_left_to_stock(leap(), OTHER_SEARCH, caplog, prompt(), max_new_tokens=8, **GREEDY, **kwargs)
 
 
+def test_a_query_scaled_by_columns_falls_back(leap, monkeypatch, caplog):
+    """As Ministral 3's until transformers 5.3."""
+    model = copy.deepcopy(leap())
+    model.config.rope_parameters = {**model.config.rope_parameters, "llama_4_scaling_beta": 0.1}
+    assert_as_stock(model, prompt(), max_new_tokens=6, **GREEDY)
+    monkeypatch.setattr(support, "TAKES_COLUMNS", True)
+    reason = "before transformers 5.4 this model scales queries by columns, which are not a tree's positions"
+    assert_left_to_stock(model, reason, caplog, prompt(), max_new_tokens=6, **GREEDY)
+
+
 def test_sampling_beam_search_falls_back_and_takes_its_seed(leap):
     outputs = []
     for decode in ("off", "auto"):

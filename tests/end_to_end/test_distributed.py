@@ -220,9 +220,7 @@ def test_every_rank_compares_an_older_cache_with_the_model(zero, data, tmp_path)
 def test_heads_grow_with_new_tokens(zero, methods, llama, stage1, data, tmp_path):
     run = {"stage": "lmtp2", "stage1_pretrained_path": str(stage1), "add_tokens": "<think>,<done>"}
     run |= {"deepspeed": deepspeed(zero), "learning_rate": 1e-3}
-    train_on_two(
-        tmp_path, *(runs.arguments(llama, data, tmp_path / m, finetuning_type=m, **run) for m in methods)
-    )  # fmt: skip
+    train_on_two(tmp_path, *(runs.arguments(llama, data, tmp_path / m, finetuning_type=m, **run) for m in methods))
     for method in methods:
         losses = runs.step_losses(runs.history(tmp_path / method))
         assert losses[-1] < losses[0] < 10
