@@ -1,20 +1,23 @@
-"""What a draft vocabulary saves: time and parameters of the heads' training step and of a draft.
+"""What a draft vocabulary saves: time and memory of the heads' training step, and time of a draft.
 
-Baseline, ratio 1.00: heads that can draft every token of the model's vocabulary. The backbone is one random layer of Llama;
-the training step (forward, backward, AdamW) reads given hidden states, as from the cache of stage 1.
+Baseline, ratio 1.00: heads of the same kind that can draft every token of the model's vocabulary. The backbone is one random
+layer of Llama; the training step (forward, backward, AdamW) reads given hidden states, as from the cache of stage 1. Memory is
+the step's peak on top of the weights: gradients, states of AdamW and the loss. Each arm has a process of its own.
 
     python benchmarks/draft_vocabulary.py --vocab 49152 152064 --draft-vocab 8192 32768 --json draft_vocabulary.json
 """
 
 import argparse
-import gc
 import json
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
+from peak_memory import MIB, PeakMemory
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -26,14 +29,14 @@ from lmtp_factory.tuning.costs import measure_costs
 OFFSETS = (2, 3, 6)
 
 
-def model_of(args: argparse.Namespace, vocab: int, draft_vocab: int | None) -> nn.Module:
-    """Return a model of one random layer with heads; the first `draft_vocab` words are the draft vocabulary."""
+def model_of(args: argparse.Namespace, vocab: int, kind: str, draft_vocab: int | None) -> nn.Module:
+    """Return a model of one random layer with heads; the first `draft_vocab` tokens are the draft vocabulary."""
     config = LlamaConfig(
         vocab_size=vocab, hidden_size=args.hidden, intermediate_size=args.hidden, num_hidden_layers=1,
         num_attention_heads=args.hidden // 64, tie_word_embeddings=True,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
-    heads = LMTPConfig(offsets=OFFSETS, head_inputs="state_token", draft_vocab_size=draft_vocab)
+    heads = LMTPConfig(offsets=OFFSETS, head_kind=kind, head_inputs="state_token", draft_vocab_size=draft_vocab)
     return attach_heads(model, heads, stage=1, draft_tokens=draft_vocab and range(draft_vocab))
 
 
@@ -61,32 +64,45 @@ def median_seconds(job: Callable[[], None], rounds: int) -> float:
     return statistics.median(seconds[1:])
 
 
+def measured(args: argparse.Namespace, vocab: int, kind: str, draft_vocab: int | None) -> dict:
+    """Measure one arm, in a new process."""
+    torch.manual_seed(0)
+    model = model_of(args, vocab, kind, draft_vocab)
+    step = step_of(args, model)
+    with PeakMemory("cpu") as memory:
+        step()
+    return {
+        "vocabulary": vocab,
+        "head kind": kind,
+        "draft vocabulary": draft_vocab or vocab,
+        "head parameters": sum(parameter.numel() for parameter in model.leap_heads.parameters()),
+        "step bytes": memory.bytes,
+        "step seconds": median_seconds(step, args.rounds),
+        "draft seconds": measure_costs(model.eval(), sizes=(1,)).draft,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocab", type=int, nargs="+", default=[49152, 152064])
     parser.add_argument("--draft-vocab", type=int, nargs="+", default=[8192, 32768])
+    parser.add_argument("--head-kind", nargs="+", choices=("own", "shared"), default=["own", "shared"])
     parser.add_argument("--hidden", type=int, default=576)
     parser.add_argument("--tokens", type=int, default=1024, help="tokens of a training step")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="also write the numbers there")
     args = parser.parse_args()
 
+    arms = [
+        (vocab, kind, size)
+        for vocab in args.vocab
+        for kind in args.head_kind
+        for size in (None, *(size for size in args.draft_vocab if size < vocab))
+    ]
     rows = []
-    for vocab in args.vocab:
-        for size in (None, *(size for size in args.draft_vocab if size < vocab)):
-            torch.manual_seed(0)
-            model = model_of(args, vocab, size)
-            rows.append(
-                {
-                    "vocabulary": vocab,
-                    "draft vocabulary": size or vocab,
-                    "head parameters": sum(parameter.numel() for parameter in model.leap_heads.parameters()),
-                    "step seconds": median_seconds(step_of(args, model), args.rounds),
-                    "draft seconds": measure_costs(model.eval(), sizes=(1,)).draft,
-                }
-            )
-            del model
-            gc.collect()
+    for arm in arms:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            rows.append(process.submit(measured, args, *arm).result())
     print(table(rows))
     if args.json:
         facts = {"machine": describe(torch.device("cpu")), "hidden": args.hidden, "tokens": args.tokens}
@@ -96,14 +112,16 @@ def main() -> None:
 def table(rows: list[dict]) -> str:
     """Format the results as Markdown."""
     lines = [
-        "| vocabulary | heads draft | head parameters | training step, ms | ratio | draft, ms | ratio |",
-        "|---|---|---|---|---|---|---|",
+        "| vocabulary | unembedding | heads draft | head parameters | training step, MiB | ms | ratio | draft, ms | ratio |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        whole = next(other for other in rows if other["vocabulary"] == row["vocabulary"])  # the first draws from all
-        cells = [f"{row['vocabulary']:,}", f"{row['draft vocabulary']:,}", f"{row['head parameters'] / 1e6:.1f} M"]
+        same = [other for other in rows if all(other[key] == row[key] for key in ("vocabulary", "head kind"))]
+        memory = "" if row["step bytes"] is None else f"{row['step bytes'] / MIB:,.0f}"
+        cells = [f"{row['vocabulary']:,}", row["head kind"], f"{row['draft vocabulary']:,}"]
+        cells += [f"{row['head parameters'] / 1e6:.1f} M", memory]
         for key in ("step seconds", "draft seconds"):
-            cells += [f"{1e3 * row[key]:.1f}", f"{row[key] / whole[key]:.2f}"]
+            cells += [f"{1e3 * row[key]:.1f}", f"{row[key] / same[0][key]:.2f}"]  # the first drafts every token
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

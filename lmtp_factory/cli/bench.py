@@ -21,6 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=count, default=16, metavar="N", help="nodes of a tree (default: 16)")
     parser.add_argument("--repeats", type=count, default=1, metavar="N", help="runs of each answer; the fastest counts")
     parser.add_argument(
+        "--default-only",
+        action="store_true",
+        help="run the default tree, stock generate and our loop without heads alone: a third of the time",
+    )
+    parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="default: fp32 on a CPU, else as saved"
     )
     parser.add_argument("--output-dir", metavar="DIR", help="also write bench.json and bench.png there")
@@ -32,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
 
     from .. import geometry
     from ..decoding.tree import assumed_accuracies
-    from ..evaluation.bench import default_arms, margins, results, run_arms, table
+    from ..evaluation.bench import DEFAULT_TREE, OWN_LOOP, STOCK, default_arms, margins, results, run_arms, table
     from ..evaluation.machine import describe
     from ..evaluation.plots import draw_bench
     from ..evaluation.report import load_for_scoring
@@ -44,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
     model = base_of(load_for_scoring(args.model, dtype=args.dtype and getattr(torch, args.dtype)))
     accuracies = _measured_accuracies(model) or assumed_accuracies(geometry.reach(model.leap_heads.config.offsets) - 1)
     arms = default_arms(model, accuracies, args.nodes)
+    if args.default_only:
+        arms = {name: arms[name] for name in (STOCK, OWN_LOOP, DEFAULT_TREE)}
     run_arms(model, arms, prompts, args.max_new_tokens, args.repeats)
     rows, parted = results(arms, prompts), margins(model, arms)
 

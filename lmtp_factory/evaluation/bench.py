@@ -17,7 +17,7 @@ from ..decoding.tree_config import TreeConfig
 from .self_generated import generate_greedy
 
 
-STOCK, OWN_LOOP = "stock generate", "our loop, no heads"
+STOCK, OWN_LOOP, DEFAULT_TREE = "stock generate", "our loop, no heads", "backward, default tree"
 _LOOKUP_TOKENS = 10
 
 
@@ -97,7 +97,7 @@ def default_arms(model: nn.Module, accuracies: Sequence[Sequence[float]], nodes:
     arms["backward, chain"] = ours(TreeConfig("chain", reach))
     arms["backward, static"] = ours(TreeConfig("static", len(paths), paths))
     arms["backward, dynamic"] = ours(TreeConfig("dynamic", nodes))
-    arms["backward, default tree"] = ours(model.tree_config())
+    arms[DEFAULT_TREE] = ours(model.tree_config())
     arms["forward, dynamic"] = ours(TreeConfig("dynamic", nodes), "forward")
     return arms
 
