@@ -62,24 +62,43 @@ def attach_for_training(
 
 
 def cast_backbone(model: nn.Module, model_args, frozen: bool) -> None:
-    """Cast the backbone to the dtype that it computes in, unless its weights are sharded.
+    """Cast the backbone's weights to the dtype that it computes in, unless they are sharded.
 
-    Only a frozen backbone loses nothing by it. On a CPU a trained one is cast to fp32 too: a bf16 backward takes minutes a
-    step there. Of a frozen backbone that bitsandbytes has quantised, what is not quantised is cast; of others nothing.
+    On a CPU a trained backbone is cast to fp32 too: a bf16 backward takes minutes a step there. Of a frozen backbone that
+    bitsandbytes has quantised, what is not quantised is cast; of other trained or quantised backbones nothing. What
+    transformers or `upcast_layernorm` keeps in fp32 stays so, and so do rotary frequencies and other buffers: rounded
+    frequencies turn far positions by a radian, which a model does not do where it decodes.
     """
     if is_deepspeed_zero3_enabled():
         return
-    method = getattr(model, "quantization_method", None)
+    dtype, method = model_args.compute_dtype, getattr(model, "quantization_method", None)
     if method is not None:
         casts = frozen and method == QuantizationMethod.BITS_AND_BYTES
-        for parameter in model.parameters() if casts else ():
-            if type(parameter) is not nn.Parameter or parameter.dtype not in _ORDINARY_DTYPES:
-                continue  # quantised numbers, whatever their dtype
-            if model_args.upcast_layernorm and parameter.dtype == torch.float32 and parameter.dim() == 1:
-                continue  # a norm that upstream has cast
-            parameter.data = parameter.data.to(model_args.compute_dtype)
-    elif frozen or (model.device.type == "cpu" and model_args.compute_dtype == torch.float32):
-        model.to(model_args.compute_dtype)
+    else:
+        casts = frozen or (model.device.type == "cpu" and dtype == torch.float32)
+    if not casts:
+        return
+    kept = _kept_in_fp32(model, dtype)
+    for name, parameter in model.named_parameters():
+        if type(parameter) is not nn.Parameter or parameter.dtype not in _ORDINARY_DTYPES:
+            continue  # quantised numbers, whatever their dtype
+        if model_args.upcast_layernorm and parameter.dtype == torch.float32 and parameter.dim() == 1:
+            continue  # a norm that upstream has cast
+        if not any(part in name for part in kept):
+            parameter.data = parameter.data.to(dtype)
+    for buffer in model.buffers():
+        if buffer.is_floating_point() and torch.promote_types(buffer.dtype, dtype) == dtype:
+            buffer.data = buffer.data.to(dtype)
+
+
+def _kept_in_fp32(model: nn.Module, dtype: torch.dtype) -> set[str]:
+    """Return parts of the names of weights that transformers loads in fp32 where the others are in `dtype`."""
+    names: set[str] = set()
+    if dtype in (torch.float16, torch.bfloat16):
+        names.update(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        names.update(getattr(model, "_keep_in_fp32_modules", None) or ())
+    return names
 
 
 def save_lm_head_with_adapter(model: nn.Module, model_args, finetuning_args) -> None:

@@ -22,7 +22,7 @@ from ...files import atomic_write
 from .shard_layout import DTYPE, ShardLayout
 
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST_FILE = "manifest.json"
 _TENSOR = "hidden"
 _HEADER_DTYPE = "BF16"  # safetensors' name of DTYPE

@@ -6,10 +6,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
+from torch.utils.data import DataLoader
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
@@ -29,6 +31,7 @@ from .cached_states import CachedDocuments, FillCache
 from .head_metrics import HeadMetrics
 from .optimizer import HeadRate, check_rates, parameter_groups, with_groups
 from .replayed_tau import ReplayedTau
+from .whole_batches import filled_up
 
 
 # Folder that upstream writes beside a PiSSA adapter: the same adapter as an ordinary LoRA adapter of the base model.
@@ -135,11 +138,22 @@ class LeapTrainer(CustomSeq2SeqTrainer):
 
     # Evaluation -------------------------------------------------------------------------------------------------
 
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        """Load the evaluation set so that each of its documents counts once on any number of ranks."""
+        documents = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(documents, str):
+            documents = self.eval_dataset[documents]
+        # Upstream cuts generated answers to the length of the set.
+        has_ranks = self.args.world_size > 1 and not self.args.predict_with_generate
+        if has_ranks and isinstance(documents, Dataset):
+            eval_dataset = filled_up(documents, self.args.eval_batch_size * self.args.world_size)
+        return super().get_eval_dataloader(eval_dataset)
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **gen_kwargs):
         if self.args.predict_with_generate:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
         inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with torch.no_grad(), self.accelerator.autocast():  # accelerate wraps `model` alone, not its backbone
             if self.eval_tau is not None:
                 inputs |= self._replay(inputs)
             self.eval_metrics.add(model(**inputs))

@@ -173,12 +173,12 @@ def test_other_plans_are_refused(cache, arguments, message):
 
 
 def test_other_format_is_refused(cache, plan, monkeypatch):
-    monkeypatch.setattr(hidden_cache, "FORMAT", 3)
-    with pytest.raises(LMTPError, match="are in format 2, this version reads format 3: write another hidden_cache_dir"):
+    monkeypatch.setattr(hidden_cache, "FORMAT", hidden_cache.FORMAT + 1)
+    with pytest.raises(LMTPError, match="are in format 3, this version reads format 4: write another hidden_cache_dir"):
         HiddenCache.open(cache.folder, plan, FACTS)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[]", b"{}", b"null", b'{"format": 2}'])
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[]", b"{}", b"null", b'{"format": 3}'])
 def test_damaged_manifest_is_refused(cache, plan, content):
     path = cache.folder / "manifest.json"
     path.write_bytes(content)
@@ -190,7 +190,7 @@ def test_damaged_manifest_is_refused(cache, plan, content):
 def test_the_first_version_s_cache_is_refused_by_its_format(cache, plan):
     path = cache.folder / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 1, "facts": {"weights": "abc"}}))
-    with pytest.raises(LMTPError, match="are in format 1, this version reads format 2"):
+    with pytest.raises(LMTPError, match="are in format 1, this version reads format 3"):
         HiddenCache.open(cache.folder, plan, FACTS)
 
 

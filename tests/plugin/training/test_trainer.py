@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from lmtp_factory import LMTPError
 from lmtp_factory.modeling.checkpoint import load_heads, read_config
+from lmtp_factory.modeling.model import LeapModel
 
 
 HEADS = ("loss_head_1", "loss_head_2", "loss_head_3", "acc_head_1", "acc_head_2", "acc_head_3")
@@ -80,6 +81,24 @@ def test_stage_two_tunes_backbone_and_heads(method, llama, data, stage1, tmp_pat
         base, tuned = load_file(llama / "model.safetensors"), load_file(tmp_path / "model.safetensors")
         assert set(base) == set(tuned)
         assert any(not torch.equal(base[name], tuned[name]) for name in base)
+
+
+@pytest.mark.parametrize(
+    "keys", [{"finetuning_type": "full"}, {"finetuning_type": "freeze", "freeze_trainable_modules": "mlp"}]
+)
+def test_evaluation_computes_in_the_precision_of_training(keys, llama, data, tmp_path, monkeypatch):
+    """The backbone runs outside the model's own forward here, and trained weights are fp32 beside frozen ones in bf16."""
+    compute, precisions = LeapModel.final_hidden_states, set()
+
+    def recorded(self, *args, **kwargs):
+        hidden = compute(self, *args, **kwargs)
+        precisions.add((self.training, torch.is_autocast_enabled("cpu")))
+        return hidden
+
+    monkeypatch.setattr(LeapModel, "final_hidden_states", recorded)
+    run = {"stage": "lmtp2", "bf16": True, "use_cpu": True, "max_steps": 1, "val_size": 6, "eval_strategy": "steps"}
+    runs.train(llama, data, tmp_path, eval_steps=1, **run, **keys)
+    assert precisions == {(True, True), (False, True)}
 
 
 def test_stage_two_starts_from_the_stage_one_heads(llama, data, stage1, tmp_path):
