@@ -101,8 +101,12 @@ def resolve_training(model_args, data_args, training_args, finetuning_args) -> H
             "adapter_name_or_path."
         )
     config = _fresh_config(base, finetuning_args) if folder is None else read_config(folder)
-    if model_args.resize_vocab or model_args.add_tokens or model_args.add_special_tokens:
-        config.vocab_size = config.tokenizer_fingerprint = None
+    # Facts that are known only when the model and the run's tokenizer are loaded.
+    adds_tokens = model_args.resize_vocab or model_args.add_tokens or model_args.add_special_tokens
+    if adds_tokens:
+        config.vocab_size = None
+    if adds_tokens or (stage == 2 and finetuning_args.finetuning_type != "lora"):  # the template may add tokens too
+        config.tokenizer_fingerprint = None
     packs_batches = stage == 1 and data_args.packing is None  # upstream replaces None by False later
     return HeadsSource(base, folder, config, resumed, packs_batches)
 

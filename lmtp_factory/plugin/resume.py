@@ -20,6 +20,7 @@ from .stages import STAGES
 
 # Facts about the base model. They are not compared where one of them is None.
 BASE_FACTS = ("hidden_size", "vocab_size", "base_layers", "tokenizer_fingerprint")
+_NO_HEADS = f"it has no {HEADS_FOLDER}/ folder"
 # All facts of a configuration, taken from its signature so that later additions are compared too.
 _FACTS = [
     key
@@ -52,6 +53,11 @@ def choose_checkpoint(training_args) -> Path | None:
     complete, broken = _newest_complete(found)
     if complete is None:
         names, reason = ", ".join(checkpoint.name for checkpoint in found), next(iter(broken.values()))
+        if reason == _NO_HEADS:
+            raise LMTPError(
+                f"output_dir {output_dir} holds checkpoints of another training, which has no leap heads ({names}): write "
+                "another output_dir."
+            )
         raise LMTPError(
             f"No checkpoint in output_dir {output_dir} was saved whole ({found[0].name}: {reason}): delete {names} to train "
             "from the beginning."
@@ -73,7 +79,15 @@ def _named_checkpoint(checkpoint: Path) -> Path:
     if reason is None:
         return checkpoint
     complete, _ = _newest_complete(_checkpoints(checkpoint.parent))
-    instead = "leave the key out and delete it" if complete is None else f"write resume_from_checkpoint: {complete}"
+    if complete is not None:
+        instead = f"write resume_from_checkpoint: {complete}"
+    elif reason == _NO_HEADS:
+        raise LMTPError(
+            f"resume_from_checkpoint {checkpoint} belongs to another training, which has no leap heads: "
+            f"{_begin_elsewhere(named=True)}."
+        )
+    else:
+        instead = "leave the key out and delete it"
     raise LMTPError(f"resume_from_checkpoint {checkpoint} was not saved whole ({reason}): {instead}.")
 
 
@@ -112,7 +126,7 @@ def _damage(checkpoint: Path) -> str | None:
     except ValueError:
         return f"its {TRAINER_STATE_NAME} is damaged"
     if not (checkpoint / HEADS_FOLDER).is_dir():
-        return f"it has no {HEADS_FOLDER}/ folder"
+        return _NO_HEADS
     try:
         _record(checkpoint)
     except ValueError:
@@ -143,8 +157,7 @@ def check_checkpoint(checkpoint: Path, stage: int, config: LMTPConfig, heads: Pa
     Raises:
         LMTPError: The other stage saved it, or its heads differ; the message names both sides.
     """
-    instead = "leave resume_from_checkpoint out and write another output_dir" if named else "write another output_dir"
-    saved_by = _stage_of(checkpoint)
+    instead, saved_by = _begin_elsewhere(named), _stage_of(checkpoint)
     if saved_by != stage:
         start = f", and stage1_pretrained_path: {checkpoint} to start from its heads" if stage == 2 else ""
         raise LMTPError(
@@ -217,14 +230,16 @@ def check_head_learning_rate(checkpoint: Path, rate: float | None, named: bool) 
     theirs = _record(checkpoint).get("head_learning_rate")
     if theirs != rate:
         same = "leave head_learning_rate out" if theirs is None else f"write head_learning_rate: {theirs}"
-        instead = (
-            "leave resume_from_checkpoint out and write another output_dir" if named else "write another output_dir"
-        )
         raise LMTPError(
             f"Training would resume from {checkpoint}, whose optimizer has "
-            f"{'no' if theirs is None else 'another'} learning rate for the heads: {same} to go on, or {instead} to train "
-            "from the beginning."
+            f"{'no' if theirs is None else 'another'} learning rate for the heads: {same} to go on, or "
+            f"{_begin_elsewhere(named)} to train from the beginning."
         )
+
+
+def _begin_elsewhere(named: bool) -> str:
+    """Advice that leaves a checkpoint alone; `named` as in `check_checkpoint`."""
+    return f"{'leave resume_from_checkpoint out and ' if named else ''}write another output_dir"
 
 
 def write_stage(checkpoint: Path, stage: int, head_learning_rate: float | None = None) -> None:

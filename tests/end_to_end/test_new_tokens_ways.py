@@ -113,6 +113,15 @@ def test_a_template_that_adds_tokens(method, one_stage1, one, data, tmp_path):
     assert load_model(str(tmp_path / "export")) and load_model(str(tmp_path / "out"))
 
 
+def test_resuming_with_a_template_that_adds_tokens(one_stage1, one, data, tmp_path):
+    """The checkpoint carries the run's tokenizer, the heads that the run began with that of the base."""
+    run = {"stage": "lmtp2", "template": "gemma2", "stage1_pretrained_path": str(one_stage1), "max_steps": 4}
+    run |= {"save_strategy": "steps", "save_steps": 2, "overwrite_output_dir": None}
+    whole = runs.train(one, data, tmp_path / "out", **run)
+    shutil.rmtree(tmp_path / "out" / "checkpoint-4")
+    assert runs.step_losses(runs.train(one, data, tmp_path / "out", **run)) == runs.step_losses(whole)
+
+
 def test_a_template_s_tokens_with_resize_vocab(one, one_stage1, data, tmp_path):
     run = {"template": "gemma2", "resize_vocab": True}
     train = {"stage": "lmtp2", "finetuning_type": "lora", "stage1_pretrained_path": str(one_stage1)}

@@ -301,9 +301,26 @@ def test_a_damaged_checkpoint_that_is_named_and_the_advice_works(llama, data, cu
         runs.train(llama, data, cut, **run)
     runs.train(llama, data, cut, **run | {"resume_from_checkpoint": str(cut / "checkpoint-2")})
     for checkpoint in ("checkpoint-2", "checkpoint-4"):
-        break_it(cut / checkpoint, "no heads")
-    with refused("(it has no lmtp/ folder): leave the key out and delete it."):
+        break_it(cut / checkpoint, "no state")
+    with refused("(it has no trainer_state.json): leave the key out and delete it."):
         runs.train(llama, data, cut, **run)
+
+
+def test_checkpoints_of_another_training_are_not_to_be_deleted(llama, data, tmp_path, no_model_loads):
+    for step in (2, 4):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    with refused(
+        f"output_dir {tmp_path} holds checkpoints of another training, which has no leap heads (checkpoint-4, "
+        "checkpoint-2): write another output_dir."
+    ):
+        runs.train(llama, data, tmp_path, **SAVING)
+    named = {"resume_from_checkpoint": str(tmp_path / "checkpoint-2")}
+    with refused(
+        f"resume_from_checkpoint {tmp_path}/checkpoint-2 belongs to another training, which has no leap heads: leave "
+        "resume_from_checkpoint out and write another output_dir."
+    ):
+        runs.train(llama, data, tmp_path, **SAVING | named)
 
 
 def test_a_checkpoint_that_is_not_there(llama, data, tmp_path, no_model_loads):
