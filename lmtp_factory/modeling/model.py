@@ -194,8 +194,12 @@ class LeapModel:
             raise LMTPError(
                 "Heads of head_inputs: state_token read token ids, and this batch has none: train head_inputs: state."
             )
+        embed = self.get_input_embeddings()
+        was_training = embed.training
+        embed.eval()  # without the noise of NEFTune, which decoding never adds
         with torch.no_grad():
-            embeddings = self.get_input_embeddings()(input_ids).flatten(0, 1)  # (rows, hidden)
+            embeddings = embed(input_ids).flatten(0, 1)  # (rows, hidden)
+        embed.train(was_training)
         if position_ids is None:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         else:

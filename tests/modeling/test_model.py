@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from helpers import tiny_data, tiny_models
 from helpers.tiny_models import gemma3, gpt2, llama, randomise_heads
 from peft import LoraConfig, get_peft_model
+from transformers.integrations.neftune import activate_neftune
 
 from lmtp_factory import LMTPConfig, attach_heads, load_model
 from lmtp_factory.modeling import heads_of, load_heads
@@ -207,6 +208,16 @@ def test_packed_documents_equal_separate_ones(tmp_path):
     )
     torch.testing.assert_close(packed.loss_sums, sum(o.loss_sums for o in separate), rtol=1e-4, atol=1e-4)
     assert torch.equal(packed.counts, sum(o.counts for o in separate))
+
+
+def test_the_newest_token_is_read_without_neftune_s_noise():
+    model = attach_heads(llama(), LMTPConfig(head_inputs="state_token"), stage=2)
+    ids, embed = torch.arange(20, 30)[None], model.get_input_embeddings()
+    activate_neftune(model, 5.0)
+    model.train()
+    assert not torch.equal(embed(ids)[0], embed.weight[20:30])
+    assert torch.equal(model._known_tokens(ids, None)["embeddings"], embed.weight[20:30])
+    assert embed.training
 
 
 def test_heads_are_averaged_over_the_given_counts(tmp_path):

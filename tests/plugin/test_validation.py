@@ -95,10 +95,13 @@ CONFIGURATION = [
             ("use_apollo", {"use_apollo": True}),
             ("use_adam_mini", {"use_adam_mini": True}),
             ("use_muon", {"use_muon": True}),
-            ("loraplus_lr_ratio", {"loraplus_lr_ratio": 16.0, "finetuning_type": "lora"}),
             ("optim: lomo", {"optim": "lomo"}),
             ("optim: apollo_adamw", {"optim": "apollo_adamw", "optim_target_modules": "all-linear"}),
         )
+    ),
+    (
+        {"loraplus_lr_ratio": 16.0, "stage": "lmtp2", "finetuning_type": "lora"},
+        "loraplus_lr_ratio would also multiply the learning rate of the heads' biases: leave it out, or tune with it in",
     ),
     (
         {"head_inputs": "layers", "hidden_cache_dir": "cache"},

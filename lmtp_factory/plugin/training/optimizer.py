@@ -16,11 +16,16 @@ _UNGROUPED_ARGUMENTS = {"params", "model", "optimizer_dict"}
 
 
 def check_rate_key(stage: int, training_args, finetuning_args) -> None:
-    """Check that the run can honour `head_learning_rate`, before anything loads.
+    """Check the learning rates that the heads would get, before anything loads.
 
     Raises:
-        LMTPError: It cannot.
+        LMTPError: The run cannot honour `head_learning_rate`, or LoRA+ would train a part of the heads with another rate.
     """
+    if finetuning_args.loraplus_lr_ratio is not None:
+        raise LMTPError(
+            "loraplus_lr_ratio would also multiply the learning rate of the heads' biases: leave it out, or tune with it in "
+            "stage: sft."
+        )
     rate = finetuning_args.head_learning_rate
     if rate is None:
         return
@@ -41,8 +46,6 @@ def _obstacles(training_args, finetuning_args) -> Iterator[str]:
     for key in ("use_galore", "use_apollo", "use_adam_mini", "use_muon"):
         if getattr(finetuning_args, key):
             yield key
-    if finetuning_args.loraplus_lr_ratio is not None:
-        yield "loraplus_lr_ratio"
     optim = getattr(training_args.optim, "value", training_args.optim)
     if optim.startswith(_UNGROUPED):
         yield f"optim: {optim}"
