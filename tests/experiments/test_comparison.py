@@ -32,14 +32,14 @@ def test_the_quick_comparison(smollm2, tmp_path):
     for arm in found["arms"].values():
         (seed,) = arm["seeds"].values()
         for stage in ("frozen", "joint"):
-            text = seed[stage]["text"]["general"]
+            text = seed[stage]["text"]["arithmetic and code"]
             assert len(text["top-1"]) == arm["offsets"][-1] - 1
             for sizes in text["tau"].values():
                 assert sizes["1"] == 1 <= sizes["4"] <= 4
         assert seed["joint"]["perplexity"] == pytest.approx(found["plain"]["base perplexity"], rel=0.05)
         assert seed["training"]["peak MiB"] > 100
         assert (
-            arm["times"]["seconds"]["1"] > 0 and arm["times"]["decoded"]["general"]["backward"]["tokens per second"] > 0
+            arm["times"]["seconds"]["1"] > 0 and arm["times"]["decoded"]["arithmetic and code"]["backward"]["tokens per second"] > 0
         )
     assert len(found["arms"]["conditioned rising"]["offsets"]) == 2
     written = (tmp_path / "results.md").read_text(encoding="utf-8")
@@ -59,13 +59,15 @@ def test_a_mean_has_its_spread(page):
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs", "words"),
+    ("ours", "theirs", "noise", "words"),
     [
-        ([2.0, 2.2], [1.0, 1.2], "a has 1.91 times the tau of b, beyond the spread of the seeds"),
-        ([1.0, 1.3], [1.2, 1.4], "a and b do not differ in tau beyond the spread of the seeds (ratio 0.88)"),
-        ([1.0, 3.0], [1.8, 2.0], "a and b do not differ in tau beyond the spread of the seeds (ratio 1.05)"),
-        ([2.0], [1.0], "a has 2.00 times the tau of b, with one seed, which says nothing about noise"),
+        ([2.0, 2.2], [1.0, 1.2], 0, "a has 1.91 times the tau of b, beyond the spread of the seeds"),
+        ([1.0, 1.3], [1.2, 1.4], 0, "a and b do not differ in tau beyond the spread of the seeds (ratio 0.88)"),
+        ([1.0, 3.0], [1.8, 2.0], 0, "a and b do not differ in tau beyond the spread of the seeds (ratio 1.05)"),
+        ([2.0], [1.0], 0, "a has 2.00 times the tau of b, with one seed, which says nothing about noise"),
+        ([1.0, 1.1], [1.2, 1.3], 0.2, "a and b do not differ in tau beyond what timing varies by (ratio 0.84)"),
+        ([2.0, 2.2], [1.0, 1.2], 0.2, "a has 1.91 times the tau of b, beyond the spread of the seeds"),
     ],
 )
-def test_a_difference_within_the_spread_is_none(page, ours, theirs, words):
-    assert page.verdict("a", ours, "b", theirs, "tau") == words
+def test_a_difference_within_the_spread_is_none(page, ours, theirs, noise, words):
+    assert page.verdict("a", ours, "b", theirs, "tau", noise) == words
