@@ -2,7 +2,9 @@
 
 At each node the next token is chosen from the model's logits, by argmax or by sampling from the processed distribution.
 If a child of the node has this token, the walk continues there; else the token is the last of the step. So every token
-comes from the model's distribution, and logits processors and stopping criteria see the same calls as in `generate`.
+comes from the model's distribution. Logits processors and stopping criteria are called once per token, as in `generate`.
+In a batch they are called with one row at a time, because rows have different lengths (support.py leaves those that want
+the whole batch to stock). Criteria for the length and the end-of-sequence token are not called but applied on the host.
 """
 
 from collections.abc import Sequence

@@ -11,8 +11,11 @@ copied to the end of the row, in place:
     after     k   k   k   n0  n2  .   .   .   .
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.cache_utils import (
     Cache,
@@ -21,10 +24,11 @@ from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
     StaticCache,
+    StaticLayer,
 )
 
 from .branches import Branches
-from .compat import query_length
+from .compat import forget_cache, query_length
 from .counting_layer import CountingLayer
 
 
@@ -264,3 +268,26 @@ class TreeCache(Cache):
                 kept = slice(max(length - ours.first - ours.window + 1, 0), kept.stop)
                 theirs.cumulative_length = length
             theirs.keys, theirs.values = ours.keys[:, :, kept], ours.values[:, :, kept]
+
+
+@contextmanager
+def undone_on_error(model: nn.Module, cache: Cache | None) -> Iterator[None]:
+    """If an exception is raised inside, empty a static cache that was empty before, and let the next call use it.
+
+    `generate` keeps a static cache of its own with the model and asks for the size of its buffers in the next call. Until
+    `hand_back`, new buffers are the tree cache's alone. A cache that has none is therefore dropped from the model.
+
+    Args:
+        model: The model.
+        cache: Cache that `generate` prepared or the user passed.
+    """
+    is_static = type(cache) is StaticCache and all(isinstance(layer, StaticLayer) for layer in cache.layers)
+    was_empty = is_static and not int(cache.get_seq_length())
+    try:
+        yield
+    except BaseException:
+        if was_empty:
+            if not all(layer.is_initialized for layer in cache.layers):
+                forget_cache(model, cache)
+            cache.reset()  # its buffers may be the tree cache's too, and hold nodes that were not accepted
+        raise

@@ -156,6 +156,15 @@ def query_length(query: int | Tensor) -> int:
     return len(query) if isinstance(query, Tensor) else query
 
 
+def forget_cache(model: nn.Module, cache: object) -> None:
+    """Let `generate` make a new static cache in its next call, if it keeps `cache` with the model.
+
+    Not every version keeps one: transformers 5.24 makes one per call.
+    """
+    if vars(model).get("_cache") is cache:
+        del model._cache
+
+
 def compiles(model: nn.Module, model_kwargs: dict, config: GenerationConfig) -> bool:
     """Return whether `generate` would compile the model's forward for this call."""
     return model._valid_auto_compile_criteria(model_kwargs, config)

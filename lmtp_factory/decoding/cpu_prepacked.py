@@ -17,7 +17,7 @@ Inside the context weights must not change.
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from weakref import WeakKeyDictionary
 
@@ -42,19 +42,25 @@ class _Copy:
         packed: The weight in oneDNN's layout; None if this is slower, see `fewest_tokens`.
         int8: The weight quantised and packed, created by the first draft.
         int8_rows: Indices of some rows, and these rows quantised and packed.
+        quantising: Held while int8 weights are made, so that threads make them once.
     """
 
     bits: tuple[Tensor, Tensor]
     packed: Tensor | None
     int8: object | None = None
     int8_rows: tuple[Tensor, object] | None = None
+    quantising: threading.Lock = field(default_factory=threading.Lock)
 
 
 # Storage -> (offset, shape, stride) of a weight -> its copy. Several weights may share one storage (flattened
 # parameters).
 _copies: WeakKeyDictionary[torch.UntypedStorage, dict[tuple, _Copy]] = WeakKeyDictionary()
 _users: WeakKeyDictionary[nn.Linear, int] = WeakKeyDictionary()  # number of contexts that use a layer's copy
+# Guards the two above and the layers' forwards. Running generations take it several times a step, so it is never held for
+# a pass over weights.
 _lock = threading.Lock()
+# Held while a thread checks and packs the weights: of threads that enter at once the first packs.
+_entering = threading.Lock()
 
 
 @cache
@@ -64,18 +70,28 @@ def available() -> bool:
 
 
 def can_prepack(model: nn.Module, compiled: bool = False) -> bool:
-    """Return whether `model` has fp32 linear layers on a CPU that packed weights make faster, and memory allows a copy.
+    """Return whether `model` has linear layers that packed weights make faster on this CPU, and may use them.
+
+    Args:
+        model: The model.
+        compiled: See `may_prepack`.
+    """
+    return may_prepack(model, compiled) and any(fewest_tokens(layer.weight.shape) for layer in _linears(model))
+
+
+def may_prepack(model: nn.Module, compiled: bool = False) -> bool:
+    """Return whether `model` has fp32 linear layers on a CPU, and memory for packed copies of those that are faster packed.
+
+    This holds even if none is faster: that is timed, and another process may find otherwise.
 
     Args:
         model: The model.
         compiled: Whether its forward is compiled. torch.compile chooses its own layouts. Autocast casts the weights.
     """
     linears = _linears(model)
-    if compiled or torch.is_autocast_enabled("cpu") or not available():
+    if not linears or compiled or torch.is_autocast_enabled("cpu") or not available():
         return False
     faster = [layer for layer in linears if fewest_tokens(layer.weight.shape)]
-    if not faster:
-        return False
     with _lock:
         missing = sum(4 * layer.weight.numel() for layer in faster if _kept(layer) is None)
     free = free_memory()
@@ -87,7 +103,7 @@ def mostly_prepacked(model: nn.Module, compiled: bool = False) -> bool:
 
     Args:
         model: The model.
-        compiled: See `can_prepack`.
+        compiled: See `may_prepack`.
     """
     if not can_prepack(model, compiled):
         return False
@@ -107,12 +123,14 @@ def prepacked(model: nn.Module) -> Iterator[None]:
 
     Copies are kept for the next context. Entering a context checks them against the weights.
     """
-    with _lock:
+    with _entering:
         layers = _linears(model)
         copies = [_current(layer) for layer in layers]  # before any layer is changed, because packing may fail
-        for layer, copy in zip(layers, copies):
-            layer.forward = _PrepackedForward(layer, copy.packed)
-            _users[layer] = _users.get(layer, 0) + 1
+        forwards = [_PrepackedForward(layer, copy.packed) for layer, copy in zip(layers, copies)]
+        with _lock:
+            for layer, forward in zip(layers, forwards):
+                layer.forward = forward
+                _users[layer] = _users.get(layer, 0) + 1
     try:
         yield
     finally:
@@ -136,8 +154,9 @@ def int8_linear(layer: nn.Module, rows: Tensor | None = None) -> Callable[[Tenso
         return None
     with _lock:
         copy = _kept(layer)
-        if copy is None:
-            return None
+    if copy is None:
+        return None
+    with copy.quantising:
         weight = layer.weight.detach()
         if rows is None:
             copy.int8 = _quantise(weight) if copy.int8 is None else copy.int8
@@ -187,8 +206,14 @@ def _linears(model: nn.Module) -> list[nn.Linear]:
         if type(layer) is nn.Linear
         and layer.weight.dtype == torch.float32
         and layer.weight.device.type == "cpu"
-        and ("forward" not in vars(layer) or _is_prepacked(layer))
+        and not _is_hooked(layer)
     ]
+
+
+def _is_hooked(layer: nn.Module) -> bool:
+    """Return whether other code has replaced the layer's forward."""
+    forward = vars(layer).get("forward")  # read once, because a thread that leaves its context removes it
+    return forward is not None and not isinstance(forward, _PrepackedForward)
 
 
 def _is_prepacked(layer: nn.Module) -> bool:
@@ -205,13 +230,19 @@ def _kept(layer: nn.Linear) -> _Copy | None:
 
 
 def _current(layer: nn.Linear) -> _Copy:
-    """Return an up-to-date copy of the layer's weight: the existing one if its checksum matches, else a new one."""
-    weight, copy = layer.weight.detach(), _kept(layer)
+    """Return an up-to-date copy of the layer's weight: the existing one if its checksum matches, else a new one.
+
+    If a weight changes meanwhile, the checksum is that of the numbers before, so the next context packs it again.
+    """
+    weight = layer.weight.detach()
+    with _lock:
+        copy = _kept(layer)
     bits = _bits(weight)
     is_faster = fewest_tokens(weight.shape) is not None
     if copy is None or not all(map(torch.equal, copy.bits, bits)) or (is_faster and copy.packed is None):
         copy = _Copy(bits, pack(weight) if is_faster else None)
-        _copies.setdefault(weight.untyped_storage(), {})[_place(weight)] = copy
+        with _lock:
+            _copies.setdefault(weight.untyped_storage(), {})[_place(weight)] = copy
     return copy
 
 

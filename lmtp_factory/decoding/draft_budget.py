@@ -5,11 +5,12 @@ takes `extra` longer, for the draft and the wider forward. Compared with plain s
 balance is the sum of these gains. Steps draft while it is positive and are plain otherwise. Each plain step adds a
 small allowance to the balance, which pays for an occasional draft; an accepted draft pays for the next one. The balance
 starts at 0, or at a small stake if `lmtp-cli tree` has measured that drafts gain as much. A short answer could not earn
-back a larger one. While the balance is smaller than the extra time of a whole tree, drafts are probes: small trees, which
-cost less to fail.
+back a larger one. While the balance is smaller than the extra time of a step that may draft a whole tree, drafts are
+probes: small trees, which cost less to fail.
 """
 
 from collections import defaultdict, deque
+from collections.abc import MutableMapping, Sequence
 from statistics import median_low
 
 
@@ -44,7 +45,9 @@ class DraftBudget:
         self.allowance, self.most = allowance, most
         self.balance = min(max(expected_gain, 0.0), STAKE)
         self._plain: deque[float] = deque(maxlen=_TIMES)
-        self._drafted: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=_TIMES))
+        # By number of verified nodes, and by number of nodes that the step might have, see `_times`.
+        self._verified: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=_TIMES))
+        self._offered: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=_TIMES))
         self._intervals = list(_DRAFTS_BETWEEN_PLAIN)
         self._drafts = 0  # number of drafts since the last plain step
 
@@ -56,7 +59,7 @@ class DraftBudget:
         """
         if not self._plain or self._drafts >= self._intervals[0] or self.balance <= 0:
             return 1
-        return nodes if self.balance >= self._extra(nodes) else min(nodes, PROBE_NODES)
+        return nodes if self.balance >= self._extra(_times(self._offered, nodes)) else min(nodes, PROBE_NODES)
 
     def record_plain(self, seconds: float) -> None:
         """Record the duration of a step without a draft."""
@@ -66,27 +69,34 @@ class DraftBudget:
             self._intervals.pop(0)
         self._drafts = 0
 
-    def record_draft(self, seconds: float, nodes: int, accepted: float) -> None:
+    def record_draft(self, seconds: float, nodes: int, accepted: float, offered: int | None = None) -> None:
         """Record a step with a draft.
 
         Args:
             seconds: Duration of the step, from the draft to the commit.
             nodes: Number of verified nodes, including the root.
             accepted: Number of accepted drafted tokens, averaged over the rows.
+            offered: Number of nodes that the step might have, of which a cost curve may have cut some. Default `nodes`.
         """
-        self._times(nodes).append(seconds)
-        self.balance = min(self.balance + accepted - self._extra(nodes), self.most)
+        times = _times(self._verified, nodes)
+        times.append(seconds)
+        _times(self._offered, nodes if offered is None else offered).append(seconds)
+        self.balance = min(self.balance + accepted - self._extra(times), self.most)
         self._drafts += 1
 
-    def _times(self, nodes: int) -> deque[float]:
-        """Return the durations of steps with about as many nodes: sizes within a factor of two share them."""
-        return self._drafted[(nodes - 1).bit_length()]
+    def _extra(self, times: Sequence[float]) -> float:
+        """Return how much longer than a plain step a step with a draft takes, in plain steps.
 
-    def _extra(self, nodes: int) -> float:
-        """Return how much longer a step with a draft takes, in plain steps."""
-        times = self._times(nodes)
+        Args:
+            times: Durations of such steps, from `_times`.
+        """
         if not times:
             return _FIRST_EXTRA
         # Not below 0: one slow plain step must not make drafts look free.
         extra = max(median_low(times) / median_low(self._plain) - 1, 0.0)
         return min(extra, _FIRST_EXTRA) if len(times) == 1 else extra
+
+
+def _times(durations: MutableMapping[int, deque[float]], nodes: int) -> deque[float]:
+    """Return the durations of steps with about as many nodes: sizes within a factor of two share them."""
+    return durations[(nodes - 1).bit_length()]

@@ -86,11 +86,10 @@ def decode(
     with weights, unembeddings_kept(), stats.timed("total", input_ids.device):
         with stats.timed("prefill", input_ids.device):
             state.prefill(model, input_ids, config, model_kwargs)
+        stats.count_prefill(len(input_ids))
         stream.flush()
         run(model, state, tree, stats, stream, compiled)
         stream.end()
-    stats.rows += len(input_ids)
-    stats.tokens += sum(row.length - input_ids.shape[1] for row in state.acceptor.rows)
     return state.output(given, config, pad_token)
 
 

@@ -15,6 +15,8 @@ PHASES = ("draft", "verify", "accept", "commit")
 class DecodeStats:
     """Counts over one or more calls of `model.generate(..., lmtp_stats=stats)`.
 
+    A call that raises counts up to its last complete step.
+
     Attributes:
         strategy: `backward`, `forward` or `off`, of the latest call.
         stock_reason: Why the latest call fell back to transformers' own decoding; None if it did not.
@@ -75,6 +77,11 @@ class DecodeStats:
         steps = sum(self.seconds[name] for name in PHASES)
         return self.seconds[phase] / steps if steps and not self.has_launch_times else None
 
+    def count_prefill(self, rows: int) -> None:
+        """Count the forward of a prompt, which adds one token to each of its rows."""
+        self.rows += rows
+        self.tokens += rows
+
     def count(self, nodes: int, branches: Sequence[Sequence[int]]) -> None:
         """Count one step.
 
@@ -85,6 +92,7 @@ class DecodeStats:
         for branch in filter(None, branches):
             self.steps += 1
             self.nodes += nodes
+            self.tokens += len(branch)
             self.drafts += nodes > 1
             self.advances.append(len(branch))
             self.accepted.extend([0] * (len(branch) - 1 - len(self.accepted)))
@@ -95,13 +103,15 @@ class DecodeStats:
     def timed(self, phase: str, device: torch.device) -> Iterator[None]:
         """Add the duration of the context to a phase."""
         started = time.perf_counter()
-        yield
-        if device.type == "cuda":
-            if self.profile:
-                torch.cuda.synchronize(device)
-            else:
-                self.has_launch_times = True
-        self.seconds[phase] += time.perf_counter() - started
+        try:
+            yield
+        finally:
+            if device.type == "cuda":
+                if self.profile:
+                    torch.cuda.synchronize(device)
+                else:
+                    self.has_launch_times = True
+            self.seconds[phase] += time.perf_counter() - started
 
     def line(self) -> str:
         """Return a summary for the log."""

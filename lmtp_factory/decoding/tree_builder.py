@@ -49,6 +49,7 @@ class TreeBuilder:
                     tree.prepare(self.width, window)
         self.calibration, self.budget = AcceptanceCalibration(), DraftBudget(config.expected_gain)
         self.drafted = False  # whether the current step made a draft, even if its tree was cut to the root
+        self.offered = 1  # number of nodes that its tree may have, before a cost curve cuts it
         # Expected number of accepted tokens of each active row in the current step; empty if the tree was not cut.
         self.predicted: list[float] = []
 
@@ -63,7 +64,7 @@ class TreeBuilder:
             nodes = self.budget.affordable(nodes)
         if nodes > 1 and self.constant:
             nodes = self.config.nodes
-        self.drafted, self.predicted = nodes > 1, []
+        self.drafted, self.offered, self.predicted = nodes > 1, nodes, []
         return nodes
 
     def draft(self, window: Window, nodes: int, levels: int | None = None) -> tuple[Tree, Tensor]:
@@ -120,7 +121,7 @@ class TreeBuilder:
         accepted = [len(branch) - 1 for branch in branches if branch]
         if not self.config.always:
             if self.drafted:
-                self.budget.record_draft(seconds, nodes, sum(accepted) / max(len(accepted), 1))
+                self.budget.record_draft(seconds, nodes, sum(accepted) / max(len(accepted), 1), self.offered)
             else:
                 self.budget.record_plain(seconds)
         if self.drafted:

@@ -60,13 +60,14 @@ class GenerationProxy:
     Attributes:
         stats: Statistics of this call alone, whatever else the model generates meanwhile.
         finished: Set when `generate` has ended, in the thread in which upstream runs it.
+        answered: Whether `generate` has returned.
     """
 
     def __init__(
         self, model: nn.Module, disconnected: ClientDisconnected | None = None, request: ChatRequest | None = None
     ):
         self.model, self.disconnected, self.request = model, disconnected, request or ChatRequest()
-        self.stats, self.finished = DecodeStats(), threading.Event()
+        self.stats, self.finished, self.answered = DecodeStats(), threading.Event(), False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
@@ -86,6 +87,7 @@ class GenerationProxy:
         started = time.perf_counter()
         try:
             output = self.model.generate(**kwargs, lmtp_stats=self.stats)
+            self.answered = True
             new = output[:, kwargs["inputs"].shape[1] :] if isinstance(output, Tensor) else None
             if not self.stats.tokens and new is not None:  # stock generate records nothing
                 self.stats.rows = len(new)
@@ -101,7 +103,7 @@ class GenerationProxy:
 
     def report(self) -> None:
         """Log the statistics of the answer, unless `generate` failed."""
-        if not self.stats.tokens:
+        if not self.answered:
             return
         if prints_answers.is_set():
             print(flush=True)

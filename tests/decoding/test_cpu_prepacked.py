@@ -266,3 +266,107 @@ def test_a_model_without_room_is_not_packed(model, monkeypatch):
     assert can_prepack(model)
     monkeypatch.setattr(cpu_prepacked, "free_memory", lambda: None)
     assert not can_prepack(model)
+
+
+@pytest.fixture
+def entering(model, monkeypatch):
+    """A thread that stands still in the middle of its pass over the weights; `go_on` lets it finish."""
+    bits, is_in, go_on = cpu_prepacked._bits, threading.Event(), threading.Event()
+
+    def slow(weight):
+        if threading.current_thread() is thread:
+            is_in.set()
+            assert go_on.wait(60)
+        return bits(weight)
+
+    def enter():
+        with prepacked(model):
+            pass
+
+    thread = threading.Thread(target=enter)
+    thread.go_on = go_on
+
+    def start():
+        monkeypatch.setattr(cpu_prepacked, "_bits", slow)
+        thread.start()
+        assert is_in.wait(60)
+        return thread
+
+    yield start
+    go_on.set()
+    if thread.ident is not None:
+        thread.join(60)
+
+
+def test_running_generations_do_not_wait_for_one_that_begins(model, entering):
+    unembedding, inputs, done = model.leap_heads.heads[0].unembed, torch.randn(3, 32), threading.Event()
+
+    def run():
+        with torch.no_grad():
+            int8_linear(unembedding)(inputs)
+            int8_linear(unembedding, torch.tensor([1, 5]))(inputs)
+        context.__exit__(None, None, None)
+        assert can_prepack(model)
+        done.set()
+
+    context = prepacked(model)
+    context.__enter__()
+    other = entering()
+    runner = threading.Thread(target=run)
+    runner.start()
+    assert done.wait(60)
+    other.go_on.set()
+    runner.join(60)
+    other.join(60)
+    assert not other.is_alive() and not any("forward" in vars(module) for module in model.modules())
+
+
+def test_threads_that_enter_at_once_pack_once(model, entering, monkeypatch):
+    packed, pack = [], cpu_prepacked.pack
+    monkeypatch.setattr(cpu_prepacked, "pack", lambda weight: packed.append(weight) or pack(weight))
+    first = entering()
+
+    def enter():
+        with prepacked(model):
+            ready.set()
+
+    ready, second = threading.Event(), threading.Thread(target=enter)
+    second.start()
+    assert not ready.wait(0.2)  # the first packs for both
+    first.go_on.set()
+    second.join(60)
+    first.join(60)
+    assert len(packed) == len(cpu_prepacked._linears(model)) and all(copies_of(model))
+    assert not cpu_prepacked._users and not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_weight_that_changes_while_it_is_packed_is_packed_again(model, monkeypatch):
+    weight, pack = model.model.layers[0].mlp.up_proj.weight, cpu_prepacked.pack
+
+    def late(packed):
+        if packed.data_ptr() == weight.data_ptr():
+            weight.data.mul_(1.5)  # by another thread
+            monkeypatch.undo()
+        return pack(packed)
+
+    monkeypatch.setattr(cpu_prepacked, "pack", late)
+    with prepacked(model):
+        pass
+    old = cpu_prepacked._kept(model.model.layers[0].mlp.up_proj)
+    generates_as_stock(model)
+    assert cpu_prepacked._kept(model.model.layers[0].mlp.up_proj) is not old
+
+
+def test_a_thread_that_leaves_takes_no_layer_from_one_that_enters(monkeypatch):
+    """Whether a forward is there and whether it is ours is one question, or it may be gone between the two."""
+    layer, is_prepacked = nn.Linear(4, 4), cpu_prepacked._is_prepacked
+
+    def leaves_first(layer):
+        vars(layer).pop("forward", None)
+        return is_prepacked(layer)
+
+    with prepacked(nn.Sequential(layer)), monkeypatch.context() as patch:
+        patch.setattr(cpu_prepacked, "_is_prepacked", leaves_first)
+        assert cpu_prepacked._linears(nn.Sequential(layer)) == [layer]
+    layer.forward = lambda inputs: inputs  # as accelerate does
+    assert not cpu_prepacked._linears(nn.Sequential(layer))

@@ -82,6 +82,21 @@ def test_a_whole_tree_is_drafted_once_the_balance_can_lose_it():
     assert budget.balance < 0 and budget.affordable(16) == 1
 
 
+def test_the_extra_time_of_a_whole_tree_is_measured_where_trees_are_cut():
+    """Not that of trees which are as large as the cut ones, nor that of probes."""
+    budget = DraftBudget(0.2)
+    budget.record_plain(1.0)
+    assert budget.balance == pytest.approx(0.21) and budget.affordable(16) == PROBE_NODES  # 0.5, as nothing is known
+    budget.record_draft(1.05, 3, accepted=0.05, offered=PROBE_NODES)
+    assert budget.affordable(16) == PROBE_NODES
+    budget.record_draft(1.1, 2, accepted=0.1, offered=16)
+    assert budget.balance == pytest.approx(0.21) and budget.affordable(16) == 16
+    for _ in range(2):
+        budget.record_draft(1.4, 9, accepted=0.4, offered=16)
+    budget.record_plain(1.0)
+    assert 0.2 < budget.balance < 0.4 and budget.affordable(16) == PROBE_NODES
+
+
 def test_text_that_accepts_much_is_drafted_throughout():
     generator = random.Random(0)
     seconds, drafts = simulate(lambda: generator.choice((1, 2, 3)), 0.4, 600)

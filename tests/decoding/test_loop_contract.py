@@ -23,7 +23,9 @@ from transformers import (
     StoppingCriteria,
 )
 
+from lmtp_factory.decoding.state import DecodeState
 from lmtp_factory.decoding.stats import DecodeStats
+from lmtp_factory.decoding.stream import Stream
 
 
 # Where it stops.
@@ -250,3 +252,34 @@ def test_stats_add_up(leap):
     assert stats.mean_acceptance_length == pytest.approx(1 + sum(stats.accepted) / stats.drafts) and stats.tau > 1.3
     assert stats.accepted == sorted(stats.accepted, reverse=True)
     assert stats.nodes >= stats.steps and 0 < stats.seconds["verify"] < stats.seconds["total"]
+
+
+@pytest.mark.parametrize("flushes", [1, 4], ids=["after the prefill", "after a step"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_stats_of_a_call_that_raises_are_those_of_its_complete_steps(leap, rows, flushes, monkeypatch):
+    model, stats, done = leap(), DecodeStats(), []
+    kwargs = {"max_new_tokens": 20, "lmtp_stats": stats, "lmtp_tree": DYNAMIC} | GREEDY
+
+    def broken(stream):
+        done.append(stream)
+        if len(done) == flushes:
+            raise BrokenPipeError
+
+    model.generate(prompt(), **kwargs)
+    before = stats.seconds["total"]
+    monkeypatch.setattr(Stream, "flush", broken)
+    with pytest.raises(BrokenPipeError):
+        model.generate(prompt(rows), **kwargs)
+    assert stats.rows == 1 + rows and stats.seconds["total"] > before
+    assert stats.tokens == stats.rows + sum(stats.advances) and stats.tau == sum(stats.advances) / stats.steps
+
+
+def test_stats_of_a_call_that_raises_in_its_prefill_count_no_row(leap, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    stats = DecodeStats()
+    monkeypatch.setattr(DecodeState, "prefill", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        leap().generate(prompt(), max_new_tokens=20, lmtp_stats=stats, **GREEDY)
+    assert (stats.rows, stats.tokens, stats.tau) == (0, 0, 1.0)

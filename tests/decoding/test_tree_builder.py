@@ -94,6 +94,30 @@ def test_a_tree_with_a_measured_gain_survives_a_failed_probe(leap):
     assert drafted == {0.0: False, 0.2: True}
 
 
+@pytest.mark.parametrize(
+    ("config", "verified"),
+    [(TreeConfig("dynamic", 16, cost=CostCurve({1: 1.0, 2: 1.0, 3: 9.0})), 2), (TreeConfig("chain", 50), 7)],
+    ids=["a cost curve", "the reach of the heads"],
+)
+def test_the_time_of_a_whole_tree_is_that_of_steps_that_may_have_one(config, verified, leap):
+    """However few nodes they verify: else it is never known, and a whole tree always seems to take half a step."""
+    model = leap()
+    state, builder = (
+        state_of(model, {"input_ids": prompt()}),
+        TreeBuilder(model, config, constant=False, device=torch.device("cpu")),
+    )
+    tree, _ = builder.build(state)
+    builder.learn(tree.nodes, [[0]], seconds=1.0)
+    builder.budget.balance = 0.3
+    assert builder.nodes() == PROBE_NODES
+    builder.budget.balance = 3.0
+    tree, _ = builder.build(state)
+    assert tree.nodes == verified
+    builder.learn(tree.nodes, [[0]], seconds=1.1)
+    builder.budget.balance = 0.3
+    assert builder.nodes() == config.nodes
+
+
 @pytest.mark.parametrize("constant", [False, True])
 @pytest.mark.parametrize(
     "config", [TreeConfig("chain", 6), TreeConfig("static", 8, PATHS[:8]), TreeConfig("dynamic", 9, width=3)], ids=str

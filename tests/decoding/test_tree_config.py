@@ -9,13 +9,14 @@ from helpers import tiny_models
 from transformers import AutoModelForCausalLM
 
 from lmtp_factory import LMTPConfig, LMTPError, attach_heads, load_model
-from lmtp_factory.decoding import cpu_prepacked, loop
+from lmtp_factory.decoding import cpu_prepacked, loop, packed_speed, support
 from lmtp_factory.decoding.tree_config import (
     PLAIN_CPU,
     AcceptanceCalibration,
     Conditions,
     CostCurve,
     TreeConfig,
+    read_accuracies,
     read_tree,
     tree_config_for,
     write_tree,
@@ -55,13 +56,52 @@ def test_a_tree_is_used_where_it_was_measured(export):
 
 @pytest.mark.parametrize(
     "elsewhere",
-    [Conditions("cuda", "float32", True), Conditions("cpu", "bfloat16", False), Conditions("cpu", "float32", False)],
+    [
+        Conditions("cuda", "float32", True),
+        Conditions("cpu", "bfloat16", False),
+        Conditions("cpu", "float32", False),
+        replace(HERE, machine="Another Processor"),
+        replace(HERE, threads=1000),
+    ],
+    ids=["device", "dtype", "weights", "machine", "threads"],
 )
-def test_a_tree_that_was_measured_elsewhere_is_not_used(export, elsewhere):
+def test_a_tree_that_was_measured_elsewhere_is_not_used(export, elsewhere, caplog):
+    support.warn_once.cache_clear()
     write_tree(MEASURED, export / "lmtp", elsewhere, measured={})
-    plan = tree_config_for(load_model(export))
+    model = load_model(export)
+    for _ in range(2):
+        plan = tree_config_for(model)
     assert plan.kind == "dynamic" and plan.cost is not None
-    assert f"was measured on {elsewhere}, this is {HERE}" in plan.source
+    why = f"tree.json was measured on {elsewhere}, this is {HERE}"
+    assert why in plan.source
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("lmtp_factory")]
+    assert [why in message for message in said] == [True]  # once
+
+
+@pytest.mark.parametrize("fewest", [4, None])
+def test_a_measured_tree_does_not_depend_on_how_a_process_times_its_weights(export, fewest, monkeypatch):
+    """Where packed and ordinary weights are about as fast, each process may find otherwise."""
+    write_tree(MEASURED, export / "lmtp", HERE, measured={})
+    model = load_model(export)
+    monkeypatch.setattr(packed_speed, "_fewest_tokens", lambda shape, threads: fewest)
+    assert tree_config_for(model) == MEASURED and Conditions.of(model) == HERE
+    (export / "lmtp" / "tree.json").unlink()
+    assert tree_config_for(model).cost == PLAIN_CPU  # the default's costs are those of the weights that are used
+
+
+def test_conditions_name_the_machine_and_its_threads(export, monkeypatch):
+    model, threads = load_model(export), torch.get_num_threads()
+    here = Conditions.of(model)
+    assert here.machine and here.threads == threads and f"({here.machine}, threads: {threads})" in str(here)
+    torch.set_num_threads(threads + 1)
+    try:
+        assert Conditions.of(model) == replace(here, threads=threads + 1)
+    finally:
+        torch.set_num_threads(threads)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H200")
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    there = Conditions.of(model)
+    assert (there.device, there.machine, there.threads) == ("cuda", "H200", None) and "cuda (H200)" in str(there)
 
 
 def test_a_tree_measured_with_prepacked_weights_is_not_used_without(export, monkeypatch):
@@ -100,13 +140,16 @@ def test_the_tree_is_that_of_the_weights_that_the_loop_uses(export, monkeypatch)
     assert tree.cost == PLAIN_CPU and not is_prepacked
 
 
-def test_a_tree_that_does_not_say_what_it_was_measured_with_is_not_used(export):
+@pytest.mark.parametrize("missing", [("prepacked", "machine", "threads"), ("machine", "threads")], ids=str)
+def test_a_tree_that_does_not_say_what_it_was_measured_with_is_not_used(export, missing, caplog):
+    """Older versions wrote less."""
+    support.warn_once.cache_clear()
     path = write_tree(MEASURED, export / "lmtp", HERE, measured={})
     values = json.loads(path.read_text())
-    del values["prepacked"]
-    path.write_text(json.dumps(values))
+    path.write_text(json.dumps({name: value for name, value in values.items() if name not in missing}))
     plan = tree_config_for(load_model(export))
     assert plan.kind == "dynamic" and "was measured on an unknown machine" in plan.source
+    assert "was measured on an unknown machine" in caplog.text
 
 
 def test_a_damaged_plan_is_named(export):
@@ -204,3 +247,19 @@ def test_ranks_beyond_the_vocabulary_are_refused():
     with pytest.raises(LMTPError, match=r"down to rank 9, but the heads draft 9 tokens \(ranks 0 to 8\)"):
         plan.check_ranks(9)
     TreeConfig("dynamic", 64, width=40).check_ranks(9)  # takes what there is
+
+
+@pytest.mark.parametrize("accuracies", ['[["x"]]', "[[0.5], [1.5]]", "[[]]", "5", "[5]", "[[0.5]"])
+def test_damaged_accuracies_are_refused(tmp_path, accuracies):
+    (tmp_path / "tree.json").write_text(f'{{"measured": {{"accuracies": {accuracies}}}}}')
+    with pytest.raises(LMTPError, match=r"tree\.json is damaged .*: delete it or run lmtp-cli tree again\."):
+        read_accuracies(tmp_path)
+
+
+def test_accuracies_are_those_that_were_measured(tmp_path):
+    assert read_accuracies(tmp_path) is None
+    (tmp_path / "tree.json").write_text('{"measured": {"accuracies": [[0.5, 0.25], [1]]}}')
+    assert read_accuracies(tmp_path) == [[0.5, 0.25], [1.0]]
+    for nothing in ("{}", '{"measured": {}}', '{"measured": {"accuracies": []}}'):
+        (tmp_path / "tree.json").write_text(nothing)
+        assert read_accuracies(tmp_path) is None
