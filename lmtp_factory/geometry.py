@@ -56,11 +56,15 @@ def offsets(n: int, stride: int) -> tuple[int, ...]:
     return tuple(stride * i + 1 for i in range(n))
 
 
-def check_offsets(extra: Sequence[int]) -> tuple[int, ...]:
+def check_offsets(extra: Sequence[int], name: str = "leap_offsets") -> tuple[int, ...]:
     """Return the offsets of all heads, with the LM head's 1 first, from the offsets of the extra heads.
 
     >>> check_offsets([2, 3, 6])
     (1, 2, 3, 6)
+
+    Args:
+        extra: Offsets of the extra heads.
+        name: What the error message calls them.
 
     Raises:
         LMTPError: `extra` is empty, does not increase, or contains an offset of 1 or less.
@@ -68,8 +72,8 @@ def check_offsets(extra: Sequence[int]) -> tuple[int, ...]:
     full = (1, *extra)
     if len(full) < 2 or any(near >= far for near, far in zip(full, full[1:])):
         raise LMTPError(
-            f"leap_offsets is {','.join(map(str, extra)) or 'empty'}, but the extra heads' offsets have to rise and to be "
-            "above 1 (the LM head's own): write for instance leap_offsets: 2,3,6."
+            f"{name} is {','.join(map(str, extra)) or 'empty'}, but the extra heads' offsets have to rise and to be above 1 "
+            "(the LM head's own): write for instance 2,3,6."
         )
     return full
 

@@ -9,7 +9,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from ..config import LMTPConfig
 from ..errors import LMTPError, first_line
-from ..modeling.checkpoint import base_fingerprint
+from ..modeling.checkpoint import base_difference, base_fingerprint
 from ..modeling.heads import LeapHeads
 from . import medusa, release
 from .source import Checkpoint
@@ -89,7 +89,7 @@ def check_shapes(found: ThirdPartyHeads, base: PretrainedConfig) -> LMTPConfig:
     Raises:
         LMTPError: The heads belong to another model, or their tensors have inconsistent shapes.
     """
-    checkpoint, text_config = found.checkpoint, base.get_text_config()
+    checkpoint = found.checkpoint
     shapes = {ours: checkpoint.shape(theirs) for ours, theirs in found.tensors.items()}
     own = found.kind == "own"
     config = LMTPConfig(
@@ -97,18 +97,14 @@ def check_shapes(found: ThirdPartyHeads, base: PretrainedConfig) -> LMTPConfig:
         head_layers=found.layers,
         head_kind=found.kind,
         hidden_size=shapes["heads.0.blocks.0.leap_proj.weight"][-1],
-        vocab_size=shapes["heads.0.unembed.weight"][0] if own else text_config.vocab_size,
+        vocab_size=shapes["heads.0.unembed.weight"][0] if own else base.get_text_config().vocab_size,
     )
-    facts = [
-        ("hidden size", config.hidden_size, text_config.hidden_size),
-        ("vocabulary size", config.vocab_size, text_config.vocab_size),
-    ]
-    for what, theirs, ours in facts:
-        if theirs != ours:
-            raise LMTPError(
-                f"The heads in {checkpoint.name} have {what} {theirs}, but {base.name_or_path} has {ours}: write --base "
-                "with the model that they were trained on."
-            )
+    if difference := base_difference(config, base):
+        what, theirs, ours = difference
+        raise LMTPError(
+            f"The heads in {checkpoint.name} have {what} {theirs}, but {base.name_or_path} has {ours}: write --base with "
+            "the model that they were trained on."
+        )
     with torch.device("meta"):
         expected = {name: tuple(tensor.shape) for name, tensor in LeapHeads(config).state_dict().items()}
     for name, shape in shapes.items():

@@ -23,11 +23,8 @@ def check_asked(stride: int | None, offsets: Sequence[int] | None) -> None:
     """
     if stride is not None and stride < 1:
         raise LMTPError(f"--stride is {stride}, but heads leap by 1 token or more: write for instance --stride 2.")
-    if offsets is not None and any(near >= far for near, far in zip((1, *offsets), offsets)):
-        raise LMTPError(
-            f"--offsets is {_written(offsets)}, but the heads' offsets have to rise and to be above 1 (the LM head's own): "
-            "write for instance --offsets 3,5,7."
-        )
+    if offsets is not None:
+        geometry.check_offsets(offsets, "--offsets")
 
 
 def asked_heads(

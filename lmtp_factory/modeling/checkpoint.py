@@ -93,10 +93,14 @@ def _replace(folder: Path, fresh: Path, stale: Path) -> None:
         raise
 
 
-def find_heads(path: str | os.PathLike) -> Path | None:
+def find_heads(path: str | os.PathLike, **hub_options: Any) -> Path | None:
     """Return the `lmtp/` folder of a local directory or hub id, or None if it has none.
 
     Without network access, a repository in the local cache is looked up there.
+
+    Args:
+        path: Local directory or hub id.
+        hub_options: Passed to the hub: `revision`, `token` and `cache_dir`.
 
     Raises:
         LMTPError: The hub request failed and the repository is not cached, so it is unknown whether it has heads.
@@ -105,7 +109,7 @@ def find_heads(path: str | os.PathLike) -> Path | None:
         folder = Path(path, HEADS_FOLDER)
         return folder if folder.is_dir() else None
     try:
-        snapshot = snapshot_download(str(path), allow_patterns=f"{HEADS_FOLDER}/*")
+        snapshot = snapshot_download(str(path), allow_patterns=f"{HEADS_FOLDER}/*", **hub_options)
     except HFValidationError:  # no hub id
         return None
     # OSError: the hub refused the request, or there is no connection and the repository is not cached.
@@ -225,16 +229,19 @@ def state_size(text_config: PretrainedConfig) -> int:
     return getattr(text_config, "word_embed_proj_dim", None) or text_config.hidden_size
 
 
-def check_base(config: LMTPConfig, base: PretrainedConfig, fingerprint: str | None = None) -> None:
-    """Check that heads were trained on a base model.
+def base_difference(
+    config: LMTPConfig, base: PretrainedConfig, fingerprint: str | None = None
+) -> tuple[str, int | str, int | str] | None:
+    """Return the first difference between the model that heads were trained on and a base model.
 
     Args:
         config: Configuration of the heads.
         base: Configuration of the base model.
-        fingerprint: Fingerprint of the base model's tokenizer. Compared only if both sides have one.
+        fingerprint: Fingerprint of the base model's tokenizer.
 
-    Raises:
-        LMTPError: Hidden size, vocabulary size, number of layers or tokenizer differ.
+    Returns:
+        What differs (hidden size, vocabulary size, number of layers or tokenizer), the heads' value and the base
+        model's. None if they agree on all that both sides say.
     """
     text_config = base.get_text_config()
     facts = [
@@ -243,12 +250,21 @@ def check_base(config: LMTPConfig, base: PretrainedConfig, fingerprint: str | No
         ("number of layers", config.base_layers, text_config.num_hidden_layers),
         ("tokenizer", config.tokenizer_fingerprint, fingerprint),
     ]
-    for what, theirs, ours in facts:
-        if theirs is not None and ours is not None and theirs != ours:
-            raise LMTPError(
-                f"These leap heads belong to {config.base_model} ({what} {theirs}), not to {base.name_or_path} "
-                f"({what} {ours}): load them on their own base model or train heads for this one."
-            )
+    return next((fact for fact in facts if None not in fact and fact[1] != fact[2]), None)
+
+
+def check_base(config: LMTPConfig, base: PretrainedConfig, fingerprint: str | None = None) -> None:
+    """Check that heads were trained on a base model. The arguments are those of `base_difference`.
+
+    Raises:
+        LMTPError: Hidden size, vocabulary size, number of layers or tokenizer differ.
+    """
+    if difference := base_difference(config, base, fingerprint):
+        what, theirs, ours = difference
+        raise LMTPError(
+            f"These leap heads belong to {config.base_model} ({what} {theirs}), not to {base.name_or_path} "
+            f"({what} {ours}): load them on their own base model or train heads for this one."
+        )
 
 
 def check_base_files(config: LMTPConfig, base: str, **hub_options: Any) -> None:

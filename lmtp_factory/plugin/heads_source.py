@@ -5,7 +5,6 @@ The source is resolved once per run, when LLaMA-Factory has parsed the arguments
 """
 
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,6 +51,17 @@ class BaseModel:
     def fingerprint(self) -> str | None:
         """Fingerprint of the model's tokenizer; None if it has none."""
         return base_fingerprint(self.path, **self.options)
+
+    def heads_at(self, path: str) -> Path | None:
+        """The `lmtp/` folder of the model or an adapter; None without one. Upstream loads both from `revision`."""
+        return find_heads(path, revision=self.options.get("revision"), **self._access())
+
+    def named_heads(self, path: str) -> Path | None:
+        """The `lmtp/` folder of `stage1_pretrained_path`; None without one. `revision` does not apply to it."""
+        return find_heads(path, **self._access())
+
+    def _access(self) -> dict[str, Any]:
+        return {"token": self.options.get("token"), "cache_dir": self.options.get("cache_dir")}
 
 
 @dataclass(frozen=True)
@@ -115,12 +125,18 @@ def resolve_inference(model_args, finetuning_args, exports: bool) -> HeadsSource
     """The source of the heads that chat and api decode with or an export concerns; None without heads.
 
     Raises:
-        LMTPError: The heads' configuration cannot be read; the hub cannot be asked.
+        LMTPError: The heads' configuration cannot be read; the hub cannot be asked for heads that a key asks for.
     """
     if not exports:
         return _resolve_decoding(model_args, finetuning_args)
     base = BaseModel.of(model_args)
-    folder = _inference_heads(base, model_args, finetuning_args)
+    try:
+        folder = _inference_heads(base, model_args, finetuning_args)
+    except LMTPError as error:
+        if finetuning_args.lmtp_export != "ntp" or finetuning_args.lmtp_stage or finetuning_args.stage1_pretrained_path:
+            raise
+        log.warning(f"{error} Exporting as a model without leap heads.")
+        return None
     if folder is None:
         return None
     # An NTP export works with damaged heads too.
@@ -164,15 +180,16 @@ def _stage_heads(base: BaseModel, model_args, training_args, finetuning_args, re
     decides, then the model directory.
     """
     stage, named = finetuning_args.lmtp_stage, finetuning_args.stage1_pretrained_path
-    if stage == 2 and (adapter := _first(reversed(model_args.adapter_name_or_path or []))) is not None:
-        return adapter
+    adapters = reversed(model_args.adapter_name_or_path or []) if stage == 2 else []
+    if (of_adapter := next(filter(None, map(base.heads_at, adapters)), None)) is not None:
+        return of_adapter
     if named is None:
-        return find_heads(base.path)
+        return base.heads_at(base.path)
     # The release's stage-1 files name their own output, which is empty before the first run. Any other path is a mistake.
     is_own_output = os.path.realpath(named) == os.path.realpath(training_args.output_dir)
     may_be_empty = stage == 1 and is_own_output and training_args.do_train
     # A path such as out/stage1 could be a hub id too, but an output that does not exist yet is not looked for on the hub.
-    if (found := None if may_be_empty and not os.path.isdir(named) else find_heads(named)) is not None:
+    if (found := None if may_be_empty and not os.path.isdir(named) else base.named_heads(named)) is not None:
         return found
     if not may_be_empty:
         fresh = " to start from fresh heads" if training_args.do_train else ""
@@ -180,7 +197,7 @@ def _stage_heads(base: BaseModel, model_args, training_args, finetuning_args, re
             f"stage1_pretrained_path {named} has no lmtp/ folder: name the output_dir of a finished stage 1, or leave the "
             f"key out{fresh}."
         )
-    heads = find_heads(base.path)
+    heads = base.heads_at(base.path)
     start = resumed or ("fresh ones" if heads is None else f"those in {heads}")
     log.info(f"stage1_pretrained_path {named} has no heads yet: stage 1 starts from {start}.")
     return heads
@@ -188,8 +205,9 @@ def _stage_heads(base: BaseModel, model_args, training_args, finetuning_args, re
 
 def _inference_heads(base: BaseModel, model_args, finetuning_args) -> Path | None:
     """Heads of the last adapter, else of the model directory, else of `stage1_pretrained_path`."""
-    last_adapter = (model_args.adapter_name_or_path or [])[-1:]
-    return _first([*last_adapter, base.path, finetuning_args.stage1_pretrained_path])
+    named, last_adapter = finetuning_args.stage1_pretrained_path, (model_args.adapter_name_or_path or [])[-1:]
+    found = next(filter(None, map(base.heads_at, [*last_adapter, base.path])), None)
+    return base.named_heads(named) if found is None and named is not None else found
 
 
 def _fresh_config(base: BaseModel, finetuning_args) -> LMTPConfig:
@@ -202,7 +220,3 @@ def _fresh_config(base: BaseModel, finetuning_args) -> LMTPConfig:
         base_model=base.path,
         tokenizer_fingerprint=base.fingerprint(),
     )
-
-
-def _first(paths: Iterable[str | None]) -> Path | None:
-    return next((found for path in paths if path is not None and (found := find_heads(path))), None)

@@ -4,6 +4,8 @@ import functools
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+from accelerate.utils import align_module_device
 from torch import nn
 
 from ..decoding import attach_heads
@@ -67,10 +69,23 @@ def attach_for_export(model: nn.Module, tokenizer, source: HeadsSource, export: 
 
 def _untie_tuned_lm_head(model: nn.Module) -> None:
     """Set `tie_word_embeddings: false` if tuning has separated the LM head from the embeddings; saving would drop it."""
-    lm_head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    if model.config.get_text_config().tie_word_embeddings and lm_head.weight is not embeddings.weight:
-        for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+    # transformers reads the outer configuration, other programs the text model's, which may lack the key.
+    configs = [c for c in (model.config, model.config.get_text_config()) if hasattr(c, "tie_word_embeddings")]
+    if any(c.tie_word_embeddings for c in configs) and _lm_head_differs(model):
+        for config in configs:
             config.tie_word_embeddings = False
         log.info(
             "The tuned LM head differs from the embeddings now: the export is saved with tie_word_embeddings: false."
         )
+
+
+def _lm_head_differs(model: nn.Module) -> bool:
+    """Return whether the weights of LM head and embeddings differ in value.
+
+    Tied weights that are offloaded are two parameters without data until their modules are aligned.
+    """
+    lm_head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if lm_head.weight is embeddings.weight:
+        return False
+    with align_module_device(lm_head), align_module_device(embeddings):
+        return not torch.equal(lm_head.weight.to(embeddings.weight), embeddings.weight)

@@ -219,7 +219,8 @@ def _check_lm_head_with_freeze(finetuning_args, source: HeadsSource) -> None:
     extra = "lm_head" in (finetuning_args.freeze_extra_modules or ())
     if not (finetuning_args.train_lm_head or extra):
         return
-    if source.base.config().tie_word_embeddings:  # freeze finds no parameter of the name lm_head
+    # transformers ties by the outer configuration, and freeze then finds no parameter of the name lm_head.
+    if getattr(source.base.config(), "tie_word_embeddings", False):
         key = "train_lm_head" if finetuning_args.train_lm_head else "freeze_extra_modules: lm_head"
         raise LMTPError(
             f"{key} does not go with finetuning_type: freeze here, because the model's LM head is tied to its embeddings: "

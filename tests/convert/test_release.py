@@ -8,7 +8,7 @@ from helpers import tiny_data, tiny_models
 from helpers.third_party import release_tensors, third_party_logits, write_checkpoint
 from safetensors.torch import load_file
 
-from lmtp_factory import load_model
+from lmtp_factory import LeapHeads, LMTPConfig, load_model
 from lmtp_factory.cli import main
 from lmtp_factory.modeling.checkpoint import base_fingerprint
 
@@ -114,8 +114,8 @@ def test_offsets_are_measured_on_plain_text(fitted, base, tmp_path):
     [
         ([], "does not say how far its heads leap"),
         (["--stride", "0"], "--stride is 0, but heads leap by 1 token or more"),
-        (["--offsets", "3,3,7"], "--offsets is 3,3,7, but the heads' offsets have to rise"),
-        (["--offsets", "1,3,5"], "--offsets is 1,3,5, but the heads' offsets have to rise"),
+        (["--offsets", "3,3,7"], "--offsets is 3,3,7, but the extra heads' offsets have to rise"),
+        (["--offsets", "1,3,5"], "--offsets is 1,3,5, but the extra heads' offsets have to rise"),
         (["--offsets", "3,5"], "--offsets 3,5 is for 2 heads, but {checkpoint} has 3"),
         (["--text", "absent.txt"], "--text absent.txt is no file"),
         (["--format", "medusa", "--stride", "2"], "holds no heads, no tensor like 0.0.linear.weight (Medusa)"),
@@ -163,6 +163,19 @@ def test_tensors_that_do_not_fit_are_refused(name, tensor, sentence, heads, base
     error = capsys.readouterr().err
     assert sentence.format(checkpoint=checkpoint, base=base, vocab=len(tiny_data.build_tokenizer())) in error
     assert not (tmp_path / "out").exists()
+
+
+def test_heads_read_states_of_the_embeddings_width(tmp_path, capsys):
+    """An OPT-350M projects hidden states to a narrower LM head."""
+    base = tiny_models.save(tiny_models.opt(), tmp_path / "opt")
+    vocab_size = len(tiny_data.build_tokenizer())
+    for width in (16, 32):
+        heads = LeapHeads(LMTPConfig(offsets=(3,), hidden_size=width, vocab_size=vocab_size))
+        checkpoint = write_checkpoint(tmp_path / f"checkpoint{width}", release_tensors(heads))
+        refused = command(checkpoint, base, tmp_path / f"out{width}", "--stride", 2)
+        assert refused == (width == 32)
+    assert f"have hidden size 32, but {base} has 16" in capsys.readouterr().err
+    assert load_model(str(tmp_path / "out16")).leap_heads.config.hidden_size == 16
 
 
 def test_damaged_and_missing_files_are_refused(heads, base, tmp_path, capsys):

@@ -1,7 +1,10 @@
 """A model's own multi-token prediction layers survive loading, tuning and saving."""
 
+import functools
 import json
+import logging
 
+import huggingface_hub
 import pytest
 import torch
 from helpers import llamafactory_runs as runs
@@ -9,7 +12,9 @@ from helpers import tiny_data
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Glm4MoeConfig, Glm4MoeForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
 
+from lmtp_factory.export import native_mtp
 from lmtp_factory.export.native_mtp import NATIVE_MTP_FILE, keep_native_mtp
+from lmtp_factory.modeling.checkpoint import find_heads
 
 
 SHAPE = {
@@ -93,7 +98,141 @@ def test_a_model_without_them_saves_as_ever(llama, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(llama)
     assert keep_native_mtp(model, str(llama)) == 0
     assert "save_pretrained" not in vars(model)
-    assert keep_native_mtp(model, "nobody/nothing") == 0
+
+
+def equal_weights(folder, model):
+    """The model of a directory as its loader finds it has these weights."""
+    loaded, expected = AutoModelForCausalLM.from_pretrained(folder).state_dict(), model.state_dict()
+    return loaded.keys() == expected.keys() and all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("first", ["plain", "kept"])
+@pytest.mark.parametrize("sizes", [("20KB", "1GB"), ("1GB", "20KB")], ids=["shards first", "one file first"])
+def test_another_save_s_files_are_not_trusted(first, sizes, base, tmp_path):
+    """Upstream leaves the index of older shards, or the single file, which loaders would read instead of shards."""
+    folder, mtp = base
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    if first == "kept":
+        keep_native_mtp(model, str(folder))
+    model.save_pretrained(tmp_path / "saved", max_shard_size=sizes[0])
+    keep_native_mtp(model, str(folder))
+    with torch.no_grad():
+        model.lm_head.weight.add_(1)
+    model.save_pretrained(tmp_path / "saved", max_shard_size=sizes[1])
+    assert holds(tmp_path / "saved", mtp)
+    assert not (tmp_path / "saved" / "model.safetensors").exists()
+    assert equal_weights(tmp_path / "saved", model)
+
+
+@pytest.mark.parametrize("shard", ["1GB", "20KB"])
+def test_a_model_saved_over_itself_keeps_them(base, shard):
+    folder, mtp = base
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    keep_native_mtp(model, str(folder))
+    model.save_pretrained(folder, max_shard_size=shard)
+    assert holds(folder, mtp) and equal_weights(folder, model)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("older", [None, "1GB", "20KB"])
+@pytest.mark.parametrize("shard", ["1GB", "20KB"])
+def test_a_kill_while_they_are_added_leaves_a_model_that_loads(shard, older, base, tmp_path, monkeypatch):
+    """Before each step, over no older export, one in one file and one in shards."""
+    folder, mtp = base
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    if older:
+        kept = AutoModelForCausalLM.from_pretrained(folder)
+        keep_native_mtp(kept, str(folder))
+        kept.save_pretrained(tmp_path / "saved", max_shard_size=older)
+    with torch.no_grad():
+        model.lm_head.weight.add_(1)
+    keep_native_mtp(model, str(folder))
+    steps = [
+        (native_mtp, "save_file"), (native_mtp.Path, "replace"), (native_mtp, "_index"), (native_mtp, "atomic_write"),
+        (native_mtp.Path, "rename"), (native_mtp.Path, "unlink"),
+    ]  # fmt: skip
+    for owner, name in steps:
+        for completed in (0, 1):
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, name, killing(getattr(owner, name), completed))
+                try:
+                    model.save_pretrained(tmp_path / "saved", max_shard_size=shard)
+                except Killed:
+                    assert equal_weights(tmp_path / "saved", model), (name, completed)
+    model.save_pretrained(tmp_path / "saved", max_shard_size=shard)
+    assert holds(tmp_path / "saved", mtp) and equal_weights(tmp_path / "saved", model)
+
+
+def killing(function, completed):
+    """The function, but a kill after so many calls."""
+    left = iter(range(completed))
+
+    @functools.wraps(function)
+    def kill(*args, **kwargs):
+        if next(left, None) is None:
+            raise Killed
+        return function(*args, **kwargs)
+
+    return kill
+
+
+def test_an_incomplete_file_of_them_never_has_its_name(base, tmp_path, monkeypatch):
+    folder, mtp = base
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    keep_native_mtp(model, str(folder))
+
+    def half(tensors, path, **kwargs):
+        path.write_bytes(b"half")
+        raise Killed
+
+    monkeypatch.setattr(native_mtp, "save_file", half)
+    with pytest.raises(Killed):
+        model.save_pretrained(tmp_path / "saved")
+    assert [path.name for path in (tmp_path / "saved").glob("model*")] == ["model.safetensors"]
+
+
+COMMITS = {"main": "0" * 40, "tuned": "1" * 40}
+
+
+def put_on_hub(cache, folder, revision):
+    """Put a model of the hub, some/model, into the cache as transformers downloads it."""
+    repository = cache / "models--some--model"
+    (repository / "refs").mkdir(parents=True, exist_ok=True)
+    (repository / "refs" / revision).write_text(COMMITS[revision])
+    snapshot = repository / "snapshots" / COMMITS[revision]
+    snapshot.parent.mkdir(exist_ok=True)
+    snapshot.symlink_to(folder)
+    return snapshot
+
+
+def test_a_model_of_the_hub_keeps_them_after_heads_were_looked_for(base, tmp_path, monkeypatch):
+    """The hub then lists more files of the repository than transformers downloads."""
+    folder, mtp = base
+    listed = [
+        huggingface_hub.hf_api.RepoFile(path=path, size=1, oid="0" * 40, type="file")
+        for path in ("README.md", "config.json", "model.safetensors")
+    ]
+    info = huggingface_hub.hf_api.ModelInfo(id="some/model", sha=COMMITS["tuned"], siblings=[])
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *args, **kwargs: info)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_tree", lambda *args, **kwargs: listed)
+    put_on_hub(tmp_path / "hub", folder, "tuned")
+    options = {"revision": "tuned", "cache_dir": tmp_path / "hub"}
+    assert find_heads("some/model", **options) is None
+    model = AutoModelForCausalLM.from_pretrained("some/model", local_files_only=True, **options)
+    assert keep_native_mtp(model, "some/model", **options) == len(mtp)
+    model.save_pretrained(tmp_path / "saved")
+    assert holds(tmp_path / "saved", mtp)
+
+
+@pytest.mark.parametrize("name", ["nobody/nothing", "no such model"])
+def test_a_model_whose_files_are_not_found_is_told_of(name, llama, tmp_path, caplog):
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    with caplog.at_level(logging.WARNING):
+        assert keep_native_mtp(model, name, cache_dir=tmp_path) == 0
+    assert f"The files of {name} are not found on this machine, so native multi-token prediction layers" in caplog.text
 
 
 @pytest.mark.parametrize("keep", [True, False])

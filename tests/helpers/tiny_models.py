@@ -178,11 +178,14 @@ def bert() -> PreTrainedModel:
     return _seeded(BertLMHeadModel, BertConfig(**_without(shape(), "num_key_value_heads"), is_decoder=True))
 
 
-def qwen_vl() -> PreTrainedModel:
+def qwen_vl(tie: bool = False) -> PreTrainedModel:
     """Positions with several axes."""
     text = shape() | {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}}
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
-    return _seeded(Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+    return _seeded(
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tie),
+    )
 
 
 def falcon_h1(lm_head_multiplier: float = 1.0, **config) -> PreTrainedModel:

@@ -260,16 +260,15 @@ def hub_cache(tmp_path, monkeypatch):
     return tmp_path / "hub"
 
 
-def cached_model(hub_cache, *files):
+def cached_model(hub_cache, *files, revision="main", commit="0123456789" * 4):
     """Put a model of the hub, some/model, into the cache."""
-    commit = "0123456789" * 4
     folder = hub_cache / "models--some--model"
     for file in files:
         path = folder / "snapshots" / commit / file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{}")
-    (folder / "refs").mkdir()
-    (folder / "refs" / "main").write_text(commit)
+    (folder / "refs").mkdir(exist_ok=True)
+    (folder / "refs" / revision).write_text(commit)
     return folder / "snapshots" / commit
 
 
@@ -286,6 +285,13 @@ def test_without_network_a_cached_model_says_whether_it_has_heads(hub_cache):
     assert find_heads("some/model") is None
     (snapshot / "lmtp").mkdir()
     assert find_heads("some/model") == snapshot / "lmtp"
+
+
+def test_heads_are_those_of_the_revision_in_the_cache_that_is_named(hub_cache, tmp_path):
+    cached_model(tmp_path / "own", "config.json")
+    tuned = cached_model(tmp_path / "own", "lmtp/config.json", revision="tuned", commit="9876543210" * 4)
+    assert find_heads("some/model", cache_dir=tmp_path / "own") is None
+    assert find_heads("some/model", cache_dir=tmp_path / "own", revision="tuned") == tuned / "lmtp"
 
 
 @pytest.mark.parametrize("path", ["/no/such/directory", "no/such/directory", "no such model"])

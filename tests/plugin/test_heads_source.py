@@ -10,7 +10,7 @@ import pytest
 from helpers import chat_models, tiny_models
 from helpers import llamafactory_runs as runs
 
-from lmtp_factory import LMTPError
+from lmtp_factory import LMTPConfig, LMTPError
 from lmtp_factory.modeling import heads_of
 from lmtp_factory.plugin import heads_source
 from lmtp_factory.plugin.heads_source import HeadsSource
@@ -24,9 +24,9 @@ def counted(monkeypatch):
     calls = Counter()
 
     def counting(name, function):
-        def count(*args):
+        def count(*args, **kwargs):
             calls[name if name == "resolve" else str(args[0])] += 1
-            return function(*args)
+            return function(*args, **kwargs)
 
         return count
 
@@ -93,6 +93,60 @@ def test_an_output_that_does_not_exist_yet_is_not_looked_for_on_the_hub(llama, d
     written = runs.arguments(llama, data, "out/stage1", stage1_pretrained_path="out/other")
     with pytest.raises(LMTPError, match="No directory out/other exists, and the hub request for it failed"):
         get_train_args(written)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Options that the hub, which has no heads, was asked with for each repository."""
+    options = {}
+
+    def find(path, **hub_options):
+        options[str(path)] = hub_options
+
+    monkeypatch.setattr(heads_source, "find_heads", find)
+    return options
+
+
+HUB = {"model_revision": "tuned", "hf_hub_token": "hf_secret", "cache_dir": "/own/cache"}
+ACCESS = {"token": "hf_secret", "cache_dir": "/own/cache"}
+
+
+def inference_arguments(tmp_path, **keys):
+    from llamafactory.hparams import get_infer_args
+
+    written = {"model_name_or_path": "some/model", "template": "llama3", "export_dir": str(tmp_path / "export"), **keys}
+    return get_infer_args(written)[2]
+
+
+def test_an_export_asks_the_hub_as_upstream_does(tmp_path, asked):
+    """Upstream loads an adapter from the model's revision."""
+    named = {"adapter_name_or_path": "some/adapter", "stage1_pretrained_path": "some/heads"}
+    assert inference_arguments(tmp_path, **HUB, **named).heads_source is None
+    of_model = {"revision": "tuned", **ACCESS}
+    assert asked == {"some/adapter": of_model, "some/model": of_model, "some/heads": ACCESS}
+
+
+def test_training_asks_the_hub_as_upstream_does(data, tmp_path, asked, monkeypatch):
+    from llamafactory.hparams import get_train_args
+
+    monkeypatch.setattr(heads_source, "_fresh_config", lambda *args: LMTPConfig(hidden_size=32, vocab_size=512))
+    get_train_args(runs.arguments("some/model", data, tmp_path / "out", **HUB))
+    assert asked == {"some/model": {"revision": "tuned", **ACCESS}}
+    asked.clear()
+    run = HUB | {"stage": "lmtp2", "adapter_name_or_path": "some/adapter", "stage1_pretrained_path": "some/heads"}
+    with pytest.raises(LMTPError, match="some/heads has no lmtp/ folder"):
+        get_train_args(runs.arguments("some/model", data, tmp_path / "out", finetuning_type="lora", **run))
+    assert asked == {"some/adapter": {"revision": "tuned", **ACCESS}, "some/heads": ACCESS}
+
+
+def test_a_plain_export_does_without_an_answer_of_the_hub(tmp_path, monkeypatch, lines):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    cache = {"cache_dir": str(tmp_path / "empty")}
+    assert inference_arguments(tmp_path, **cache).heads_source is None
+    assert any("the hub request for it failed" in line and "Exporting as a model without" in line for line in lines)
+    for keys in ({"lmtp_export": "heads"}, {"stage1_pretrained_path": "some/heads"}, {"stage": "lmtp2"}):
+        with pytest.raises(LMTPError, match="the hub request for it failed"):
+            inference_arguments(tmp_path, **cache, **keys)
 
 
 @pytest.fixture

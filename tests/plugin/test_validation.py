@@ -4,14 +4,17 @@ import json
 import re
 import shutil
 import sys
-from types import ModuleType
+from contextlib import nullcontext
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from helpers import llamafactory_runs as runs
 from helpers import tiny_models
+from transformers import PretrainedConfig, Qwen2_5_VLConfig
 
 from lmtp_factory import LMTPError
+from lmtp_factory.plugin import validation
 from lmtp_factory.plugin.seams.hparams.parser import extend
 from lmtp_factory.plugin.versions import pads_packed_positions
 
@@ -311,3 +314,13 @@ def test_fsdp_is_refused(llama, data, tmp_path, monkeypatch, no_model_loads):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(LMTPError, match="do not run with fsdp"):
         runs.train(llama, data, tmp_path)
+
+
+@pytest.mark.parametrize("tied", [None, False, True])
+def test_an_lm_head_is_tied_as_the_outer_configuration_says(tied):
+    """As in transformers. A configuration without the key ties nothing."""
+    outer = PretrainedConfig() if tied is None else Qwen2_5_VLConfig(tie_word_embeddings=tied)
+    source = SimpleNamespace(base=SimpleNamespace(config=lambda: outer))
+    arguments = SimpleNamespace(train_lm_head=False, freeze_extra_modules=["lm_head"])
+    with pytest.raises(LMTPError, match="is tied to its embeddings") if tied else nullcontext():
+        validation._check_lm_head_with_freeze(arguments, source)
