@@ -15,10 +15,25 @@ HEADS_FOLDER = "lmtp"
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 TREE_FILE = "tree.json"
+TREE_PLOT_FILE = "tree.png"
 # Below such a directory; its presence makes the directory a checkpoint.
 HEADS_CHECKPOINT = f"{HEADS_FOLDER}/{WEIGHTS_FILE}"
 # In a checkpoint of training: the stage that saved it.
 STAGE_FILE = "lmtp_stage.json"
+
+
+def check_writable(directory: str | os.PathLike[str]) -> None:
+    """Check that a file can be created in a directory or, if it does not exist, in the nearest one above it.
+
+    Nothing is left behind.
+
+    Raises:
+        OSError: No file can be created there.
+    """
+    directory = Path(directory).absolute()
+    existing = next(place for place in (directory, *directory.parents) if place.exists())
+    with tempfile.TemporaryFile(dir=existing):
+        pass
 
 
 @contextlib.contextmanager

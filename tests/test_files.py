@@ -2,7 +2,7 @@
 
 import pytest
 
-from lmtp_factory.files import atomic_write
+from lmtp_factory.files import atomic_write, check_writable
 
 
 def test_atomic_write_is_all_or_nothing(tmp_path):
@@ -15,3 +15,16 @@ def test_atomic_write_is_all_or_nothing(tmp_path):
         raise RuntimeError
     assert path.read_bytes() == b"a\r\nb"
     assert [entry.name for entry in tmp_path.iterdir()] == ["f"]
+
+
+def test_a_directory_that_can_be_written_is_left_as_it_is(tmp_path):
+    check_writable(tmp_path)
+    check_writable(tmp_path / "new" / "folder")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    for directory in (tmp_path / "file", tmp_path / "file" / "folder", "/proc/folder"):
+        with pytest.raises(OSError):
+            check_writable(directory)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import LMTPError
+from ..files import HEADS_FOLDER
 
 
 def count(text: str) -> int:
@@ -34,6 +35,23 @@ def labelled_models(arguments: Sequence[str]) -> dict[str, str]:
             raise LMTPError(f"Two models are labelled {label}: write LABEL={path} with another label for one of them.")
         models[label] = path
     return models
+
+
+def heads_of(model: str) -> Path:
+    """Return the `lmtp/` folder of a MODEL argument.
+
+    Raises:
+        LMTPError: It has none, or the hub cannot be asked.
+    """
+    from ..modeling.checkpoint import find_heads
+
+    folder = find_heads(model)
+    if folder is None:
+        raise LMTPError(
+            f"{model} has no {HEADS_FOLDER}/ folder, so no leap heads: name an export with heads, an adapter or a stage-1 "
+            "directory."
+        )
+    return folder
 
 
 def add_replay_options(parser: argparse.ArgumentParser) -> None:

@@ -4,7 +4,8 @@ import argparse
 import json
 from pathlib import Path
 
-from .arguments import count
+from .arguments import count, heads_of
+from .output import check_output_dir, writing
 
 
 RESULT_FILE, PLOT_FILE = "bench.json", "bench.png"
@@ -32,11 +33,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the benchmark, print the table and write the files; return 1 if fp32 answers differ from stock decoding."""
+    """Run the benchmark, print the table and write the files; return 1 if fp32 answers differ from stock decoding.
+
+    Raises:
+        LMTPError: The model has no heads, its tree.json is damaged, or the output cannot be written.
+    """
     import torch
 
     from .. import geometry
     from ..decoding.tree import assumed_accuracies
+    from ..decoding.tree_config import read_accuracies, read_tree
     from ..evaluation.bench import DEFAULT_TREE, OWN_LOOP, STOCK, default_arms, margins, results, run_arms, table
     from ..evaluation.machine import describe
     from ..evaluation.plots import draw_bench
@@ -45,9 +51,15 @@ def run(args: argparse.Namespace) -> int:
     from ..files import atomic_write
     from ..modeling.model import base_of
 
+    # A model without heads could be loaded too, with untrained ones, whose table would look like one of trained heads.
+    folder = heads_of(args.model)
+    read_tree(folder)  # raises if it is damaged
+    measured = read_accuracies(folder)
+    if args.output_dir:
+        check_output_dir(args.output_dir)
     _, prompts = read_prompts(args.model, args.prompts, args.limit)
     model = base_of(load_for_scoring(args.model, dtype=args.dtype and getattr(torch, args.dtype)))
-    accuracies = _measured_accuracies(model) or assumed_accuracies(geometry.reach(model.leap_heads.config.offsets) - 1)
+    accuracies = measured or assumed_accuracies(geometry.reach(model.leap_heads.config.offsets) - 1)
     arms = default_arms(model, accuracies, args.nodes)
     if args.default_only:
         arms = {name: arms[name] for name in (STOCK, OWN_LOOP, DEFAULT_TREE)}
@@ -67,24 +79,16 @@ def run(args: argparse.Namespace) -> int:
     print("\n" + "\n".join(f"{name}: {value}" for name, value in facts.items()) + f"\n\n{table(rows)}")
     print(_equality(rows, parted, len(prompts)))
     if args.output_dir:
-        folder = Path(args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic_write(folder / RESULT_FILE) as file:
-            json.dump(facts | {"arms": [vars(row) for row in rows], "margins": parted}, file, indent=1)
-        draw_bench(rows, folder / PLOT_FILE)
-        print(f"Written: {folder / RESULT_FILE} and {folder / PLOT_FILE}")
+        output = Path(args.output_dir)
+        with writing(output):
+            output.mkdir(parents=True, exist_ok=True)
+            with atomic_write(output / RESULT_FILE) as file:
+                json.dump(facts | {"arms": [vars(row) for row in rows], "margins": parted}, file, indent=1)
+            draw_bench(rows, output / PLOT_FILE)
+        print(f"Written: {output / RESULT_FILE} and {output / PLOT_FILE}")
     # Differences of prompt lookup do not count, because it is transformers' own method.
     ours_differ = any(row.differing and row.is_ours for row in rows)
     return 1 if ours_differ and model.dtype == torch.float32 else 0
-
-
-def _measured_accuracies(model) -> list[list[float]] | None:
-    from ..files import TREE_FILE
-
-    path = model.leap_heads.folder and model.leap_heads.folder / TREE_FILE
-    if not path or not path.is_file():
-        return None
-    return json.loads(path.read_text(encoding="utf-8")).get("measured", {}).get("accuracies")
 
 
 def _equality(rows, parted: dict[str, list[float]], answers: int) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ..errors import LMTPError
 from ..files import CONFIG_FILE, HEADS_FOLDER
+from .output import check_output_dir
 
 
 def holds_model(folder: Path) -> bool:
@@ -13,7 +14,7 @@ def holds_model(folder: Path) -> bool:
 
 
 def check_output(output: Path, base: str | None = None) -> None:
-    """Check that a directory for heads has no heads and no model other than `base`.
+    """Check that a directory for heads can be written and has no heads and no model other than `base`.
 
     Args:
         output: The directory. It need not exist.
@@ -30,3 +31,4 @@ def check_output(output: Path, base: str | None = None) -> None:
     if not is_base and holds_model(output):
         what = "a model" if base is None else f"a model that is not the heads' base {base}"
         raise LMTPError(f"{output} holds {what}: name another --output.")
+    check_output_dir(output, "--output")

@@ -69,10 +69,12 @@ def _measured(base: str, heads, text: str) -> tuple[int, ...]:
     rows = read_text(text, base, heads.config.vocab_size)
     try:
         model = load_for_scoring(base, heads.config.offsets)
-    except OSError as error:
+    except LMTPError as error:
+        if not isinstance(error.__cause__, OSError):
+            raise
         raise LMTPError(
-            f"The base model {base} cannot be loaded ({first_line(error)}): measuring needs its weights, --stride and "
-            "--offsets do not."
+            f"The base model {base} cannot be loaded ({first_line(error.__cause__)}): measuring needs its weights, --stride "
+            "and --offsets do not."
         ) from None
     hits, found = measure(model, heads, rows), ()
     try:

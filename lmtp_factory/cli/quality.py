@@ -9,10 +9,18 @@ from typing import TYPE_CHECKING
 
 from ..errors import LMTPError
 from .arguments import count, labelled_models
+from .output import check_output_dir, writing
 
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from lm_eval.api.model import LM
+
+    from ..evaluation.quality.benchmarks import Benchmark, Row
+    from ..evaluation.quality.scores import ModelResult
+
+    Problems = Mapping[Benchmark, Sequence[Row]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,13 +59,14 @@ def run(args: argparse.Namespace) -> int:
     """Ask and score each model, print the table and write the files.
 
     Raises:
-        LMTPError: The options are invalid, or something is missing. All of it is checked before a model loads.
+        LMTPError: The options are invalid, something is missing or a prompt does not fit, all of which is checked before a
+            model loads; or a model fails, after which the scores of those before it are printed.
     """
     from ..evaluation.quality.benchmarks import chosen
     from ..evaluation.quality.code_sandbox import check_sandbox
     from ..evaluation.quality.data import read_rows
     from ..evaluation.quality.harness import ask, check_installed
-    from ..evaluation.quality.scores import ModelResult, remarks, table, write_results
+    from ..evaluation.quality.scores import ModelResult, write_results
 
     models = labelled_models(args.models)
     benchmarks = chosen(args.tasks, args.allow_code)
@@ -68,7 +77,9 @@ def run(args: argparse.Namespace) -> int:
     problems, sources = {}, {}
     for benchmark in benchmarks:
         problems[benchmark], sources[benchmark.name] = read_rows(benchmark, args.data_dir, args.limit)
-    _check_models(models, urls)
+    _check_models(args, models, urls, problems)
+    if args.output_dir:
+        check_output_dir(args.output_dir)
 
     facts = {
         "tasks": {b.name: {"rows": len(rows), "source": sources[b.name]} for b, rows in problems.items()},
@@ -77,19 +88,29 @@ def run(args: argparse.Namespace) -> int:
         **_versions(),
     }
     results: dict[str, ModelResult] = {}
-    for label, name in models.items():
-        start = time.perf_counter()
-        model = _model(args, name, urls.get(label), problems)
-        answers = ask(model, problems, args.max_new_tokens)
-        results[label] = ModelResult(name, answers, time.perf_counter() - start)
-        del model
-        if args.output_dir:  # after each model, so that a failure keeps those before it
-            write_results(facts, results, Path(args.output_dir))
-    print(f"\n{table(results)}\n\nPercent of right answers, with 95 % intervals (Wilson).")
-    print(remarks(results))
+    try:
+        for label, name in models.items():
+            start = time.perf_counter()
+            model = _model(args, name, urls.get(label))
+            answers = ask(model, problems, args.max_new_tokens)
+            results[label] = ModelResult(name, answers, time.perf_counter() - start)
+            del model
+            if args.output_dir:  # after each model, so that a failure keeps those before it
+                with writing(args.output_dir):
+                    write_results(facts, results, Path(args.output_dir))
+    finally:  # whatever happens to a model, the scores of those before it are not lost
+        _print(results)
     if args.output_dir:
         print(f"Written: {Path(args.output_dir)}")
     return 0
+
+
+def _print(results: dict[str, ModelResult]) -> None:
+    from ..evaluation.quality.scores import remarks, table
+
+    if results:
+        print(f"\n{table(results)}\n\nPercent of right answers, with 95 % intervals (Wilson).")
+        print(remarks(results))
 
 
 def _servers(args: argparse.Namespace, models: dict[str, str]) -> dict[str, str]:
@@ -106,24 +127,23 @@ def _servers(args: argparse.Namespace, models: dict[str, str]) -> dict[str, str]
     return dict(zip(models, urls * len(models) if len(urls) == 1 else urls))
 
 
-def _check_models(models: dict[str, str], urls: dict[str, str]) -> None:
-    from ..evaluation.quality.models import check_export, check_served
+def _check_models(args: argparse.Namespace, models: dict[str, str], urls: dict[str, str], problems: Problems) -> None:
+    from ..evaluation.quality.models import check_export, check_lengths, check_served
 
     for label, name in models.items():
         if urls:
             check_served(urls[label], name)
         else:
             check_export(name)
+    if not urls:
+        for name in models.values():
+            check_lengths(name, problems, args.max_new_tokens)
 
 
-def _model(args: argparse.Namespace, name: str, url: str | None, problems: dict) -> LM:
-    from ..evaluation.quality.models import check_lengths, load_export, server_model
+def _model(args: argparse.Namespace, name: str, url: str | None) -> LM:
+    from ..evaluation.quality.models import load_export, server_model
 
-    if url is not None:
-        return server_model(url, name)
-    model = load_export(name, args.batch_size)
-    check_lengths(model, problems, args.max_new_tokens)
-    return model
+    return load_export(name, args.batch_size) if url is None else server_model(url, name)
 
 
 def _versions() -> dict[str, str]:

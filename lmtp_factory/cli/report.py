@@ -1,11 +1,21 @@
 """`lmtp-cli report`: compare loss, accuracy and perplexity of several models on held-out rows."""
 
 import argparse
+import gc
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import LMTPError
 from ..options import MARGINAL_LARGEST_K, MARGINAL_POSITIONS
 from .arguments import count, labelled_models
+from .output import check_output_dir, writing
+
+
+if TYPE_CHECKING:
+    from ..config import LMTPConfig
+    from ..evaluation.marginal_scores import MarginalReport
+    from ..evaluation.scoring import HeadScores, Row
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,11 +56,14 @@ def _paths(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Score each model, print the table and write the files."""
-    from ..evaluation.marginal_scores import check_marginal, scorable_positions, score_marginal, spread_evenly
-    from ..evaluation.report import describe_heads, load_for_scoring, print_marginal, print_table, write_report
-    from ..evaluation.scoring import read_rows, score_heads
-    from ..modeling.checkpoint import find_heads, read_config
+    """Score each model, print the table and write the files.
+
+    Raises:
+        LMTPError: The options do not fit, or a model cannot be scored. All of it is checked before the first is scored.
+    """
+    from ..evaluation.marginal_scores import scorable_positions
+    from ..evaluation.report import describe_heads, print_marginal, print_table, write_report
+    from ..evaluation.scoring import read_rows
 
     if args.marginal_positions and not args.marginal:
         raise LMTPError("--marginal-positions is for --marginal: write for instance --marginal 1 4 16 as well.")
@@ -59,23 +72,21 @@ def run(args: argparse.Namespace) -> int:
     rows = read_rows(args.rows, args.limit)
     available = scorable_positions(rows) if args.marginal else []
     models = labelled_models(args.models)
-    # Models without heads are scored at the offsets of the first model with heads.
-    configs = {label: read_config(folder) for label, path in models.items() if (folder := find_heads(path))}
+    configs = _heads_of(models)
+    if args.output_dir:
+        check_output_dir(args.output_dir)
+    # Models without heads are scored at the offsets of the models with heads.
     offsets = next((config.offsets for config in configs.values()), None)
+    if args.marginal and len(models) > 1:  # a single model is checked before it is scored anyway
+        for path in models.values():
+            _check_marginal(path, offsets, rows)
+            _free_models()
     scores, marginal = {}, {}
     for label, path in models.items():
-        model = load_for_scoring(path, offsets)
-        if args.marginal:
-            check_marginal(model, rows)
-        scores[label] = score_heads(model, rows, args.batch_size, label)
-        if scores[label].offsets != next(iter(scores.values())).offsets:
-            raise LMTPError(
-                f"{path} has heads at other offsets than the models before it: compare them in separate reports."
-            )
-        if args.marginal:
-            positions = spread_evenly(available, args.marginal_positions or MARGINAL_POSITIONS)
-            ks = sorted(set(args.marginal))
-            marginal[label] = score_marginal(model, rows, positions, ks, with_heads=label in configs, label=label)
+        scores[label], report = _score(args, label, path, offsets, rows, available, label in configs)
+        if report:
+            marginal[label] = report
+        _free_models()
     print_table(scores)
     for label, config in configs.items():
         print(f"{label}: {describe_heads(config)}.")
@@ -84,5 +95,68 @@ def run(args: argparse.Namespace) -> int:
     if marginal:
         print_marginal(marginal, len(available))
     if args.output_dir:
-        write_report(scores, Path(args.output_dir), marginal)
+        with writing(args.output_dir):
+            write_report(scores, Path(args.output_dir), marginal)
     return 0
+
+
+def _heads_of(models: dict[str, str]) -> "dict[str, LMTPConfig]":
+    """Return label -> heads' configuration of the models that have heads.
+
+    Raises:
+        LMTPError: A model is not there, or the heads of two have different offsets.
+    """
+    from ..evaluation.report import check_model
+
+    configs = {}
+    for label, path in models.items():
+        if (config := check_model(path)) is None:
+            continue
+        if configs and config.offsets != next(iter(configs.values())).offsets:
+            raise LMTPError(
+                f"{path} has heads at other offsets than the models before it: compare them in separate reports."
+            )
+        configs[label] = config
+    return configs
+
+
+def _check_marginal(path: str, offsets: tuple[int, ...] | None, rows: "Sequence[Row]") -> None:
+    """Load a model only to try whether it can be scored with `--marginal`; see `check_marginal`."""
+    from ..evaluation.marginal_scores import check_marginal
+    from ..evaluation.report import load_for_scoring
+
+    check_marginal(load_for_scoring(path, offsets), rows)
+
+
+def _score(
+    args: argparse.Namespace,
+    label: str,
+    path: str,
+    offsets: tuple[int, ...] | None,
+    rows: "Sequence[Row]",
+    available: Sequence[tuple[int, int]],
+    with_heads: bool,
+) -> "tuple[HeadScores, MarginalReport | None]":
+    """Load and score one model. The second result is None without `--marginal`."""
+    from ..evaluation.marginal_scores import check_marginal, score_marginal, spread_evenly
+    from ..evaluation.report import load_for_scoring
+    from ..evaluation.scoring import score_heads
+
+    model = load_for_scoring(path, offsets)
+    if args.marginal:
+        check_marginal(model, rows)
+    scores = score_heads(model, rows, args.batch_size, label)
+    if not args.marginal:
+        return scores, None
+    positions = spread_evenly(available, args.marginal_positions or MARGINAL_POSITIONS)
+    ks = sorted(set(args.marginal))
+    return scores, score_marginal(model, rows, positions, ks, with_heads=with_heads, label=label)
+
+
+def _free_models() -> None:
+    """Free the memory of models that nothing refers to any more, before the next one loads."""
+    import torch
+
+    gc.collect()  # a model and its heads refer to each other
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

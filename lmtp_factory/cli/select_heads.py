@@ -4,12 +4,10 @@ import argparse
 from pathlib import Path
 
 from ..errors import LMTPError
-from ..files import HEADS_FOLDER
+from ..files import HEADS_FOLDER, TREE_PLOT_FILE
 from .arguments import add_replay_options, count
 from .heads_output import check_output, holds_model
-
-
-PLOT_FILE = "tree.png"
+from .output import writing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Generate answers, replay and rank every subset of the heads, and write the fastest with its tree."""
+    """Generate answers, replay and rank every subset of the heads, and write the fastest with its tree.
+
+    Raises:
+        LMTPError: The heads cannot be chosen from, nothing can be measured, or the output cannot be written.
+    """
     from ..decoding.tree_config import Conditions, write_tree
     from ..evaluation.report import load_for_scoring
     from ..evaluation.self_generated import read_prompts, self_generated_rows
@@ -51,19 +53,20 @@ def run(args: argparse.Namespace) -> int:
     ranked = rank_subsets(model, rows, args.num_heads, context=args.context)
     best = ranked[0]
     observed = best.observed
+    print(f"\nWays to keep {args.num_heads} of {trained} heads: {len(ranked)}, each with its fastest tree.")
+    print(f"{subset_table(ranked)}\n")
 
-    tokenizer.save_pretrained(output)
     folder = output / HEADS_FOLDER
-    # From the file: the loaded model's heads may have been cast.
-    save_heads(load_heads(args.model).subset(best.offsets), folder)
     tree_config = tree_config_of(best.best, observed, best.costs)
     facts = measured(best.options, observed, best.costs) | {"subsets": measured_subsets(ranked)}
-    path = write_tree(tree_config, folder, Conditions.of(model), facts)
-    seconds = best.costs.verify.seconds
-    draw_tree(tree_config, accuracies(observed), seconds, best.options, folder / PLOT_FILE)
-
-    print(f"\nWays to keep {args.num_heads} of {trained} heads: {len(ranked)}, each with its fastest tree.")
-    print(f"{subset_table(ranked)}\n\nWritten: {folder}, {path} and {folder / PLOT_FILE}")
+    with writing(output):
+        tokenizer.save_pretrained(output)
+        # From the file: the loaded model's heads may have been cast.
+        save_heads(load_heads(args.model).subset(best.offsets), folder)
+        path = write_tree(tree_config, folder, Conditions.of(model), facts)
+        seconds = best.costs.verify.seconds
+        draw_tree(tree_config, accuracies(observed), seconds, best.options, folder / TREE_PLOT_FILE)
+    print(f"Written: {folder}, {path} and {folder / TREE_PLOT_FILE}")
     return 0
 
 

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import LMTPError
-from .arguments import add_replay_options
+from ..files import TREE_PLOT_FILE
+from .arguments import add_replay_options, heads_of
+from .output import check_output_dir, writing
 
 
 if TYPE_CHECKING:
@@ -32,11 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Generate answers, time the device, rank the trees, and write `lmtp/tree.json` and `lmtp/tree.png`."""
+    """Generate answers, time the device, rank the trees, and write `lmtp/tree.json` and `lmtp/tree.png`.
+
+    Raises:
+        LMTPError: The options do not fit, there are no heads, nothing can be measured, or the folder cannot be written.
+    """
     from ..decoding.tree_config import DEFAULT_WIDTH, Conditions, write_tree
     from ..evaluation.report import load_for_scoring
     from ..evaluation.self_generated import read_prompts, self_generated_rows
-    from ..modeling.checkpoint import find_heads
     from ..modeling.model import base_of
     from ..tuning.costs import measure_costs
     from ..tuning.plots import draw_tree
@@ -45,11 +50,13 @@ def run(args: argparse.Namespace) -> int:
 
     if args.step_seconds and not args.chain:
         raise LMTPError("--step-seconds needs --chain: write both, or leave it out.")
-    folder = find_heads(args.model) if Path(args.model).is_dir() else None
-    if folder is None:
+    if not args.chain and not Path(args.model).is_dir():
         raise LMTPError(
             f"{args.model} is no directory with an lmtp/ folder: name one, since tree.json is written into it."
         )
+    folder = heads_of(args.model)
+    if not args.chain:
+        check_output_dir(folder, "MODEL")
     _, prompts = read_prompts(args.model, args.prompts, args.limit)
     model = base_of(load_for_scoring(args.model))
     rows = self_generated_rows(model, prompts, args.max_new_tokens)
@@ -66,14 +73,16 @@ def run(args: argparse.Namespace) -> int:
     best = max(options, key=lambda option: option.tokens_per_second)
     tree_config = tree_config_of(best, observed, costs)
     facts = measured(options, observed, costs)
-    path = write_tree(tree_config, folder, Conditions.of(model), facts)
-    draw_tree(tree_config, accuracies(observed), costs.verify.seconds, options, folder / "tree.png")
-
     print(f"\nms of a forward by tokens: {_milliseconds(costs.verify.seconds)}; ms of a draft: {1e3 * costs.draft:.1f}")
     print("Accuracy of the first candidates of each level, %:")
     for level, rates in enumerate(accuracies(observed), 1):
         print(f"  level {level}: {' '.join(f'{100 * rate:5.1f}' for rate in rates[:5])}")
-    print(f"\n{table(options)}\n\nWritten: {path} and {folder / 'tree.png'}")
+    print(f"\n{table(options)}\n")
+
+    with writing(folder):
+        path = write_tree(tree_config, folder, Conditions.of(model), facts)
+        draw_tree(tree_config, accuracies(observed), costs.verify.seconds, options, folder / TREE_PLOT_FILE)
+    print(f"Written: {path} and {folder / TREE_PLOT_FILE}")
     return 0
 
 

@@ -33,12 +33,16 @@ def complete_journal(
         get_engine: Called only if rows are missing, so a finished run loads no model.
         tokenizer: Decodes the answers.
         what: Title of the progress bar.
+
+    Raises:
+        LMTPError: The engine fails, or the journal's rows are of an engine with other facts.
     """
     by_id = {request.id: request for request in requests}
     done = journal.rows.keys() & by_id.keys()
     if len(done) == len(requests):
         return
     engine = get_engine()
+    journal.record(engine.facts())
     tokens = 0
     # smoothing=0: rows arrive in batches, so only the average speed predicts the remaining time
     with tqdm(total=len(requests), initial=len(done), desc=what, unit="row", smoothing=0) as bar:

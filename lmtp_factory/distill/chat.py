@@ -23,10 +23,12 @@ class UserTurn:
     Attributes:
         before_ids: Tokens before the user's text, including a default system text.
         end_id: Special token that ends the turn.
+        after_ids: Tokens behind the user's text: the end of the turn and the generation prompt.
     """
 
     before_ids: tuple[int, ...]
     end_id: int
+    after_ids: tuple[int, ...]
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
@@ -103,13 +105,14 @@ def bare_user_turn(tokenizer: PreTrainedTokenizerBase) -> UserTurn:
     before, _, after = text.partition(_MARKER)
     before_ids = tokenizer(before, add_special_tokens=False)["input_ids"]
     special = special_ids(tokenizer)
-    ends = [token for token in tokenizer(after, add_special_tokens=False)["input_ids"] if token in special]
+    after_ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+    ends = [token for token in after_ids if token in special]
     if not before_ids or not ends:
         raise LMTPError(
             "This model's chat template does not mark user turns with special tokens, so the model cannot write its "
             "own prompts: give some with --prompts FILE or --dataset NAME."
         )
-    return UserTurn(tuple(before_ids), ends[0])
+    return UserTurn(tuple(before_ids), ends[0], tuple(after_ids))
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,9 @@ class Sampling:
 
 class Engine(Protocol):
     """Generates continuations of token ids."""
+
+    def facts(self) -> dict[str, Any]:
+        """Return settings that determine the rows and are known only once the engine runs, for the journal."""
 
     def generate(
         self,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM
 
 from ..errors import LMTPError, first_line
 from .engine import Generation, Request, Sampling, cut_at_stop
+from .plain_generation import plain_config
 
 
 if TYPE_CHECKING:
@@ -71,6 +72,10 @@ class HFEngine:
         self.batch_size = batch_size
         self.token_budget = TOKEN_BUDGET[device]
 
+    def facts(self) -> dict[str, Any]:
+        """See `Engine.facts`. The model's files are known before it is loaded (`identity.py`)."""
+        return {}
+
     def generate(
         self,
         requests: Sequence[Request],
@@ -120,10 +125,9 @@ class HFEngine:
             input_ids[row, width - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
             mask[row, width - len(request.prompt_ids) :] = 1
 
-        # generate() fills unset options (penalties, top-k) from the model's generation config. A new config replaces
-        # it, so that answers follow the model's unmodified distribution, which the heads learn.
         sampled = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-        self.model.generation_config = GenerationConfig(
+        self.model.generation_config = plain_config(
+            self.model.generation_config,
             max_new_tokens=sampling.max_new_tokens,
             do_sample=sampling.temperature > 0,
             eos_token_id=list(sampling.stop_ids) or None,

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 from ..errors import LMTPError
 
@@ -16,6 +16,10 @@ try:
     import fcntl
 except ImportError:  # Windows has no flock, so two runs on one file are not detected there
     fcntl = None
+
+# Key of the lines that are no rows, and the first bytes of every journal.
+_KEY = "lmtp_distill"
+_BEGINNING = f'{{"{_KEY}": '.encode()
 
 
 def digest(lists_of_ids: Iterable[Iterable[int]]) -> str:
@@ -29,19 +33,21 @@ def digest(lists_of_ids: Iterable[Iterable[int]]) -> str:
 class Journal:
     """An append-only JSONL file: a header line with the run's settings, then one row per line.
 
-    Opening an existing file reads its rows and drops an incomplete last line. Use the journal as a context manager.
+    Settings that `record` adds are a line of their own before the first row. Opening an existing file reads its rows and
+    drops an incomplete last line. Use the journal as a context manager.
 
     Args:
         path: The file.
         settings: Settings that determine the rows; flat and JSON-serialisable.
 
     Raises:
-        LMTPError: The file has other settings, is damaged, is in use, or cannot be written.
+        LMTPError: The file has other settings, is damaged or no journal, is in use, or cannot be written.
     """
 
     def __init__(self, path: str | Path, settings: dict[str, Any]):
         self.path = Path(path)
         self.rows: dict[int, dict[str, Any]] = {}
+        self._recorded: dict[str, Any] = {}
         try:
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         except OSError as error:
@@ -64,26 +70,36 @@ class Journal:
             raise LMTPError(f"Another run is writing {self.path}: wait for it, or choose another --name.") from None
 
     def _recover(self, settings: dict[str, Any]) -> None:
+        """Read the file. It is changed only if it is empty or a journal of the same settings."""
         content = self.path.read_bytes()
         self._end = content.rfind(b"\n") + 1
-        os.ftruncate(self._descriptor, self._end)  # drop an incomplete last line
-        lines = content[: self._end].split(b"\n")[:-1]
-        if not lines:
-            self._append([{"lmtp_distill": settings}])
-            return
-        for number, line in enumerate(lines, start=1):
+        if not self._end and not (content.startswith(_BEGINNING) or _BEGINNING.startswith(content)):
+            self._refuse(1)
+        for number, line in enumerate(content[: self._end].split(b"\n")[:-1], start=1):
             try:
                 entry = json.loads(line)
                 if number == 1:
-                    self._compare(entry["lmtp_distill"], settings)
+                    self._compare(entry[_KEY], settings)
+                elif _KEY in entry:
+                    self._recorded |= entry[_KEY]
                 else:
                     self.rows[entry["id"]] = entry
             except LMTPError:
                 raise
             except (ValueError, KeyError, TypeError) as error:
-                raise LMTPError(
-                    f"{self.path}, line {number} is not a row of a distillation run: delete the file to start over."
-                ) from error
+                self._refuse(number, error)
+        os.ftruncate(self._descriptor, self._end)  # drop an incomplete last line
+        if not self._end:
+            self._append([{_KEY: settings}])
+
+    def _refuse(self, number: int, error: Exception | None = None) -> NoReturn:
+        if number == 1:
+            raise LMTPError(
+                f"{self.path} is no journal of a distillation run (see line 1): choose another --name, or delete the file."
+            ) from error
+        raise LMTPError(
+            f"{self.path}, line {number} is not a row of a distillation run: delete the file to start over."
+        ) from error
 
     def _compare(self, begun_with: dict[str, Any], settings: dict[str, Any]) -> None:
         for key in begun_with | settings:
@@ -93,6 +109,21 @@ class Journal:
                     f"{self.path} was begun with {key} = {before!r}, now it is {now!r}: use the same settings, choose "
                     "another --name, or delete the file to start over."
                 )
+
+    def record(self, settings: dict[str, Any]) -> None:
+        """Add settings that are known only once the engine runs, before its first row.
+
+        Args:
+            settings: Flat and JSON-serialisable.
+
+        Raises:
+            LMTPError: The file has rows with other such settings, or it cannot be extended.
+        """
+        if self.rows:
+            self._compare(self._recorded, settings)
+        elif settings != self._recorded:
+            self._append([{_KEY: settings}])
+            self._recorded = settings
 
     def append(self, rows: list[dict[str, Any]]) -> None:
         """Append finished rows, each with an integer `id`.

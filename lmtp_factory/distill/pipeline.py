@@ -16,6 +16,7 @@ from .answers import complete_journal
 from .dataset import read_info, split_heldout, write_dataset
 from .engine import Engine, Request, Sampling
 from .filters import filter_rows
+from .identity import run_identity, weight_facts
 from .journal import Journal, digest
 from .prompts import Prompt
 from .rows import TEMPLATE_NAME, format_ids, parse_ids
@@ -86,13 +87,16 @@ def distill(settings: Settings, tokenizer: PreTrainedTokenizerBase, make_engine:
     get_engine = cache(make_engine)
     stop_ids = chat.stop_token_ids(settings.model, tokenizer)
 
+    weights = weight_facts(settings)
+
     prompts = settings.prompts
     if prompts is None:
-        prompts = _self_written_prompts(settings, tokenizer, get_engine, stop_ids)
+        prompts = _self_written_prompts(settings, tokenizer, get_engine, stop_ids, weights)
     requests = _requests(settings, prompts, tokenizer)
     sampling = Sampling(settings.max_new_tokens, settings.temperature, seed=settings.seed, stop_ids=stop_ids)
     facts = {"prompts": digest(request.prompt_ids for request in requests)}
-    with Journal(settings.output_dir / f"{settings.name}.raw.jsonl", _identity(settings, sampling) | facts) as journal:
+    identity = run_identity(settings, sampling, weights) | facts
+    with Journal(settings.output_dir / f"{settings.name}.raw.jsonl", identity) as journal:
         complete_journal(journal, requests, sampling, get_engine, tokenizer, "answers")
         rows = [journal.rows[request.id] for request in requests]
     return _write(settings, rows)
@@ -103,20 +107,22 @@ def _self_written_prompts(
     tokenizer: PreTrainedTokenizerBase,
     get_engine: Callable[[], Engine],
     stop_ids: tuple[int, ...],
+    weights: dict[str, str],
 ) -> list[Prompt]:
     turn = chat.bare_user_turn(tokenizer)
-    room = settings.max_prompt_tokens - len(turn.before_ids)
+    # The model writes the token that ends the turn itself, so that one is in `room`.
+    around = len(turn.before_ids) + len(turn.after_ids) - 1
+    room = settings.max_prompt_tokens - around
     if room < _MIN_PROMPT_ROOM:
         raise LMTPError(
-            f"--max-prompt-tokens {settings.max_prompt_tokens} leaves no room for a prompt, because the model reads "
-            f"{len(turn.before_ids)} tokens before a user's text: write at least "
-            f"{len(turn.before_ids) + _MIN_PROMPT_ROOM}."
+            f"--max-prompt-tokens {settings.max_prompt_tokens} leaves no room for a prompt, because the chat template puts "
+            f"{around + 1} tokens around a user's text: write at least {around + _MIN_PROMPT_ROOM}."
         )
     stops = tuple(dict.fromkeys((turn.end_id, *stop_ids)))
     sampling = Sampling(room, self_prompts.TEMPERATURE, self_prompts.TOP_P, settings.seed, stops)
     facts = {"start": format_ids(turn.before_ids)}
     path = settings.output_dir / f"{settings.name}.prompts.raw.jsonl"
-    with Journal(path, _identity(settings, sampling) | facts) as journal:
+    with Journal(path, run_identity(settings, sampling, weights) | facts) as journal:
 
         def generate(requests: Sequence[Request]) -> dict[int, dict[str, Any]]:
             complete_journal(journal, requests, sampling, get_engine, tokenizer, "prompts")
@@ -178,22 +184,6 @@ def _write(settings: Settings, rows: list[dict[str, Any]]) -> list[Path]:
         "least the longest row."
     )
     return paths
-
-
-def _identity(settings: Settings, sampling: Sampling) -> dict[str, Any]:
-    """Return the settings that determine the rows of a journal.
-
-    Server addresses and batch size are not included, because they may change when a run is resumed.
-    """
-    model = settings.model
-    return {
-        "model": str(Path(model).resolve()) if Path(model).is_dir() else model,
-        "engine": settings.engine,
-        "max_new_tokens": sampling.max_new_tokens,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "seed": sampling.seed,
-    }
 
 
 def _counts(dropped: Counter[str]) -> str:

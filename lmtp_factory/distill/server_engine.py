@@ -53,6 +53,16 @@ class ServerEngine:
         self.concurrency = concurrency
         self.max_retries = max_retries
         self._warned = False
+        self._told: set[str] = set()
+
+    def facts(self) -> dict[str, Any]:
+        """See `Engine.facts`: under which name the servers serve the model, or the sorted names if they differ.
+
+        Raises:
+            LMTPError: A server does not answer, or serves other models.
+        """
+        names = sorted(set(asyncio.run(self._served_models())))
+        return {"served_model": names[0] if len(names) == 1 else names}
 
     def generate(
         self,
@@ -70,6 +80,13 @@ class ServerEngine:
         missing = [request for request in requests if request.id not in done]
         if missing:
             asyncio.run(self._generate_all(missing, sampling, on_finished))
+
+    async def _served_models(self) -> list[str]:
+        names = []
+        for url in self.base_urls:
+            async with self._client(url) as client:
+                names.append(await self._served_model(client))
+        return names
 
     async def _generate_all(
         self, requests: list[Request], sampling: Sampling, on_finished: Callable[[list[Generation]], None]
@@ -106,13 +123,26 @@ class ServerEngine:
                 "--base-url, which ends in /v1."
             ) from error
         if self.model in names:
-            return self.model
+            return self._tell(client, self.model)
         if len(names) == 1:
-            return names[0]
+            return self._tell(client, names[0])
         raise LMTPError(
             f"The server at {client.base_url} serves {', '.join(names) or 'no model'}, but not {self.model}: start it "
             f"with --served-model-name {self.model}."
         )
+
+    def _tell(self, client: openai.AsyncOpenAI, served: str) -> str:
+        """Print the served model's name once for each server, with a warning if it is not the tokenizer's; return it."""
+        url = str(client.base_url)
+        if url not in self._told:
+            self._told.add(url)
+            print(f"engine: {url} serves {served}")
+            if _last_part(served) != _last_part(self.model):
+                logger.warning(
+                    "%s serves %s, but the prompts are tokenized for %s: make sure that it is the same model.",
+                    url, served, self.model,
+                )  # fmt: skip
+        return served
 
     async def _complete(
         self, request: Request, sampling: Sampling, servers: list[tuple[openai.AsyncOpenAI, str]]
@@ -173,6 +203,11 @@ class ServerEngine:
                 "The server returns no token ids, so its text is tokenized here; a few tokens may differ from those "
                 "that the model wrote."
             )
+
+
+def _last_part(model: str) -> str:
+    """Return the last part of a directory or hub id."""
+    return os.path.basename(os.path.abspath(model))
 
 
 def _reason(error: Exception) -> str:

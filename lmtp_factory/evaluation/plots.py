@@ -8,12 +8,24 @@ from typing import TYPE_CHECKING
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ..files import atomic_write
+
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from .bench import ArmResult
     from .scoring import HeadScores
+
+
+def save_png(figure: Figure, path: str | os.PathLike) -> None:
+    """Write a figure as a PNG file, completely or not at all.
+
+    Raises:
+        OSError: Writing failed, see `files.atomic_write`.
+    """
+    with atomic_write(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=100)
 
 
 @dataclass(frozen=True)
@@ -39,7 +51,7 @@ def draw_training(curves: Sequence[TrainingCurve], path: str) -> None:
     figure = Figure(figsize=(5 * len(titles), 4), layout="constrained")
     FigureCanvasAgg(figure)
     draw_curves(curves, dict(zip(titles, figure.subplots(1, len(titles), squeeze=False)[0])))
-    figure.savefig(path, dpi=100)
+    save_png(figure, path)
 
 
 def quantities_of(curves: Sequence[TrainingCurve]) -> list[str]:
@@ -82,7 +94,7 @@ def draw_head_bars(scores: Mapping[str, "HeadScores"], path: str | os.PathLike) 
         )
         panel.grid(axis="y", alpha=0.3)
     panels[0].legend()
-    figure.savefig(path, dpi=100)
+    save_png(figure, path)
 
 
 def draw_bench(rows: Sequence["ArmResult"], path: str | os.PathLike) -> None:
@@ -97,4 +109,4 @@ def draw_bench(rows: Sequence["ArmResult"], path: str | os.PathLike) -> None:
     panel.invert_yaxis()
     panel.set(xlabel="tokens/s", xlim=(0, 1.3 * max(row.tokens_per_second for row in rows)))
     panel.grid(axis="x", alpha=0.3)
-    figure.savefig(path, dpi=100)
+    save_png(figure, path)

@@ -1,17 +1,20 @@
 """Report that compares the scores of several models: table, JSON, plot."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..config import LMTPConfig
 from ..decoding import attach_heads, load_model
-from ..files import atomic_write
-from ..modeling.checkpoint import find_heads
+from ..errors import LMTPError, first_line
+from ..files import CONFIG_FILE, atomic_write
+from ..modeling.checkpoint import find_heads, validate_checkpoint
 from .marginal import MARGINAL_OFFSETS
 from .marginal_scores import MarginalReport
 from .plots import draw_head_bars
@@ -23,6 +26,37 @@ REPORT_FILE, PLOT_FILE = "report.json", "report.png"
 _GREEDY_TEXT = 0.95
 
 
+def check_model(path: str) -> LMTPConfig | None:
+    """Check without loading weights that a model is there; return the configuration of its heads, or None without heads.
+
+    Args:
+        path: Directory or hub id.
+
+    Raises:
+        LMTPError: There is no such model, its base model is not there, or its heads are damaged.
+    """
+    folder = find_heads(path)
+    heads = None if folder is None else validate_checkpoint(folder)
+    if heads is None or os.path.isdir(path):  # of a hub id with heads only lmtp/ is here yet
+        try:
+            AutoConfig.from_pretrained(path if heads is None else _base_of(path, heads))
+        except (OSError, ValueError) as error:
+            raise _unloadable(path, error) from error
+    return heads
+
+
+def _base_of(path: str, heads: LMTPConfig) -> str:
+    """Return the directory or hub id of the weights that `load_model` loads below the heads of a directory."""
+    adapter = Path(path, "adapter_config.json")
+    if adapter.is_file():
+        return json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path") or path
+    return path if Path(path, CONFIG_FILE).is_file() else heads.base_model or path
+
+
+def _unloadable(path: str, error: Exception) -> LMTPError:
+    return LMTPError(f"No model can be loaded from {path} ({first_line(error)}): name a directory or hub id of one.")
+
+
 def load_for_scoring(path: str, offsets: tuple[int, ...] | None = None, dtype: torch.dtype | None = None) -> nn.Module:
     """Load a model with its heads, or with untrained heads (identity blocks on the LM head) if it has none.
 
@@ -30,12 +64,20 @@ def load_for_scoring(path: str, offsets: tuple[int, ...] | None = None, dtype: t
         path: Directory or hub id.
         offsets: Offsets of untrained heads.
         dtype: Dtype of the weights. Default: fp32 on a CPU, where bf16 is slow, else as saved.
+
+    Raises:
+        LMTPError: The model cannot be loaded, or cannot have heads.
     """
     has_gpu = torch.cuda.is_available()
     kwargs = {"dtype": dtype or ("auto" if has_gpu else torch.float32), "device_map": "cuda" if has_gpu else None}
-    if find_heads(path) is not None:
-        return load_model(path, **kwargs)
-    model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+    try:
+        if find_heads(path) is not None:
+            return load_model(path, **kwargs)
+        model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+    except LMTPError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise _unloadable(path, error) from error
     attach_heads(model, LMTPConfig(offsets=offsets, head_kind="shared"))
     return model.requires_grad_(False).eval()
 

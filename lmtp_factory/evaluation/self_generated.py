@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..decoding.tree_config import TreeConfig
 from ..distill.chat import load_tokenizer, prompt_ids
+from ..distill.plain_generation import plain_generation
 from ..distill.prompts import prompts_from_file
 from .scoring import Row
 
@@ -30,7 +31,7 @@ def read_prompts(model_path: str, file: str, limit: int | None) -> tuple[PreTrai
 
 
 def generate_greedy(model: nn.Module, ids: Sequence[int], max_new_tokens: int, **kwargs) -> torch.Tensor:
-    """Generate greedily, without the logits processors of the model's generation config.
+    """Generate greedily, whatever the model's generation config asks for: of it, only the token ids are kept.
 
     Args:
         model: A model with leap heads.
@@ -56,8 +57,8 @@ def generate_greedy_batch(
     ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
     lengths = torch.tensor([[len(prompt)] for prompt in prompts], device=model.device)
     mask = (torch.arange(longest, device=model.device) >= longest - lengths).long()  # (batch, longest)
-    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "repetition_penalty": 1.0}
-    return model.generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens, **greedy, **kwargs)
+    with plain_generation(model):
+        return model.generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens, **kwargs)
 
 
 def self_generated_rows(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Iterator[Row]:

@@ -8,6 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ..decoding.tree import best_first_paths
+from ..evaluation.plots import save_png
 
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def draw_tree(
     choice.set(title="expected", xlabel="nodes, the root counted", ylabel="tokens/s", ylim=(0, None))
     choice.grid(alpha=0.3)
     choice.legend()
-    figure.savefig(path, dpi=100)
+    save_png(figure, path)
 
 
 def _draw_paths(panel: "Axes", paths: Sequence[Sequence[int]]) -> None:

@@ -1,13 +1,17 @@
 """Refusals of lmtp-cli quality, before a model loads. tests/evaluation/quality/test_harness.py runs the command."""
 
+import json
 import sys
+from importlib import import_module
 
 import pytest
 from helpers import benchmark_rows, tiny_models
 
 from lmtp_factory.cli import main
+from lmtp_factory.errors import LMTPError
 from lmtp_factory.evaluation.quality import harness, models
 from lmtp_factory.evaluation.quality.models import check_export
+from lmtp_factory.evaluation.quality.scores import Answer
 
 
 @pytest.fixture
@@ -92,6 +96,44 @@ def test_a_server_that_is_down_or_serves_another_model(data, capsys):
     url = "http://127.0.0.1:9/v1"
     arguments = ["--engine", "server", "--base-url", url, "--data-dir", data]
     assert f"No OpenAI-compatible server answers at {url}" in refusal(capsys, "tiny", *arguments)
+
+
+@pytest.mark.usefixtures("harness_installed")
+def test_prompts_that_do_not_fit_are_refused(model, data, capsys, tmp_path):
+    shorter = tiny_models.save_llama(tmp_path / "shorter", max_position_embeddings=64)
+    capsys.readouterr()
+    line = refusal(capsys, model, shorter, "--tasks", "math500", "--data-dir", data, "--max-new-tokens", "60")
+    assert line.startswith("The prompt of m0 has ") and "reads 64: write --max-new-tokens " in line
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    (rows / "math500.jsonl").write_text(json.dumps({"id": "m9", "instruction": "x y " * 400, "answer": "1"}))
+    line = refusal(capsys, model, "--tasks", "math500", "--data-dir", rows, "--max-new-tokens", "16")
+    assert line.startswith("The prompt of m9 has ") and line.endswith("reads 512: leave math500 out of --tasks.")
+
+
+@pytest.mark.usefixtures("harness_installed")
+def test_an_output_that_cannot_be_written_is_refused(model, data, capsys, tmp_path):
+    (tmp_path / "file").touch()
+    line = refusal(capsys, model, "--data-dir", data, "--max-new-tokens", "9", "--output-dir", tmp_path / "file")
+    assert "cannot be written (Not a directory)" in line
+
+
+@pytest.mark.usefixtures("harness_installed")
+def test_the_scores_before_a_failure_are_printed(model, data, capsys, monkeypatch):
+    def ask(name, problems, max_new_tokens):
+        if name != "good":
+            raise LMTPError("It failed.")
+        return [Answer("math500", row["id"], "1", {"math500": True}) for rows in problems.values() for row in rows]
+
+    monkeypatch.setattr(import_module("lmtp_factory.cli.quality"), "_versions", dict)
+    monkeypatch.setattr(harness, "ask", ask)
+    names = iter(["good", "bad"])
+    monkeypatch.setattr(models, "load_export", lambda *_: next(names))
+    arguments = [f"first={model}", f"second={model}", "--tasks", "math500", "--data-dir", data, "--max-new-tokens", "9"]
+    assert main(["quality", *map(str, arguments)]) == 1
+    printed = capsys.readouterr()
+    assert "first  100.0 (" in printed.out and "first: 2 answers in " in printed.out and "second " not in printed.out
+    assert printed.err == "lmtp-cli quality: It failed.\n"
 
 
 def test_what_is_no_export(model, tmp_path):

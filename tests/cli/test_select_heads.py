@@ -1,5 +1,6 @@
 """lmtp-cli select on tiny models."""
 
+import errno
 import json
 import re
 import shutil
@@ -16,6 +17,7 @@ from lmtp_factory.cli import main
 from lmtp_factory.decoding.stats import DecodeStats
 from lmtp_factory.decoding.tree_config import Conditions, TreeConfig, read_tree
 from lmtp_factory.evaluation.self_generated import generate_greedy
+from lmtp_factory.modeling import checkpoint
 from lmtp_factory.modeling.checkpoint import load_heads, read_config
 
 
@@ -181,6 +183,12 @@ def test_an_output_that_is_a_file_is_refused(refused, prompts, tmp_path):
     assert "is a file: name a directory." in refused(output=tmp_path / "file")
 
 
+def test_an_output_that_cannot_be_written_is_refused(refused, tmp_path):
+    (tmp_path / "file").touch()
+    message = refused(output=tmp_path / "file" / "output")
+    assert message.endswith("cannot be written (Not a directory): name another directory.")
+
+
 def test_a_directory_without_heads_is_refused(refused, base, tmp_path):
     for model in (base, tmp_path / "nowhere"):
         assert "has no heads: name the output directory of stage 1." in refused(model=model)
@@ -200,3 +208,15 @@ def test_answers_without_a_step_are_refused(trained, prompts, tmp_path, capsys):
     assert main(["select", str(trained), *arguments, "--max-new-tokens", "1", "--context", "16"]) == 1
     assert "no draft can be measured" in capsys.readouterr().err
     assert not (tmp_path / "output").exists()
+
+
+def test_the_table_is_printed_even_if_the_heads_cannot_be_written(trained, prompts, tmp_path, monkeypatch, capsys):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_heads", full)
+    arguments = ["--num-heads", "4", "--prompts", prompts, "--output", str(tmp_path / "all"), "--limit", "1"]
+    assert main(["select", str(trained), *arguments, *QUICK]) == 1
+    printed = capsys.readouterr()
+    assert "<- chosen" in printed.out and "Written" not in printed.out
+    assert printed.err.endswith("(No space left on device): make room and run the same command again.\n")

@@ -1,6 +1,7 @@
 """lmtp-cli tree on tiny models."""
 
 import argparse
+import errno
 import json
 
 import pytest
@@ -10,7 +11,10 @@ from transformers import AutoModelForCausalLM
 from lmtp_factory import LMTPConfig, attach_heads
 from lmtp_factory.cli import main
 from lmtp_factory.cli.tree import seconds_by_length
+from lmtp_factory.decoding import tree_config
 from lmtp_factory.decoding.tree_config import Conditions, read_tree
+from lmtp_factory.evaluation import report, self_generated
+from lmtp_factory.modeling import checkpoint
 
 
 def test_tree_command(tmp_path, capsys):
@@ -58,11 +62,53 @@ def test_seconds_of_steps_are_checked(text):
         seconds_by_length(text)
 
 
-def test_missing_heads_are_named(tmp_path):
+def test_missing_heads_are_named(tmp_path, capsys):
     path = tiny_models.save_llama(tmp_path / "model")
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "what?"}')
     assert main(["tree", str(path), "--prompts", str(prompts)]) == 1
+    assert f"{path} has no lmtp/ folder, so no leap heads: name " in capsys.readouterr().err
+
+
+@pytest.fixture
+def command(tmp_path):
+    path = tiny_models.save_qwen3(tmp_path / "model")
+    attach_heads(AutoModelForCausalLM.from_pretrained(path), LMTPConfig(num_heads=1)).save_pretrained(path)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(json.dumps({"instruction": text}) for text, _ in tiny_data.texts(2)))
+    return ["tree", str(path), "--prompts", str(prompts), "--max-new-tokens", "8", "--context", "16"]
+
+
+def test_a_chain_is_found_for_a_hub_id(command, tmp_path, monkeypatch, capsys):
+    """Nothing is written, so heads need not lie in a directory."""
+    path = command[1]
+    load, read = report.load_for_scoring, self_generated.read_prompts
+    monkeypatch.setattr(checkpoint, "find_heads", lambda model: tmp_path / "model" / "lmtp")
+    monkeypatch.setattr(report, "load_for_scoring", lambda model: load({"org/heads": path}[model]))
+    monkeypatch.setattr(self_generated, "read_prompts", lambda model, *rest: read({"org/heads": path}[model], *rest))
+    assert main(["tree", "org/heads", *command[2:], "--chain", "--step-seconds", "0:1,1:1.0"]) == 0
+    assert "--num-speculative-tokens 1" in capsys.readouterr().out
+    assert main(["tree", "org/heads", *command[2:]]) == 1
+    assert "org/heads is no directory with an lmtp/ folder: name one, since tree.json" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_a_model_loads(command, monkeypatch, capsys):
+    monkeypatch.setattr(report, "load_for_scoring", lambda *args: pytest.fail("a model was about to load"))
+    monkeypatch.setattr("lmtp_factory.cli.output.check_writable", read_only)
+    assert main(command) == 1
+    assert f"MODEL {command[1]}/lmtp cannot be written (Read-only file system)" in capsys.readouterr().err
+
+
+def read_only(*args):
+    raise OSError(errno.EROFS, "Read-only file system")
+
+
+def test_the_table_is_printed_even_if_it_cannot_be_written(command, monkeypatch, capsys):
+    monkeypatch.setattr(tree_config, "write_tree", read_only)
+    assert main(command) == 1
+    printed = capsys.readouterr()
+    assert "<- chosen" in printed.out and "Written" not in printed.out
+    assert printed.err.endswith("(Read-only file system): make room and run the same command again.\n")
 
 
 def test_answers_without_a_draft_to_measure_are_refused(tmp_path, capsys):

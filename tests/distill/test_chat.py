@@ -49,6 +49,7 @@ def test_the_bare_user_turn(tokenizer):
     turn = chat.bare_user_turn(tokenizer)
     assert tokenizer.decode(turn.before_ids) == f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
     assert turn.end_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert tokenizer.decode(turn.after_ids) == "<|im_end|>\n<|im_start|>assistant\n"
 
 
 @pytest.mark.parametrize(

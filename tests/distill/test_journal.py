@@ -76,6 +76,38 @@ def test_a_file_of_something_else(tmp_path):
         read(path)
 
 
+@pytest.mark.parametrize("content", [b"a dataset", b"two lines\nand no end", b'{"id": 1}\n{"id": 2', b"\x89PNG\n\x00"])
+def test_a_file_that_is_no_journal_is_left_alone(tmp_path, content):
+    path = tmp_path / "raw.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(LMTPError, match=r"is no journal .*: choose another --name, or delete the file\."):
+        read(path)
+    assert path.read_bytes() == content
+
+
+def test_a_journal_that_is_refused_is_left_alone(tmp_path):
+    path = tmp_path / "raw.jsonl"
+    write(path, [0, 1])
+    content = path.read_bytes()[:-3]
+    path.write_bytes(content)
+    with pytest.raises(LMTPError, match="seed"):
+        Journal(path, SETTINGS | {"seed": 1})
+    assert path.read_bytes() == content
+
+
+def test_what_is_recorded_later_is_compared_too(tmp_path):
+    path = tmp_path / "raw.jsonl"
+    with Journal(path, SETTINGS) as journal:
+        journal.record({"served_model": "a"})
+    with Journal(path, SETTINGS) as journal:  # no row yet, so another one may begin
+        journal.record({"served_model": "b"})
+        journal.append([row(0)])
+        journal.record({"served_model": "b"})
+    with Journal(path, SETTINGS) as journal, pytest.raises(LMTPError, match="served_model = 'b', now it is 'a'"):
+        journal.record({"served_model": "a"})
+    assert read(path) == [row(0)]
+
+
 def test_two_runs_do_not_share_a_file(tmp_path):
     path = tmp_path / "raw.jsonl"
     with Journal(path, SETTINGS), pytest.raises(LMTPError, match="Another run"):

@@ -1,5 +1,7 @@
 """Prompts that the model writes: what counts as one, and when a run gives up."""
 
+import random
+import re
 import shutil
 
 import pytest
@@ -71,9 +73,35 @@ def test_a_model_that_repeats_itself_is_refused(scripted, tokenizer):
         scripted(engine, 10)
 
 
+class LongestPrompts(ScriptedEngine):
+    """Writes prompts as long as it may."""
+
+    def generate(self, requests, sampling, **options):
+        def write(number):
+            letters, text = random.Random(number), f"What{number} is{number} the{number} answer{number}"
+            while len(self.tokenizer(text, add_special_tokens=False)["input_ids"]) < sampling.max_new_tokens - 1:
+                text += letters.choice("bcdfghjklmpqrstvwxz ")
+            return f"{text}<|im_end|>"
+
+        self.write_prompt = write
+        super().generate(requests, sampling, **options)
+
+
+def test_the_longest_prompts_fit(scripted, tokenizer, capsys):
+    rows = scripted(LongestPrompts(tokenizer), 5, max_prompt_tokens=121)
+    assert len(rows) == 5
+    assert 119 <= max(len(parse_ids(row["prompt_ids"])) for row in rows) <= 121
+    assert "too long" not in capsys.readouterr().out
+
+
 def test_no_room_for_a_prompt(scripted, tokenizer):
-    with pytest.raises(LMTPError, match=r"--max-prompt-tokens 30 leaves no room .* write at least \d+\."):
+    with pytest.raises(LMTPError, match=r"--max-prompt-tokens 30 leaves no room .* write at least \d+\.") as error:
         scripted(ScriptedEngine(tokenizer, write_prompt), 3, max_prompt_tokens=30)
+    enough = int(re.search(r"at least (\d+)", str(error.value))[1])
+    with pytest.raises(LMTPError, match="leaves no room"):
+        scripted(ScriptedEngine(tokenizer, write_prompt), 3, max_prompt_tokens=enough - 1)
+    with pytest.raises(LMTPError, match="are usable prompts"):  # there is room, but this model does not end
+        scripted(ScriptedEngine(tokenizer, lambda number: "no end " * 30), 3, max_prompt_tokens=enough)
 
 
 @pytest.mark.slow

@@ -225,6 +225,40 @@ def test_the_model_is_found_by_its_name(tokenizer):
     assert {body["model"] for body in server.requests} == {"tiny"}
 
 
+@pytest.mark.parametrize("name", ["/models/tiny", "tiny"])
+def test_a_served_name_with_the_same_last_part_is_told(tokenizer, name, capsys, caplog):
+    with FakeServer(echo, names=[name]) as server:
+        collect([server.url], tokenizer, model="org/tiny")
+    assert capsys.readouterr().out == f"engine: {server.url}/ serves {name}\n" and not caplog.records
+
+
+def test_another_served_name_is_warned_of(tokenizer, caplog):
+    with FakeServer(echo, names=["large"]) as one, FakeServer(echo, names=["tiny"]) as two:
+        engine = ServerEngine([one.url, two.url], tokenizer, model="org/tiny")
+        assert engine.facts() == {"served_model": ["large", "tiny"]} == engine.facts()
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f"{one.url}/ serves large, but the prompts are tokenized for org/tiny: make sure that it is the same model."
+    )
+
+
+def test_rows_of_two_served_models_are_not_mixed(tokenizer, distill_model, prompts_file, tmp_path):
+    def run(name, prompts=14):
+        settings = Settings(str(distill_model), "s", tmp_path, "server", prompts_from_file(prompts_file)[:prompts])
+        with FakeServer(lambda ids: (ANSWER_IDS, "stop"), names=[name]) as server:
+            distill(settings, tokenizer, lambda: ServerEngine([server.url], tokenizer, model=str(distill_model)))
+        return len(server.requests)
+
+    journal = tmp_path / "s.raw.jsonl"
+    assert run("first") == 14
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join(lines[:-3]))  # as if the run had been stopped
+    with pytest.raises(LMTPError, match="was begun with served_model = 'first', now it is 'second'"):
+        run("second")
+    assert run("first") == 3
+    assert run("second") == 0  # no row is missing, so nothing is asked
+
+
 @pytest.mark.parametrize(("names", "words"), [(["a", "b"], "serves a, b, but not tiny"), ([], "serves no model")])
 def test_a_model_that_is_not_served(tokenizer, names, words):
     with FakeServer(echo, names=names) as server, pytest.raises(LMTPError, match=f"{words}.*--served-model-name tiny"):

@@ -13,6 +13,9 @@ class ScriptedEngine:
         self.tokenizer, self.write_prompt = tokenizer, write_prompt
         self.asked = []
 
+    def facts(self):
+        return {}
+
     def generate(self, requests, sampling, *, done, on_finished):
         for request in requests:
             if request.id in done:

@@ -92,6 +92,8 @@ def run_program(source: str, limits: Limits | None = None) -> Outcome:
                 timeout=limits.wall_seconds + _GRACE,
                 start_new_session=True,
             )
+        except subprocess.TimeoutExpired as late:  # the launcher is killed, and its children with it
+            return Outcome(False, f"the sandbox did not end it within {late.timeout:g} seconds")
         finally:
             os.close(report)
         errors.seek(0)

@@ -15,9 +15,11 @@ from .benchmarks import Benchmark, Row
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
+    from transformers import PreTrainedTokenizerBase
 
 _CONCURRENT = 32  # requests to a server
 _TIMEOUT = 3600  # seconds for one request
+_DEFAULT_CONTEXT = 2048  # what lm_eval assumes of a model that does not say how much it reads
 
 
 def check_export(path: str) -> None:
@@ -45,50 +47,80 @@ def load_export(path: str, batch_size: int) -> LM:
     """Load an export as lm_eval's `hf` model: in fp32 on a CPU, where bf16 is slow, else as saved on a GPU.
 
     Whatever its generation_config.json asks for (sampling, penalties) is left out; the tokens that end an answer stay.
+
+    Raises:
+        LMTPError: It cannot be loaded.
     """
     import torch
     from lm_eval.api.registry import get_model
-    from transformers import GenerationConfig
+    from safetensors import SafetensorError
+
+    from ...distill.plain_generation import plain_config
 
     has_gpu = torch.cuda.is_available()
-    model = get_model("hf")(
-        pretrained=path,
-        device="cuda" if has_gpu else "cpu",
-        dtype="auto" if has_gpu else "float32",
-        batch_size=batch_size,
-    )
-    saved = model.model.generation_config
-    tokens = {name: getattr(saved, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    model.model.generation_config = GenerationConfig(**tokens)
+    try:
+        model = get_model("hf")(
+            pretrained=path,
+            device="cuda" if has_gpu else "cpu",
+            dtype="auto" if has_gpu else "float32",
+            batch_size=batch_size,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise LMTPError(f"{path} cannot be loaded ({first_line(error)}): name an export or a hub id.") from error
+    model.model.generation_config = plain_config(model.model.generation_config)
     return model
 
 
-def check_lengths(model: LM, problems: Mapping[Benchmark, Sequence[Row]], max_new_tokens: int) -> None:
-    """Check that prompt and answer fit the model: lm_eval would cut the beginning of a prompt that does not.
+def check_lengths(path: str, problems: Mapping[Benchmark, Sequence[Row]], max_new_tokens: int) -> None:
+    """Check that prompt and answer fit a model, before it loads: lm_eval would cut the beginning of a prompt that does not.
 
     Args:
-        model: A model from `load_export`.
+        path: Directory or hub id of an export.
         problems: Rows of each benchmark.
         max_new_tokens: Longest answer, in tokens.
 
     Raises:
-        LMTPError: One does not fit.
+        LMTPError: One does not fit, or the model has no configuration.
     """
+    tokenizer = load_tokenizer(path)
+    longest = _context(path, tokenizer)
     for benchmark, rows in problems.items():
         for row in rows:
-            text = model.apply_chat_template([{"role": "user", "content": benchmark.prompt(row)}])
-            tokens = len(model.tok_encode(text))
-            room = model.max_length - tokens
+            tokens = _tokens(tokenizer, benchmark.prompt(row))
+            room = longest - tokens
             if room <= 0:
                 raise LMTPError(
-                    f"The prompt of {row['id']} has {tokens} tokens, but the model reads {model.max_length}: leave "
+                    f"The prompt of {row['id']} has {tokens} tokens, but the model reads {longest}: leave "
                     f"{benchmark.name} out of --tasks."
                 )
             if room < max_new_tokens:
                 raise LMTPError(
-                    f"The prompt of {row['id']} has {tokens} tokens, and the model reads {model.max_length}: write "
+                    f"The prompt of {row['id']} has {tokens} tokens, and the model reads {longest}: write "
                     f"--max-new-tokens {room} or less."
                 )
+
+
+def _context(path: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return how many tokens a model reads, as lm_eval decides it."""
+    from transformers import AutoConfig
+    from transformers.tokenization_utils_base import LARGE_INTEGER
+
+    try:
+        config = AutoConfig.from_pretrained(path).get_text_config()
+    except (OSError, ValueError) as error:
+        raise LMTPError(f"{path} cannot be loaded ({first_line(error)}): name an export or a hub id.") from error
+    for name in ("n_positions", "max_position_embeddings", "n_ctx"):
+        if (length := getattr(config, name, None)) is not None:
+            return int(length)
+    return tokenizer.model_max_length if tokenizer.model_max_length < LARGE_INTEGER else _DEFAULT_CONTEXT
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> int:
+    """Return the number of tokens of a user's message in the chat template, as lm_eval makes them of its text."""
+    conversation = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+    begins = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    return len(tokenizer.encode(text, add_special_tokens=not begins))
 
 
 def check_served(base_url: str, model: str) -> None:

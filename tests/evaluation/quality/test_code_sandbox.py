@@ -63,6 +63,17 @@ def test_a_program_that_sleeps_is_killed():
     )
 
 
+def test_a_launcher_that_does_not_answer_is_one_wrong_answer(monkeypatch, tmp_path):
+    """And not the end of the run, which would lose the answers before it."""
+    launcher = tmp_path / "launcher.py"
+    launcher.write_text("import time; time.sleep(60)")
+    monkeypatch.setattr(code_sandbox, "LAUNCHER", launcher)
+    monkeypatch.setattr(code_sandbox, "_GRACE", 0.5)
+    assert run_program("pass", Limits(wall_seconds=0.5)) == Outcome(
+        False, "the sandbox did not end it within 1 seconds"
+    )
+
+
 def test_memory_is_limited(tmp_path):
     source = "memory = bytearray(400 << 20)"
     assert passes_outside(source, tmp_path)
