@@ -1,8 +1,9 @@
 """What a draft vocabulary saves: time and memory of the heads' training step, and time of a draft.
 
-Baseline, ratio 1.00: heads of the same kind that can draft every token of the model's vocabulary. The backbone is one random
-layer of Llama; the training step (forward, backward, AdamW) reads given hidden states, as from the cache of stage 1. Memory is
-the step's peak on top of the weights: gradients, states of AdamW and the loss. Each arm has a process of its own.
+Baseline, ratio 1.00: heads of the same kind that can draft every token of the model's vocabulary. The backbone is one
+random layer of Llama; the training step (forward, backward, AdamW) reads given hidden states, as from the cache of stage
+1. Memory is the step's peak on top of the weights: gradients, states of AdamW and the loss. Each arm has a process of its
+own.
 
     python benchmarks/draft_vocabulary.py --vocab 49152 152064 --draft-vocab 8192 32768 --json draft_vocabulary.json
 """

@@ -16,9 +16,8 @@ VOCAB, DRAFTED, HIDDEN = 65536, 1024, 64
 @pytest.mark.slow
 def test_own_unembeddings(tmp_path):
     numbers = tmp_path / "numbers.json"
-    options = (
-        f"--vocab {VOCAB} --draft-vocab {DRAFTED} --head-kind own --hidden {HIDDEN} --tokens 256 --rounds 1 --json".split()
-    )
+    sizes = f"--vocab {VOCAB} --draft-vocab {DRAFTED} --hidden {HIDDEN} --tokens 256"
+    options = [*sizes.split(), "--head-kind", "own", "--rounds", "1", "--json"]
     done = subprocess.run(
         [sys.executable, SCRIPT, *options, numbers],
         env=os.environ | {"OMP_NUM_THREADS": "1"},

@@ -39,7 +39,8 @@ def test_the_quick_comparison(smollm2, tmp_path):
         assert seed["joint"]["perplexity"] == pytest.approx(found["plain"]["base perplexity"], rel=0.05)
         assert seed["training"]["peak MiB"] > 100
         assert (
-            arm["times"]["seconds"]["1"] > 0 and arm["times"]["decoded"]["arithmetic and code"]["backward"]["tokens per second"] > 0
+            arm["times"]["seconds"]["1"] > 0
+            and arm["times"]["decoded"]["arithmetic and code"]["backward"]["tokens per second"] > 0
         )
     assert len(found["arms"]["conditioned rising"]["offsets"]) == 2
     written = (tmp_path / "results.md").read_text(encoding="utf-8")
