@@ -9,7 +9,8 @@ a plain step, by the default cost curves of lmtp_factory/decoding/tree_config.py
 import argparse
 from collections.abc import Sequence
 
-from lmtp_factory.decoding.tree_config import DEFAULT_WIDTH, PLAIN_CPU, PREPACKED_CPU, AcceptanceCalibration, TreeConfig
+from lmtp_factory.decoding.tree_choice import PLAIN_CPU, PREPACKED_CPU
+from lmtp_factory.decoding.tree_config import DEFAULT_WIDTH, AcceptanceCalibration, TreeConfig
 from lmtp_factory.evaluation.report import load_for_scoring
 from lmtp_factory.evaluation.scoring import read_rows
 from lmtp_factory.modeling.model import base_of

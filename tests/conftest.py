@@ -9,6 +9,12 @@ import pytest
 from filelock import FileLock
 from helpers import chat_models, distillation, tiny_data, tiny_models
 from helpers import llamafactory_runs as runs
+from hypothesis import settings
+
+
+# No limit on the time of an example: tests also run on busy machines.
+settings.register_profile("without deadline", deadline=None)
+settings.load_profile("without deadline")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
     from .. import geometry
     from ..decoding.tree import assumed_accuracies
-    from ..decoding.tree_config import read_accuracies, read_tree
+    from ..decoding.tree_choice import read_accuracies, read_tree
     from ..evaluation.bench import DEFAULT_TREE, OWN_LOOP, STOCK, default_arms, margins, results, run_arms, table
     from ..evaluation.machine import describe
     from ..evaluation.plots import draw_bench

@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         LMTPError: The heads cannot be chosen from, nothing can be measured, or the output cannot be written.
     """
-    from ..decoding.tree_config import Conditions, write_tree
+    from ..decoding.tree_choice import Conditions, write_tree
     from ..evaluation.report import load_for_scoring
     from ..evaluation.self_generated import read_prompts, self_generated_rows
     from ..modeling.checkpoint import load_heads, save_heads, validate_checkpoint

@@ -39,7 +39,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         LMTPError: The options do not fit, there are no heads, nothing can be measured, or the folder cannot be written.
     """
-    from ..decoding.tree_config import DEFAULT_WIDTH, Conditions, write_tree
+    from ..decoding.tree_choice import Conditions, write_tree
+    from ..decoding.tree_config import DEFAULT_WIDTH
     from ..evaluation.report import load_for_scoring
     from ..evaluation.self_generated import read_prompts, self_generated_rows
     from ..modeling.model import base_of

@@ -6,7 +6,8 @@ from .compiled import Compiled
 from .loop import decode
 from .request import DecodeRequest, requested
 from .stats import DecodeStats
-from .tree_config import TreeConfig, tree_config_for
+from .tree_choice import tree_config_for
+from .tree_config import TreeConfig
 
 
 class LookBackDecoding:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ..decoding.tree_config import read_tree
+from ..decoding.tree_choice import read_tree
 from ..distill.rows import TEMPLATE_NAME, is_self_distilled
 from ..errors import LMTPError
 from ..files import HEADS_FOLDER

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lmtp_factory import LMTPConfig, attach_heads, load_model
 from lmtp_factory.cli import main
 from lmtp_factory.decoding.stats import DecodeStats
-from lmtp_factory.decoding.tree_config import Conditions, TreeConfig, read_tree
+from lmtp_factory.decoding.tree_choice import Conditions, read_tree
+from lmtp_factory.decoding.tree_config import TreeConfig
 from lmtp_factory.evaluation.self_generated import generate_greedy
 from lmtp_factory.modeling import checkpoint
 from lmtp_factory.modeling.checkpoint import load_heads, read_config

@@ -12,7 +12,7 @@ from lmtp_factory import LMTPConfig, attach_heads
 from lmtp_factory.cli import main
 from lmtp_factory.cli.tree import seconds_by_length
 from lmtp_factory.decoding import tree_config
-from lmtp_factory.decoding.tree_config import Conditions, read_tree
+from lmtp_factory.decoding.tree_choice import Conditions, read_tree
 from lmtp_factory.evaluation import report, self_generated
 from lmtp_factory.modeling import checkpoint
 

@@ -10,17 +10,15 @@ from transformers import AutoModelForCausalLM
 
 from lmtp_factory import LMTPConfig, LMTPError, attach_heads, load_model
 from lmtp_factory.decoding import cpu_prepacked, loop, packed_speed, support
-from lmtp_factory.decoding.tree_config import (
+from lmtp_factory.decoding.tree_choice import (
     PLAIN_CPU,
-    AcceptanceCalibration,
     Conditions,
-    CostCurve,
-    TreeConfig,
     read_accuracies,
     read_tree,
     tree_config_for,
     write_tree,
 )
+from lmtp_factory.decoding.tree_config import AcceptanceCalibration, CostCurve, TreeConfig
 
 
 MEASURED = TreeConfig("static", 3, paths=((), (0,), (1,)), cost=CostCurve({1: 1.0, 8: 1.5}))

@@ -12,7 +12,8 @@ from transformers.dynamic_module_utils import check_python_requirements
 
 import lmtp_factory
 from lmtp_factory import LMTPConfig, LMTPError, attach_heads, load_model
-from lmtp_factory.decoding.tree_config import Conditions, TreeConfig, write_tree
+from lmtp_factory.decoding.tree_choice import Conditions, write_tree
+from lmtp_factory.decoding.tree_config import TreeConfig
 from lmtp_factory.export.custom_generate import FOLDER, write_custom_generate
 from lmtp_factory.files import HEADS_FOLDER, TREE_FILE
 
