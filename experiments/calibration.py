@@ -1,7 +1,7 @@
 """Effect of calibrating the heads' probabilities on dynamic trees that are cut in each step.
 
 The trees are replayed on self-generated text. Baseline: uncalibrated probabilities. Numbers are tokens per duration of
-a plain step, by the default cost curves of lmtp_factory/decoding/tree_config.py and without the draft budget.
+a plain step, by the default cost curves of lmtp_factory/decoding/tree_choice.py and without the draft budget.
 
     python experiments/calibration.py demo_run/export_heads --rows data/self_distilled_smollm2_heldout.jsonl
 """

@@ -1,5 +1,6 @@
 """Where a command writes: checked before a model loads, and failures in one sentence."""
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,14 +32,14 @@ def writing(directory: str | Path) -> Iterator[None]:
     """Write files inside the context.
 
     Raises:
-        LMTPError: The disk is full or failing.
+        LMTPError: The disk is full or failing, or the files may not be written.
     """
     try:
         yield
     except OSError as error:
-        raise LMTPError(
-            f"The results cannot be written to {directory} ({_reason(error)}): make room and run the same command again."
-        ) from error
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "make room and run the same command again" if is_full else "name another directory that can be written"
+        raise LMTPError(f"The results cannot be written to {directory} ({_reason(error)}): {advice}.") from error
 
 
 def _reason(error: OSError) -> str:

@@ -59,10 +59,11 @@ def run(args: argparse.Namespace) -> int:
     """Score each model, print the table and write the files.
 
     Raises:
-        LMTPError: The options do not fit, or a model cannot be scored. All of it is checked before the first is scored.
+        LMTPError: The options do not fit or a model is not there, which is checked before the first is scored; or a model
+            fails, after which the scores of those before it are printed.
     """
     from ..evaluation.marginal_scores import scorable_positions
-    from ..evaluation.report import describe_heads, print_marginal, print_table, write_report
+    from ..evaluation.report import write_report
     from ..evaluation.scoring import read_rows
 
     if args.marginal_positions and not args.marginal:
@@ -82,22 +83,41 @@ def run(args: argparse.Namespace) -> int:
             _check_marginal(path, offsets, rows)
             _free_models()
     scores, marginal = {}, {}
-    for label, path in models.items():
-        scores[label], report = _score(args, label, path, offsets, rows, available, label in configs)
-        if report:
-            marginal[label] = report
-        _free_models()
+    try:
+        for label, path in models.items():
+            scores[label], report = _score(args, label, path, offsets, rows, available, label in configs)
+            if report:
+                marginal[label] = report
+            _free_models()
+    finally:  # whatever happens to a model, the scores of those before it are not lost
+        if scores:
+            _print(
+                scores,
+                {label: config for label, config in configs.items() if label in scores},
+                marginal,
+                len(available),
+            )
+    if args.output_dir:
+        with writing(args.output_dir):
+            write_report(scores, Path(args.output_dir), marginal)
+    return 0
+
+
+def _print(
+    scores: "dict[str, HeadScores]",
+    configs: "dict[str, LMTPConfig]",
+    marginal: "dict[str, MarginalReport]",
+    available: int,
+) -> None:
+    from ..evaluation.report import describe_heads, print_marginal, print_table
+
     print_table(scores)
     for label, config in configs.items():
         print(f"{label}: {describe_heads(config)}.")
     if len({config.draft_vocab_size for config in configs.values()}) > 1:
         print("Their draft vocabularies differ, so their losses are over different tokens: compare the accuracies.")
     if marginal:
-        print_marginal(marginal, len(available))
-    if args.output_dir:
-        with writing(args.output_dir):
-            write_report(scores, Path(args.output_dir), marginal)
-    return 0
+        print_marginal(marginal, available)
 
 
 def _heads_of(models: dict[str, str]) -> "dict[str, LMTPConfig]":

@@ -1,6 +1,9 @@
 """`lmtp-cli select`: keep those of the trained heads that decode fastest on this device."""
 
 import argparse
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import LMTPError
@@ -59,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     folder = output / HEADS_FOLDER
     tree_config = tree_config_of(best.best, observed, best.costs)
     facts = measured(best.options, observed, best.costs) | {"subsets": measured_subsets(ranked)}
-    with writing(output):
+    with writing(output), _removed_on_error(folder):  # or the same command would refuse the folder
         tokenizer.save_pretrained(output)
         # From the file: the loaded model's heads may have been cast.
         save_heads(load_heads(args.model).subset(best.offsets), folder)
@@ -68,6 +71,16 @@ def run(args: argparse.Namespace) -> int:
         draw_tree(tree_config, accuracies(observed), seconds, best.options, folder / TREE_PLOT_FILE)
     print(f"Written: {folder}, {path} and {folder / TREE_PLOT_FILE}")
     return 0
+
+
+@contextmanager
+def _removed_on_error(folder: Path) -> Iterator[None]:
+    """Remove a new folder if an exception is raised inside."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _heads_folder(stage1: Path) -> Path:

@@ -271,7 +271,7 @@ class TreeCache(Cache):
 
 
 @contextmanager
-def undone_on_error(model: nn.Module, cache: Cache | None) -> Iterator[None]:
+def static_cache_reset_on_error(model: nn.Module, cache: Cache | None) -> Iterator[None]:
     """If an exception is raised inside, empty a static cache that was empty before, and let the next call use it.
 
     `generate` keeps a static cache of its own with the model and asks for the size of its buffers in the next call. Until

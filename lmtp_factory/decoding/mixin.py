@@ -1,7 +1,7 @@
 """`generate` for models with leap heads."""
 
 from . import compat
-from .cache import undone_on_error
+from .cache import static_cache_reset_on_error
 from .compiled import Compiled
 from .loop import decode
 from .request import DecodeRequest, requested
@@ -60,7 +60,7 @@ class LookBackDecoding:
     ):
         """Decode with the heads, or with transformers' own method if the call is not supported."""
         prepared = (input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer)
-        with undone_on_error(self, model_kwargs.get(compat.CACHE)):
+        with static_cache_reset_on_error(self, model_kwargs.get(compat.CACHE)):
             output = decode(self, *prepared, model_kwargs)
         return super()._sample(*prepared, **model_kwargs) if output is None else output
 

@@ -22,7 +22,7 @@ from .tree_config import CostCurve, TreeConfig
 class Conditions:
     """Conditions under which a tree was measured. Under other conditions another tree may be the fastest.
 
-    None of them is timed: another process on the same machine finds the same.
+    None of them is timed, so that another process on the same machine finds the same if it has as much memory.
 
     Attributes:
         device: Device type, `cpu` or `cuda`.
@@ -128,7 +128,7 @@ def read_tree(folder: str | os.PathLike) -> tuple[TreeConfig, Conditions | None]
     path = Path(folder, TREE_FILE)
     if not path.is_file():
         return None
-    with _damage_named(path):
+    with _naming_damage(path):
         values = json.loads(path.read_text(encoding="utf-8"))
         cost = values["cost"] and CostCurve({int(n): float(s) for n, s in values["cost"].items()})
         tree_config = TreeConfig(
@@ -158,7 +158,7 @@ def read_accuracies(folder: str | os.PathLike) -> list[list[float]] | None:
     path = Path(folder, TREE_FILE)
     if not path.is_file():
         return None
-    with _damage_named(path):
+    with _naming_damage(path):
         levels = json.loads(path.read_text(encoding="utf-8")).get("measured", {}).get("accuracies") or []
         accuracies = [[float(rate) for rate in level] for level in levels]
         if not all(level and all(0 <= rate <= 1 for rate in level) for level in accuracies):
@@ -167,7 +167,7 @@ def read_accuracies(folder: str | os.PathLike) -> list[list[float]] | None:
 
 
 @contextmanager
-def _damage_named(path: Path) -> Iterator[None]:
+def _naming_damage(path: Path) -> Iterator[None]:
     """Turn the errors of reading a damaged file into an `LMTPError`."""
     try:
         yield

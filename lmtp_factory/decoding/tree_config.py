@@ -1,4 +1,4 @@
-"""Kind and size of the draft tree: `lmtp/tree.json` or a default for the device."""
+"""Kind and size of a draft tree, and the cost of forwards that cuts it."""
 
 import math
 from bisect import bisect_left

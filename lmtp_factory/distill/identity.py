@@ -49,14 +49,21 @@ def weight_facts(settings: Settings) -> dict[str, str]:
     if settings.engine == "server":
         return {}
     from transformers import AutoConfig
+    from transformers.utils import find_adapter_config_file
 
     from ..modeling.model_facts import model_facts
 
     model = settings.model
     try:
-        base = _base_of(model)
+        adapter = find_adapter_config_file(model)
+        base = _base_of(model, adapter)
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-        return {name: fact for path in dict.fromkeys((base, model)) for name, fact in model_facts(path, config).items()}
+        facts = {
+            name: fact for path in dict.fromkeys((base, model)) for name, fact in model_facts(path, config).items()
+        }
+        if base != model and not Path(model).is_dir():
+            facts["adapter commit"] = Path(adapter).parent.name  # of the hub's snapshot
+        return facts
     except (OSError, ValueError, KeyError) as error:
         raise LMTPError(
             f"No causal language model can be loaded from {model} ({first_line(error)}): name a Hugging Face model "
@@ -64,11 +71,8 @@ def weight_facts(settings: Settings) -> dict[str, str]:
         ) from error
 
 
-def _base_of(model: str) -> str:
+def _base_of(model: str, adapter: str | None) -> str:
     """Return the model that transformers loads: that of the adapter, if a path or hub id holds an adapter alone."""
-    from transformers.utils import find_adapter_config_file
-
-    adapter = find_adapter_config_file(model)
     if adapter is None or Path(model, "config.json").is_file():
         return model
     return json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"]

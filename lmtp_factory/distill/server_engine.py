@@ -53,7 +53,7 @@ class ServerEngine:
         self.concurrency = concurrency
         self.max_retries = max_retries
         self._warned = False
-        self._told: set[str] = set()
+        self._announced: set[str] = set()
 
     def facts(self) -> dict[str, Any]:
         """See `Engine.facts`: under which name the servers serve the model, or the sorted names if they differ.
@@ -123,19 +123,19 @@ class ServerEngine:
                 "--base-url, which ends in /v1."
             ) from error
         if self.model in names:
-            return self._tell(client, self.model)
+            return self._announce(client, self.model)
         if len(names) == 1:
-            return self._tell(client, names[0])
+            return self._announce(client, names[0])
         raise LMTPError(
             f"The server at {client.base_url} serves {', '.join(names) or 'no model'}, but not {self.model}: start it "
             f"with --served-model-name {self.model}."
         )
 
-    def _tell(self, client: openai.AsyncOpenAI, served: str) -> str:
+    def _announce(self, client: openai.AsyncOpenAI, served: str) -> str:
         """Print the served model's name once for each server, with a warning if it is not the tokenizer's; return it."""
         url = str(client.base_url)
-        if url not in self._told:
-            self._told.add(url)
+        if url not in self._announced:
+            self._announced.add(url)
             print(f"engine: {url} serves {served}")
             if _last_part(served) != _last_part(self.model):
                 logger.warning(

@@ -74,7 +74,7 @@ def load_for_scoring(path: str, offsets: tuple[int, ...] | None = None, dtype: t
         if find_heads(path) is not None:
             return load_model(path, **kwargs)
         model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
-    except LMTPError:
+    except (LMTPError, torch.OutOfMemoryError):
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _unloadable(path, error) from error

@@ -5,9 +5,7 @@ checks, whose advice would be to install what L-MTP cannot use, run after all of
 """
 
 import os
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -15,7 +13,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from ..decoding.tree_choice import read_tree
 from ..distill.rows import TEMPLATE_NAME, is_self_distilled
 from ..errors import LMTPError
-from ..files import HEADS_FOLDER
+from ..files import HEADS_FOLDER, check_writable
 from ..modeling.losses.implementation import resolve_implementation
 from .heads_source import HeadsSource, decoding_obstacle
 from .resume import check_checkpoint, check_head_learning_rate
@@ -278,12 +276,8 @@ def _check_datasets(data_args) -> None:
 
 
 def _check_writable(output_dir: str) -> None:
-    existing = next(
-        place for place in (Path(output_dir).absolute(), *Path(output_dir).absolute().parents) if place.exists()
-    )
     try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
+        check_writable(output_dir)
     except OSError as error:
         raise LMTPError(f"output_dir {output_dir} cannot be written ({error.strerror}): name another one.") from None
 

@@ -156,6 +156,16 @@ def test_damaged_weights_are_a_sentence(model, rows, tmp_path, capsys):
     )
 
 
+def test_scores_of_finished_models_are_printed_if_a_later_one_fails(model, rows, tmp_path, capsys):
+    broken = tiny_models.save_qwen3(tmp_path / "broken")
+    weights = next(broken.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert main(["report", f"whole={model.config.name_or_path}", f"cut={broken}", "--rows", str(rows)]) == 1
+    printed = capsys.readouterr()
+    assert any(line.startswith("whole ") for line in printed.out.splitlines())
+    assert f"No model can be loaded from {broken} (" in printed.err
+
+
 def test_marginalisation_is_tried_on_every_model_before_one_is_scored(refused, tmp_path, monkeypatch):
     second = tiny_models.save_qwen3(tmp_path / "second")
 

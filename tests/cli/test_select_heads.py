@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lmtp_factory import LMTPConfig, attach_heads, load_model
 from lmtp_factory.cli import main
+from lmtp_factory.decoding import tree_choice
 from lmtp_factory.decoding.stats import DecodeStats
 from lmtp_factory.decoding.tree_choice import Conditions, read_tree
 from lmtp_factory.decoding.tree_config import TreeConfig
 from lmtp_factory.evaluation.self_generated import generate_greedy
-from lmtp_factory.modeling import checkpoint
 from lmtp_factory.modeling.checkpoint import load_heads, read_config
 
 
@@ -215,9 +215,10 @@ def test_the_table_is_printed_even_if_the_heads_cannot_be_written(trained, promp
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_heads", full)
+    monkeypatch.setattr(tree_choice, "write_tree", full)
     arguments = ["--num-heads", "4", "--prompts", prompts, "--output", str(tmp_path / "all"), "--limit", "1"]
     assert main(["select", str(trained), *arguments, *QUICK]) == 1
     printed = capsys.readouterr()
     assert "<- chosen" in printed.out and "Written" not in printed.out
     assert printed.err.endswith("(No space left on device): make room and run the same command again.\n")
+    assert not (tmp_path / "all" / "lmtp").exists()  # the same command would refuse it

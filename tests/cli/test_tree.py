@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from lmtp_factory import LMTPConfig, attach_heads
 from lmtp_factory.cli import main
 from lmtp_factory.cli.tree import seconds_by_length
-from lmtp_factory.decoding import tree_config
+from lmtp_factory.decoding import tree_choice
 from lmtp_factory.decoding.tree_choice import Conditions, read_tree
 from lmtp_factory.evaluation import report, self_generated
 from lmtp_factory.modeling import checkpoint
@@ -104,11 +104,11 @@ def read_only(*args):
 
 
 def test_the_table_is_printed_even_if_it_cannot_be_written(command, monkeypatch, capsys):
-    monkeypatch.setattr(tree_config, "write_tree", read_only)
+    monkeypatch.setattr(tree_choice, "write_tree", read_only)
     assert main(command) == 1
     printed = capsys.readouterr()
     assert "<- chosen" in printed.out and "Written" not in printed.out
-    assert printed.err.endswith("(Read-only file system): make room and run the same command again.\n")
+    assert printed.err.endswith("(Read-only file system): name another directory that can be written.\n")
 
 
 def test_answers_without_a_draft_to_measure_are_refused(tmp_path, capsys):

@@ -65,6 +65,8 @@ def load_export(path: str, batch_size: int) -> LM:
             dtype="auto" if has_gpu else "float32",
             batch_size=batch_size,
         )
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise LMTPError(f"{path} cannot be loaded ({first_line(error)}): name an export or a hub id.") from error
     model.model.generation_config = plain_config(model.model.generation_config)

@@ -11,7 +11,6 @@ from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
-from torch.utils.data import DataLoader
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
@@ -31,7 +30,7 @@ from .cached_states import CachedDocuments, FillCache
 from .head_metrics import HeadMetrics
 from .optimizer import HeadRate, check_rates, parameter_groups, with_groups
 from .replayed_tau import ReplayedTau
-from .whole_batches import filled_up
+from .whole_batches import pad_with_unlabelled
 
 
 # Folder that upstream writes beside a PiSSA adapter: the same adapter as an ordinary LoRA adapter of the base model.
@@ -75,6 +74,7 @@ class LeapTrainer(CustomSeq2SeqTrainer):
             self.add_callback(self.head_rate)
         self.objective = self.leap_model.objective
         first, heads = self.objective.first_head, len(self.objective.weights)
+        self._pad_evaluation_sets()
         self.train_metrics, self.eval_metrics = HeadMetrics(first, heads), HeadMetrics(first, heads)
         # Drafting reads the heads' weights outside their forward, where ZeRO-3 has not gathered them.
         self.eval_tau = None if is_deepspeed_zero3_enabled() else ReplayedTau(self.leap_model)
@@ -138,16 +138,18 @@ class LeapTrainer(CustomSeq2SeqTrainer):
 
     # Evaluation -------------------------------------------------------------------------------------------------
 
-    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
-        """Load the evaluation set so that each of its documents counts once on any number of ranks."""
-        documents = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(documents, str):
-            documents = self.eval_dataset[documents]
+    def _pad_evaluation_sets(self) -> None:
+        """Let each document count once in evaluations on several ranks."""
+
+        def padded(documents):
+            at_once = self.args.eval_batch_size * self.args.world_size
+            return pad_with_unlabelled(documents, at_once) if isinstance(documents, Dataset) else documents
+
         # Upstream cuts generated answers to the length of the set.
-        has_ranks = self.args.world_size > 1 and not self.args.predict_with_generate
-        if has_ranks and isinstance(documents, Dataset):
-            eval_dataset = filled_up(documents, self.args.eval_batch_size * self.args.world_size)
-        return super().get_eval_dataloader(eval_dataset)
+        if self.args.world_size > 1 and not self.args.predict_with_generate:
+            sets = self.eval_dataset
+            named = {name: padded(one) for name, one in sets.items()} if isinstance(sets, dict) else None
+            self.eval_dataset = padded(sets) if named is None else named
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **gen_kwargs):
         if self.args.predict_with_generate:

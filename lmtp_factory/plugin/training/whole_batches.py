@@ -5,7 +5,7 @@ from datasets import Dataset, concatenate_datasets
 from ...modeling.losses.targets import IGNORE_INDEX
 
 
-def filled_up(documents: Dataset, multiple: int) -> Dataset:
+def pad_with_unlabelled(documents: Dataset, multiple: int) -> Dataset:
     """Append documents without labels until their number is a multiple of `multiple`.
 
     accelerate fills the last batches of the ranks with the first documents, whose losses and hits would count twice.
