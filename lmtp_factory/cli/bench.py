@@ -4,6 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
+from ..files import HEADS_FOLDER
 from .arguments import count, heads_of
 from .output import check_output_dir, writing
 
@@ -66,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
     run_arms(model, arms, prompts, args.max_new_tokens, args.repeats)
     rows, parted = results(arms, prompts), margins(model, arms)
 
+    tree = model.tree_config()
     facts = {
         "machine": describe(model.device),
         "model": args.model,
@@ -74,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         "prompts": Path(args.prompts).name,
         "answers": len(prompts),
         "max_new_tokens": args.max_new_tokens,
-        "tree": f"{model.tree_config().kind}, {model.tree_config().nodes} nodes ({model.tree_config().source})",
+        "tree": f"{tree.kind}, {tree.nodes} nodes ({tree.source.replace(str(folder), HEADS_FOLDER)})",
     }
     print("\n" + "\n".join(f"{name}: {value}" for name, value in facts.items()) + f"\n\n{table(rows)}")
     print(_equality(rows, parted, len(prompts)))

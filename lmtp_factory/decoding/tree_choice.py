@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 from ..errors import LMTPError
 from ..files import TREE_FILE, atomic_write
 from .cpu_prepacked import may_prepack, mostly_prepacked
-from .machine import machine_name, processor_name
+from .machine import machine_name
 from .support import warn_once
 from .tree_config import CostCurve, TreeConfig
 
@@ -28,15 +28,15 @@ class Conditions:
         device: Device type, `cpu` or `cuda`.
         dtype: Dtype of the model, e.g. `float32` or `bfloat16`.
         prepacked: Whether linear layers may use prepacked weights (`cpu_prepacked.may_prepack`).
-        machine: Name of the GPU or the processor. Default: this machine's processor.
-        threads: Number of torch's threads on a CPU, else None. Default: this process's.
+        machine: Name of the GPU or the processor.
+        threads: Number of torch's threads on a CPU, else None.
     """
 
     device: str
     dtype: str
     prepacked: bool
-    machine: str = field(default_factory=processor_name)
-    threads: int | None = field(default_factory=torch.get_num_threads)
+    machine: str
+    threads: int | None
 
     @classmethod
     def of(cls, model: nn.Module, compiled: bool = False) -> "Conditions":

@@ -13,8 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ..config import LMTPConfig
 from ..decoding import attach_heads, load_model
 from ..errors import LMTPError, first_line
-from ..files import CONFIG_FILE, atomic_write
+from ..files import atomic_write
 from ..modeling.checkpoint import find_heads, validate_checkpoint
+from ..modeling.load import base_of_heads
 from .marginal import MARGINAL_OFFSETS
 from .marginal_scores import MarginalReport
 from .plots import draw_head_bars
@@ -39,18 +40,10 @@ def check_model(path: str) -> LMTPConfig | None:
     heads = None if folder is None else validate_checkpoint(folder)
     if heads is None or os.path.isdir(path):  # of a hub id with heads only lmtp/ is here yet
         try:
-            AutoConfig.from_pretrained(path if heads is None else _base_of(path, heads))
+            AutoConfig.from_pretrained(path if heads is None else base_of_heads(path, heads))
         except (OSError, ValueError) as error:
             raise _unloadable(path, error) from error
     return heads
-
-
-def _base_of(path: str, heads: LMTPConfig) -> str:
-    """Return the directory or hub id of the weights that `load_model` loads below the heads of a directory."""
-    adapter = Path(path, "adapter_config.json")
-    if adapter.is_file():
-        return json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path") or path
-    return path if Path(path, CONFIG_FILE).is_file() else heads.base_model or path
 
 
 def _unloadable(path: str, error: Exception) -> LMTPError:

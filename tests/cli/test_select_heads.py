@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lmtp_factory import LMTPConfig, attach_heads, load_model
 from lmtp_factory.cli import main
 from lmtp_factory.decoding import tree_choice
+from lmtp_factory.decoding.machine import processor_name
 from lmtp_factory.decoding.stats import DecodeStats
 from lmtp_factory.decoding.tree_choice import Conditions, read_tree
 from lmtp_factory.decoding.tree_config import TreeConfig
@@ -78,7 +79,7 @@ def test_the_chosen_heads_are_the_trained_ones_bit_for_bit(trained, selected):
 def test_the_output_holds_the_tree_and_what_it_rests_on(selected):
     tree, conditions = read_tree(selected / "lmtp")
     facts = json.loads((selected / "lmtp" / "tree.json").read_text())["measured"]
-    assert conditions == Conditions("cpu", "float32", True)
+    assert conditions == Conditions("cpu", "float32", True, processor_name(), torch.get_num_threads())
     best = max(facts["options"], key=lambda option: option["tokens_per_second"])
     assert best["nodes"] >= tree.nodes
     assert len(facts["subsets"]) == 6

@@ -5,6 +5,7 @@ import errno
 import json
 
 import pytest
+import torch
 from helpers import tiny_data, tiny_models
 from transformers import AutoModelForCausalLM
 
@@ -12,6 +13,7 @@ from lmtp_factory import LMTPConfig, attach_heads
 from lmtp_factory.cli import main
 from lmtp_factory.cli.tree import seconds_by_length
 from lmtp_factory.decoding import tree_choice
+from lmtp_factory.decoding.machine import processor_name
 from lmtp_factory.decoding.tree_choice import Conditions, read_tree
 from lmtp_factory.evaluation import report, self_generated
 from lmtp_factory.modeling import checkpoint
@@ -33,7 +35,7 @@ def test_tree_command(tmp_path, capsys):
     best = max(facts["options"], key=lambda option: option["tokens_per_second"])
     assert best["nodes"] == plan.nodes
     assert (path / "lmtp" / "tree.png").stat().st_size > 10_000
-    assert conditions == Conditions("cpu", "float32", True)
+    assert conditions == Conditions("cpu", "float32", True, processor_name(), torch.get_num_threads())
 
 
 def test_the_chain_of_an_engine(tmp_path, capsys):

@@ -64,6 +64,12 @@ def state_of(model, inputs, most=40):
     return state
 
 
+def state_and_builder(model, config, constant=False):
+    """A state behind the prefill of a prompt, and the builder of its trees."""
+    builder = TreeBuilder(model, config, constant=constant, device=torch.device("cpu"))
+    return state_of(model, {"input_ids": prompt()}), builder
+
+
 def shape(tree):
     return tree.nodes, tree.height
 
@@ -102,10 +108,7 @@ def test_a_tree_with_a_measured_gain_survives_a_failed_probe(leap):
 def test_the_time_of_a_whole_tree_is_that_of_steps_that_may_have_one(config, verified, leap):
     """However few nodes they verify: else it is never known, and a whole tree always seems to take half a step."""
     model = leap()
-    state, builder = (
-        state_of(model, {"input_ids": prompt()}),
-        TreeBuilder(model, config, constant=False, device=torch.device("cpu")),
-    )
+    state, builder = state_and_builder(model, config)
     tree, _ = builder.build(state)
     builder.learn(tree.nodes, [[0]], seconds=1.0)
     builder.budget.balance = 0.3
@@ -125,10 +128,7 @@ def test_the_time_of_a_whole_tree_is_that_of_steps_that_may_have_one(config, ver
 @torch.no_grad()
 def test_a_probe_is_the_best_part_of_the_tree(config, constant, leap):
     model = leap()
-    state, builder = (
-        state_of(model, {"input_ids": prompt()}),
-        TreeBuilder(model, config, constant=constant, device=torch.device("cpu")),
-    )
+    state, builder = state_and_builder(model, config, constant)
     tree, _ = builder.build(state)
     builder.learn(tree.nodes, [[0]], seconds=1.0)
     probe, tokens = builder.build(state)

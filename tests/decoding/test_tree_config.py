@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from lmtp_factory import LMTPConfig, LMTPError, attach_heads, load_model
 from lmtp_factory.decoding import cpu_prepacked, loop, packed_speed, support
+from lmtp_factory.decoding.machine import processor_name
 from lmtp_factory.decoding.tree_choice import (
     PLAIN_CPU,
     Conditions,
@@ -22,7 +23,7 @@ from lmtp_factory.decoding.tree_config import AcceptanceCalibration, CostCurve, 
 
 
 MEASURED = TreeConfig("static", 3, paths=((), (0,), (1,)), cost=CostCurve({1: 1.0, 8: 1.5}))
-HERE = Conditions("cpu", "float32", True)
+HERE = Conditions("cpu", "float32", True, processor_name(), torch.get_num_threads())
 
 
 @pytest.fixture
@@ -55,9 +56,9 @@ def test_a_tree_is_used_where_it_was_measured(export):
 @pytest.mark.parametrize(
     "elsewhere",
     [
-        Conditions("cuda", "float32", True),
-        Conditions("cpu", "bfloat16", False),
-        Conditions("cpu", "float32", False),
+        Conditions("cuda", "float32", True, processor_name(), torch.get_num_threads()),
+        Conditions("cpu", "bfloat16", False, processor_name(), torch.get_num_threads()),
+        Conditions("cpu", "float32", False, processor_name(), torch.get_num_threads()),
         replace(HERE, machine="Another Processor"),
         replace(HERE, threads=1000),
     ],

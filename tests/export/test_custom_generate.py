@@ -12,6 +12,7 @@ from transformers.dynamic_module_utils import check_python_requirements
 
 import lmtp_factory
 from lmtp_factory import LMTPConfig, LMTPError, attach_heads, load_model
+from lmtp_factory.decoding.machine import processor_name
 from lmtp_factory.decoding.tree_choice import Conditions, write_tree
 from lmtp_factory.decoding.tree_config import TreeConfig
 from lmtp_factory.export.custom_generate import FOLDER, write_custom_generate
@@ -51,7 +52,8 @@ def export(tmp_path):
     path = tiny_models.save_qwen3(tmp_path / "export")
     attach_heads(AutoModelForCausalLM.from_pretrained(path), LMTPConfig(num_heads=2)).save_pretrained(path)
     write_custom_generate(path)
-    write_tree(TreeConfig("chain", 4), path / HEADS_FOLDER, Conditions("cpu", "float32", True), measured={})
+    here = Conditions("cpu", "float32", True, processor_name(), torch.get_num_threads())
+    write_tree(TreeConfig("chain", 4), path / HEADS_FOLDER, here, measured={})
     return path
 
 
